@@ -1,0 +1,47 @@
+"""The error tree: every failure a user can meet, with the exit code it ends in."""
+
+from __future__ import annotations
+
+
+class FluxrunError(Exception):
+    """A failure that is explained in one line on the screen; its traceback goes to the log only."""
+
+    exit_code = 1
+
+
+class ConfigError(FluxrunError):
+    """Refused before any work began: says what, what was got, what is allowed and what to do."""
+
+    exit_code = 2
+
+
+class TrustError(ConfigError):
+    """A config that may come from a stranger tries to run code or to steer Hydra."""
+
+
+class OptionUnavailable(FluxrunError):
+    """An option cannot be used here and has no fallback left (or ``strict=true`` forbids one).
+
+    Raised at ``requires`` it is a refusal (exit 2, nothing was loaded); later it is a failed run (exit 1).
+    """
+
+    def __init__(self, message: str, *, stage: str = "requires") -> None:
+        super().__init__(message)
+        self.exit_code = 2 if stage == "requires" else 1
+
+
+class OutOfMemory(FluxrunError):
+    """The run does not fit; the message names the options that would."""
+
+
+class Interrupted(FluxrunError):
+    """The user (SIGINT, 130) or the system (SIGTERM, 143) asked the run to stop."""
+
+    exit_code = 130
+
+
+def one_line(error: BaseException, limit: int = 400) -> str:
+    """The first meaningful line of an error's text, at most ``limit`` characters, never empty."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"
