@@ -5,12 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from fluxrun import architectures
+from fluxrun.architectures import ArchitectureName, PipelineKind
 from fluxrun.config import Option
+from fluxrun.errors import ConfigError
 from fluxrun.machine import Machine
 
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
+
+PACKAGE = Path(__file__).resolve().parents[1]
+BUNDLED = (PACKAGE / "bundled", PACKAGE.parents[1] / "models")
+"""Where models that come with fluxrun lie: in an installed wheel, and in the repository."""
 
 
 class Flux2Model(Option):
@@ -20,19 +27,22 @@ class Flux2Model(Option):
     """Hugging Face hub id, for example black-forest-labs/FLUX.2-klein-4B."""
 
     path: Path | None = None
-    """A folder in diffusers layout; used instead of ``id``."""
+    """A folder in diffusers layout; used instead of ``id`` and ``bundled``."""
+
+    bundled: str | None = None
+    """Name of a model that comes with fluxrun, for example shapes."""
 
     weights: Literal["pretrained", "random"] = "pretrained"
     """``random`` builds the architecture on the device without any download: real speed, no picture."""
 
-    architecture: Literal["dev", "klein_4b", "klein_9b", "tiny"] | None = None
-    """Sizes used for ``weights=random``."""
+    architecture: ArchitectureName | None = None
+    """Sizes used for ``weights=random`` (dev, klein_4b, klein_9b or tiny)."""
 
-    pipeline: Literal["klein", "dev"] | None = None
-    """Flux2KleinPipeline or Flux2Pipeline; None reads it from the checkpoint folder."""
+    pipeline: PipelineKind | None = None
+    """Flux2KleinPipeline or Flux2Pipeline; a checkpoint folder, which knows, overrules it."""
 
     distilled: bool | None = None
-    """Few-step model without guidance; None reads it from the checkpoint folder."""
+    """Few-step model without guidance; a checkpoint folder, which knows, overrules it."""
 
     revision: str | None = None
     """Branch, tag or commit on the hub."""
@@ -55,7 +65,7 @@ class Flux2Model(Option):
     steps: int = Field(4, ge=1)
     """Denoising steps when the run does not say."""
 
-    guidance: float | None = None
+    guidance: float | None = Field(None, ge=0)
     """Guidance scale when the run does not say; None for distilled models."""
 
     height: int = Field(1024, ge=16, multiple_of=16)
@@ -63,6 +73,38 @@ class Flux2Model(Option):
 
     width: int = Field(1024, ge=16, multiple_of=16)
     """Picture width in pixels when the run does not say."""
+
+    @model_validator(mode="after")
+    def _sizes_exist(self) -> Flux2Model:
+        if self.architecture:
+            architectures.architecture(self.architecture, self.pipeline)
+        return self
+
+    def folder(self) -> Path | None:
+        """The checkpoint folder this option names (``~`` expanded), or None for a hub id.
+
+        Raises ConfigError when a bundled model is not there.
+        """
+        if self.path is not None:
+            return self.path.expanduser()
+        if self.bundled is None:
+            return None
+        found = next((root / self.bundled for root in BUNDLED if (root / self.bundled).is_dir()), None)
+        if found is None:
+            places = " or ".join(str(root) for root in BUNDLED)
+            raise ConfigError(
+                f"model.bundled={self.bundled}: no such folder in {places}; give model.path instead"
+            )
+        return found
+
+    def source(self) -> str:
+        """Where the weights come from, as one string: part of the weight store's key."""
+        if self.weights == "random":
+            return f"random {self.architecture}" + (
+                f" {self.pipeline}" if self.architecture == "tiny" else ""
+            )
+        folder = self.folder()
+        return str(folder.resolve()) if folder else f"hub {self.id}"
 
     def dtype_on(self, machine: Machine) -> str:
         """The dtype ``auto`` means on the run's device."""
@@ -74,4 +116,7 @@ class Flux2Model(Option):
         dtype = self.dtype_on(machine)
         if machine.gpu and dtype == "bfloat16" and machine.gpu.capability < (8, 0):
             return f"{machine.gpu.name} has no bfloat16 (use model.dtype=float16)"
+        from_hub = self.weights == "pretrained" and not (self.path or self.bundled)
+        if from_hub and self.pipeline == "dev" and machine.lacks("torchvision"):
+            return "FLUX.2-dev's text processor needs torchvision (pip install 'fluxrun[dev]')"
         return None

@@ -1,0 +1,221 @@
+"""Sizes of the FLUX.2 models, as plain data: what ``weights=random`` builds and what memory estimates are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+PipelineKind = Literal["klein", "dev"]
+ArchitectureName = Literal["dev", "klein_4b", "klein_9b", "tiny"]
+Config = dict[str, Any]
+
+PIPELINE_CLASSES: dict[str, PipelineKind] = {"Flux2KleinPipeline": "klein", "Flux2Pipeline": "dev"}
+"""The diffusers pipeline classes that fluxrun runs."""
+
+MODEL_COMPONENTS = ("text_encoder", "transformer", "vae")
+"""Pipeline components that hold weights, in the order in which they are loaded and run."""
+
+HIDDEN_STATES_READ: dict[PipelineKind, tuple[int, ...]] = {"klein": (9, 18, 27), "dev": (10, 20, 30)}
+"""Text-encoder hidden states that become the prompt embedding: the pipelines' own defaults."""
+
+SCHEDULER: Config = {
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+    "use_dynamic_shifting": True,  # the pipelines compute mu from size and steps and hand it over
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+    "time_shift_type": "exponential",
+}
+
+VAE: Config = {}  # AutoencoderKLFlux2's own defaults are FLUX.2's sizes
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One model: the arguments of its components' config classes.
+
+    ``text_encoder`` is a Qwen3Config for the klein pipeline and a Mistral3Config for dev. ``parameters`` counts
+    each component's parameters, tied ones once. ``init_std`` is the standard deviation of random matrices; None
+    scales each with its fan-in, which keeps a small model's signal alive through all its layers.
+    """
+
+    name: ArchitectureName
+    pipeline: PipelineKind
+    transformer: Config
+    text_encoder: Config
+    vae: Config
+    parameters: dict[str, int]
+    init_std: float | None = 0.02
+
+    def bytes_in(self, dtype: str) -> dict[str, int]:
+        """Weight bytes of each component in ``dtype`` (float32, bfloat16 or float16)."""
+        size = 4 if dtype == "float32" else 2
+        return {component: count * size for component, count in self.parameters.items()}
+
+
+def _qwen3(**sizes: Any) -> Config:
+    """A Qwen3 text encoder; ``sizes`` are what differs between 4B and 8B."""
+    return {
+        "vocab_size": 151936,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+        **sizes,
+    }
+
+
+KLEIN_4B = Architecture(
+    name="klein_4b",
+    pipeline="klein",
+    transformer={
+        "num_layers": 5,
+        "num_single_layers": 20,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 3 * 2560,
+        "guidance_embeds": False,
+    },
+    text_encoder=_qwen3(hidden_size=2560, intermediate_size=9728, tie_word_embeddings=True),
+    vae=VAE,
+    parameters={"text_encoder": 4_022_468_096, "transformer": 3_875_544_576, "vae": 84_046_115},
+)
+
+KLEIN_9B = Architecture(
+    name="klein_9b",
+    pipeline="klein",
+    transformer={
+        "num_layers": 8,
+        "num_single_layers": 24,
+        "num_attention_heads": 32,
+        "joint_attention_dim": 3 * 4096,
+        "guidance_embeds": False,
+    },
+    text_encoder=_qwen3(hidden_size=4096, intermediate_size=12288, tie_word_embeddings=False),
+    vae=VAE,
+    parameters={"text_encoder": 8_190_735_360, "transformer": 9_078_581_248, "vae": 84_046_115},
+)
+
+# Mistral-Small-3.x-24B with its Pixtral vision tower: the pipeline never feeds it images while drawing, but the
+# checkpoint holds it, so it is part of what a machine must carry.
+DEV = Architecture(
+    name="dev",
+    pipeline="dev",
+    transformer={
+        "num_layers": 8,
+        "num_single_layers": 48,
+        "num_attention_heads": 48,
+        "joint_attention_dim": 3 * 5120,
+        "guidance_embeds": True,
+    },
+    text_encoder={
+        "tie_word_embeddings": False,
+        "image_token_index": 10,
+        "spatial_merge_size": 2,
+        "text_config": {
+            "model_type": "mistral",
+            "vocab_size": 131072,
+            "hidden_size": 5120,
+            "intermediate_size": 32768,
+            "num_hidden_layers": 40,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 131072,
+            "sliding_window": None,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000_000.0},
+        },
+        "vision_config": {
+            "model_type": "pixtral",
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "image_size": 1540,
+            "patch_size": 14,
+        },
+    },
+    vae=VAE,
+    parameters={"text_encoder": 24_011_361_280, "transformer": 32_223_281_152, "vae": 84_046_115},
+)
+
+# The tiny model has every part of the real one (both kinds of blocks, four VAE levels, more text layers than are
+# read), so whatever an option does to a real model it does to this one; only the widths are small.
+_TINY_HIDDEN = 32
+_TINY_TRANSFORMER: Config = {
+    "in_channels": 16,
+    "num_layers": 1,
+    "num_single_layers": 2,
+    "attention_head_dim": 32,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 3 * _TINY_HIDDEN,
+    "timestep_guidance_channels": 32,
+    "axes_dims_rope": (8, 8, 8, 8),
+}
+_TINY_VAE: Config = {
+    "block_out_channels": (16, 16, 32, 32),
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 8,
+}
+_TINY_TEXT: Config = {
+    "vocab_size": 384,
+    "hidden_size": _TINY_HIDDEN,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+}
+TINY_TEXT_LAYERS = (1, 2, 3)
+"""Hidden states read from the tiny text encoder (it has four layers, so one is unread, as in the real ones)."""
+
+
+def _tiny(pipeline: PipelineKind) -> Architecture:
+    if pipeline == "klein":
+        text: Config = {**_TINY_TEXT, "tie_word_embeddings": True}
+    else:
+        text = {
+            "tie_word_embeddings": False,
+            "text_config": {**_TINY_TEXT, "model_type": "mistral", "sliding_window": None},
+            "vision_config": {
+                "model_type": "pixtral",
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 64,
+                "patch_size": 16,
+            },
+        }
+    return Architecture(
+        name="tiny",
+        pipeline=pipeline,
+        transformer={**_TINY_TRANSFORMER, "guidance_embeds": pipeline == "dev"},
+        text_encoder=text,
+        vae=_TINY_VAE,
+        parameters={
+            "text_encoder": 49_568 if pipeline == "klein" else 102_816,
+            "transformer": 297_216 if pipeline == "klein" else 303_360,
+            "vae": 261_079,
+        },
+        init_std=None,
+    )
+
+
+def architecture(name: ArchitectureName, pipeline: PipelineKind | None = None) -> Architecture:
+    """The sizes called ``name``; ``pipeline`` chooses between the two tiny models (klein when None).
+
+    Raises ValueError when ``pipeline`` is not the one that the architecture belongs to.
+    """
+    if name == "tiny":
+        return _tiny(pipeline or "klein")
+    found = {"dev": DEV, "klein_4b": KLEIN_4B, "klein_9b": KLEIN_9B}[name]
+    if pipeline not in (None, found.pipeline):
+        raise ValueError(f"architecture {name} belongs to pipeline {found.pipeline}, not {pipeline}")
+    return found

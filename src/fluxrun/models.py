@@ -1,0 +1,431 @@
+"""Weights: loaded or built once, component by component, kept in a store, handed out as fresh module shells.
+
+This module is heavy (torch, diffusers, transformers); nothing light may import it. Where a checkpoint lies, and
+whether it is whole, is ``checkpoint.py``'s business and is settled before anything here runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import importlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import (
+    AutoencoderKLFlux2,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
+)
+from diffusers.utils import logging as diffusers_logging
+from torch import nn
+from transformers import (
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.utils import logging as transformers_logging
+
+from fluxrun import architectures, checkpoint
+
+if TYPE_CHECKING:
+    from fluxrun.options.model import Flux2Model
+
+Part = Literal["all", "text", "image"]
+Quantize = Callable[[nn.Module, str], dict[str, Any]]
+Progress = Callable[[str], None]
+
+PARTS: dict[Part, tuple[str, ...]] = {
+    "text": ("text_encoder", "tokenizer"),
+    "image": ("transformer", "vae", "scheduler"),
+    "all": ("text_encoder", "tokenizer", "transformer", "vae", "scheduler"),
+}
+"""Pipeline components of each part, in the order in which they are loaded."""
+
+SEED = 0
+"""Seed of random weights: two builds are bit-identical."""
+
+
+@dataclass(frozen=True)
+class WeightsKey:
+    """What must agree for loaded weights to be used again."""
+
+    source: str
+    revision: str | None
+    variant: str | None
+    dtype: str
+    quantization: str
+    placement: str
+    part: Part
+
+    @classmethod
+    def of(
+        cls, model: Flux2Model, *, dtype: str, device: str, part: Part = "all", quantization: str = "none"
+    ) -> WeightsKey:
+        """The key of ``model`` loaded as ``dtype`` onto ``device``; ``quantization`` names option and knobs."""
+        return cls(model.source(), model.revision, model.variant, dtype, quantization, device, part)
+
+    def difference(self, other: WeightsKey) -> str:
+        """The parts that differ, for example ``dtype bfloat16 → float16``; empty when none does."""
+        pairs = ((f.name, getattr(other, f.name), getattr(self, f.name)) for f in fields(self))
+        return ", ".join(f"{name} {old} → {new}" for name, old, new in pairs if old != new)
+
+
+@dataclass(frozen=True)
+class Base:
+    """Loaded weights in an ordinary pipeline that is never called: pictures are drawn by its shells."""
+
+    pipeline: DiffusionPipeline
+    facts: dict[str, Any]
+    bytes: int
+    """Bytes of all weights and buffers, shared storages counted once."""
+
+
+def _silent(_: str) -> None:
+    return None
+
+
+def load(
+    model: Flux2Model,
+    *,
+    dtype: str,
+    device: str,
+    part: Part = "all",
+    quantize: Quantize | None = None,
+    progress: Progress = _silent,
+    located: checkpoint.Located | None = None,
+) -> Base:
+    """Load or build ``part`` of ``model`` as ``dtype`` (a torch dtype's name) onto ``device``.
+
+    ``quantize(component, name)`` is called with each model component before the next one is loaded. A pretrained
+    component is then still on the CPU, so that a quantizer can move it layer by layer (torchao's
+    ``quantize_(..., device=...)``); a random one is already on ``device``. ``progress`` gets one line per stage.
+
+    Raises ConfigError when the checkpoint is missing, partial or of another kind.
+    """
+    located = located or checkpoint.inspect(model)
+    parts: dict[str, Any] = dict.fromkeys(PARTS["all"])
+    facts: dict[str, Any] = {"source": located.source, "revision": located.revision, "components": {}}
+    make = _random_source(model, dtype, device) if located.kind == "random" else None
+    folder = None if make else checkpoint.download(located, progress)
+    for name in PARTS[part]:
+        progress(f"{'building' if make else 'loading'} {name}")
+        parts[name] = make(name) if make else _pretrained(folder, name, dtype, model.variant)  # type: ignore[arg-type]
+        if isinstance(parts[name], nn.Module):
+            facts["components"][name] = _settle(parts[name], name, device, quantize)
+    pipeline = _assemble(located.pipeline, located.distilled, parts)
+    modules = [module for module in parts.values() if isinstance(module, nn.Module)]
+    facts["parameters"] = sum(component["parameters"] for component in facts["components"].values())
+    facts["bytes"] = tensor_bytes(_tensors(modules))
+    return Base(pipeline, facts, facts["bytes"])
+
+
+def _settle(module: nn.Module, name: str, device: str, quantize: Quantize | None) -> dict[str, Any]:
+    """Freeze, quantize and place one component; returns its facts."""
+    module.eval().requires_grad_(False)
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    facts = quantize(module, name) if quantize else {}
+    module.to(device)
+    facts = {"quantization": facts} if facts else {}
+    return {
+        "class": type(module).__name__,
+        "parameters": parameters,
+        "bytes": tensor_bytes(_tensors([module])),
+        **facts,
+    }
+
+
+def _assemble(kind: architectures.PipelineKind, distilled: bool, parts: dict[str, Any]) -> DiffusionPipeline:
+    """The pipeline object of ``parts``; missing ones stay None."""
+    if kind == "klein":
+        return Flux2KleinPipeline(**parts, is_distilled=distilled)
+    return Flux2Pipeline(**parts)
+
+
+# --- pretrained -------------------------------------------------------------------------------------------------
+
+
+def _pretrained(folder: Path, name: str, dtype: str, variant: str | None) -> Any:
+    """One component of a diffusers folder, on the CPU, in ``dtype``.
+
+    Components are loaded one at a time by their own ``from_pretrained`` and not through the pipeline's, because
+    that is what lets each be quantized before the next one needs memory.
+    """
+    library, class_name = checkpoint.component_classes(folder)[name]
+    cls = getattr(importlib.import_module(library), class_name)
+    if name not in architectures.MODEL_COMPONENTS:
+        return cls.from_pretrained(str(folder), subfolder=name, local_files_only=True)
+    # Always said: a folder saved in bfloat16 would otherwise give a bfloat16 text encoder beside a float32 transformer.
+    precision = {"dtype" if library == "transformers" else "torch_dtype": getattr(torch, dtype)}
+    used = checkpoint.variant_of(folder, name, variant)
+    with _no_bars():
+        return cls.from_pretrained(
+            str(folder), subfolder=name, variant=used, local_files_only=True, **precision
+        )
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Switch the libraries' own loading bars off: ``progress`` says what is loaded."""
+    switches = (diffusers_logging, transformers_logging)
+    shown = [switch.is_progress_bar_enabled() for switch in switches]
+    for switch in switches:
+        switch.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for switch, was in zip(switches, shown, strict=True):
+            if was:
+                switch.enable_progress_bar()
+
+
+# --- random -----------------------------------------------------------------------------------------------------
+
+
+def _random_source(model: Flux2Model, dtype: str, device: str) -> Callable[[str], Any]:
+    """A function that builds one component of ``model``'s architecture by its pipeline name."""
+    assert model.architecture is not None  # checkpoint.inspect refused everything else
+    sizes = architectures.architecture(model.architecture, model.pipeline)
+    build: dict[str, Callable[[], Any]] = {
+        "transformer": lambda: Flux2Transformer2DModel(**sizes.transformer),
+        "vae": lambda: AutoencoderKLFlux2(**sizes.vae),
+        "text_encoder": lambda: _text_encoder(sizes),
+        "tokenizer": byte_tokenizer,
+        "scheduler": lambda: FlowMatchEulerDiscreteScheduler(**architectures.SCHEDULER),
+    }
+
+    def make(name: str) -> Any:
+        if name not in architectures.MODEL_COMPONENTS:
+            return build[name]()
+        # include_buffers=False: parameters are created on meta, in no time and no memory; buffers are real, because
+        # rotary frequencies that are not in the state dict could not be filled in later.
+        with init_empty_weights(include_buffers=False):
+            module = build[name]()
+        if isinstance(module, PreTrainedModel):
+            module.tie_weights()  # a tie made while every assignment made a new meta parameter did not hold
+        _fill(module, getattr(torch, dtype), device, sizes.init_std)
+        return module
+
+    return make
+
+
+def _text_encoder(sizes: architectures.Architecture) -> nn.Module:
+    config = copy.deepcopy(sizes.text_encoder)  # transformers turns the nested dicts into objects in place
+    if sizes.pipeline == "klein":
+        return Qwen3ForCausalLM(Qwen3Config(**config))
+    return Mistral3ForConditionalGeneration(Mistral3Config(**config))
+
+
+def _fill(module: nn.Module, dtype: torch.dtype, device: str, std: float | None) -> None:
+    """Give a module built on meta its parameters: norms 1, biases 0, matrices normal; ties are kept.
+
+    With a ``std`` the numbers are drawn in ``dtype`` on ``device``: a 32-billion-parameter transformer never passes
+    through the CPU. Without one (small models) they are drawn in float32 on the CPU, so that every device gets the
+    same model, with ``1 / sqrt(fan_in)`` as standard deviation.
+    """
+    where, number = (device, dtype) if std else ("cpu", torch.float32)
+    generator = torch.Generator(where).manual_seed(SEED)
+    made: dict[int, nn.Parameter] = {}
+    for owner in module.modules():
+        for name, old in list(owner._parameters.items()):
+            if old is None:
+                continue
+            if id(old) not in made:
+                value = torch.empty(old.shape, dtype=number, device=where)
+                _initialise(value, name, std, generator)
+                made[id(old)] = nn.Parameter(value.to(device, dtype), requires_grad=False)
+            owner._parameters[name] = made[id(old)]
+        for name, buffer in list(owner._buffers.items()):
+            if buffer is not None:
+                # As from_pretrained leaves them: saved statistics in the model's dtype, rotary tables in float32.
+                saved = buffer.is_floating_point() and name not in owner._non_persistent_buffers_set
+                owner._buffers[name] = buffer.to(device, dtype if saved else buffer.dtype)
+
+
+@torch.no_grad()
+def _initialise(value: torch.Tensor, name: str, std: float | None, generator: torch.Generator) -> None:
+    if value.ndim < 2:
+        value.fill_(0.0 if name == "bias" else 1.0)
+    else:
+        fan_in = value[0].numel()
+        value.normal_(0.0, std or fan_in**-0.5, generator=generator)
+
+
+CHAT_TEMPLATE = (
+    # Only what the user says: the dev pipeline's long system message would fill a short context by itself. dev sends
+    # content as a list of typed entries, klein as a string.
+    "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for entry in message['content'] %}{{ entry.get('text', '') }}{% endfor %}{% endif %}"
+    "{{ '<|end|>' }}{% endif %}{% endfor %}"
+)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer without any file: one token per UTF-8 byte, padded on the left."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: index for index, symbol in enumerate(["<|pad|>", "<|end|>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        padding_side="left",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def save_tiny(
+    folder: Path,
+    pipeline: architectures.PipelineKind = "klein",
+    *,
+    distilled: bool = True,
+    dtype: str = "float32",
+    shard_bytes: int | None = None,
+    variant: str | None = None,
+) -> Path:
+    """Write the tiny model as an ordinary diffusers checkpoint folder and return ``folder``.
+
+    ``shard_bytes`` splits the weights of each component into files of at most that size.
+    """
+    from fluxrun.options.model import Flux2Model
+
+    model = Flux2Model(weights="random", architecture="tiny", pipeline=pipeline, distilled=distilled)
+    base = load(model, dtype=dtype, device="cpu")
+    base.pipeline.save_pretrained(
+        folder, variant=variant, **({"max_shard_size": shard_bytes} if shard_bytes is not None else {})
+    )
+    return folder
+
+
+# --- shells -----------------------------------------------------------------------------------------------------
+
+
+def shell(base: Base) -> DiffusionPipeline:
+    """A pipeline of fresh modules over ``base``'s weights: change it freely, the base stays as it was.
+
+    Modules, hooks, attention processors, Parameter objects and buffers are new; parameters share their storage with
+    the base (no memory, no time, bit-identical output). Writing into a parameter in place would reach the base:
+    whatever must change weights replaces them instead.
+    """
+    modules = {name: part for name, part in base.pipeline.components.items() if isinstance(part, nn.Module)}
+    parts = {name: _fresh(part) for name, part in base.pipeline.components.items() if name not in modules}
+    parts |= {name: _shared_copy(module) for name, module in modules.items()}
+    cls = type(base.pipeline)
+    # Settings such as is_distilled: leaving one out silently turns classifier-free guidance on.
+    accepted = inspect.signature(cls.__init__).parameters
+    settings = {k: v for k, v in base.pipeline.config.items() if k in accepted and k not in parts}
+    return cls(**parts, **settings)
+
+
+def _shared_copy(module: nn.Module) -> nn.Module:
+    """A deep copy whose parameters share storage with the original's; ties and tensor subclasses are kept."""
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+    for buffer in module.buffers():
+        memo[id(buffer)] = buffer.detach().clone()
+    return copy.deepcopy(module, memo)
+
+
+def _fresh(part: Any) -> Any:
+    """A component without weights, with no state of an earlier run (a scheduler keeps its timesteps)."""
+    if part is None:
+        return None
+    return type(part).from_config(part.config) if hasattr(type(part), "from_config") else copy.deepcopy(part)
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------
+
+
+def _tensors(modules: Iterable[nn.Module]) -> Iterator[torch.Tensor]:
+    for module in modules:
+        yield from module.parameters()
+        yield from module.buffers()
+
+
+def _plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The ordinary tensors inside ``tensor``: itself, or a quantized one's data and scales."""
+    if type(tensor) in (torch.Tensor, nn.Parameter) or not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    names, _ = tensor.__tensor_flatten__()  # type: ignore[operator]
+    for name in names:
+        yield from _plain(getattr(tensor, name))
+
+
+def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the storages behind ``tensors``, shared ones once."""
+    storages = {
+        (plain.device, plain.untyped_storage().data_ptr()): plain.untyped_storage().nbytes()
+        for tensor in tensors
+        for plain in _plain(tensor)
+    }
+    return sum(storages.values())
+
+
+# --- the store --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class WeightStore:
+    """Loaded weights by key, and why each was loaded."""
+
+    reasons: list[str] = field(default_factory=list)
+    """One line per load, in order: ``first load`` or the parts of the key that changed."""
+    _bases: dict[WeightsKey, Base] = field(default_factory=dict)
+    _seen: list[WeightsKey] = field(default_factory=list)
+
+    def get(self, key: WeightsKey, loader: Callable[[], Base]) -> Base:
+        """The weights of ``key``, loaded with ``loader`` unless the store holds them."""
+        if key not in self._bases:
+            reason = self._why(key)
+            self._bases[key] = loader()
+            self.reasons.append(reason)
+            self._seen = [*(seen for seen in self._seen if seen != key), key]
+        return self._bases[key]
+
+    def _why(self, key: WeightsKey) -> str:
+        if key in self._seen:
+            return "loaded before, freed since"
+        same_part = [seen for seen in self._seen if seen.part == key.part]
+        return key.difference(same_part[-1]) if same_part else "first load"
+
+    def keep_only(self, keys: Iterable[WeightsKey]) -> None:
+        """Free everything but ``keys``. Shells over freed weights keep them alive: drop those first."""
+        kept = set(keys)
+        dropped = [key for key in self._bases if key not in kept]
+        for key in dropped:
+            del self._bases[key]
+        if dropped:
+            free_memory()
+
+    def clear(self) -> None:
+        """Free everything."""
+        self.keep_only(())
+
+    def __contains__(self, key: WeightsKey) -> bool:
+        return key in self._bases
+
+
+def free_memory() -> None:
+    """Collect what nothing refers to and give cached device memory back."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
