@@ -62,11 +62,11 @@ class Flux2Model(Option):
     text_encoder_out_layers: tuple[int, ...] | None = None
     """Hidden states read from the text encoder; None is the pipeline's own choice."""
 
-    steps: int = Field(4, ge=1)
-    """Denoising steps when the run does not say."""
+    steps: int | None = Field(4, ge=1)
+    """Denoising steps when the run does not say; None goes by whether the checkpoint is distilled."""
 
     guidance: float | None = Field(None, ge=0)
-    """Guidance scale when the run does not say; None for distilled models."""
+    """Guidance scale when the run does not say; None goes by whether the checkpoint is distilled."""
 
     height: int = Field(1024, ge=16, multiple_of=16)
     """Picture height in pixels when the run does not say."""
@@ -105,6 +105,14 @@ class Flux2Model(Option):
             )
         folder = self.folder()
         return str(folder.resolve()) if folder else f"hub {self.id}"
+
+    def default_steps(self, distilled: bool) -> int:
+        """Denoising steps when the run does not say: few for a distilled checkpoint, the usual 50 for another."""
+        return self.steps or (4 if distilled else 50)
+
+    def default_guidance(self, distilled: bool) -> float | None:
+        """Guidance scale when the run does not say; None for a distilled checkpoint, which has none."""
+        return None if distilled else 4.0 if self.guidance is None else self.guidance
 
     def dtype_on(self, machine: Machine) -> str:
         """The dtype ``auto`` means on the run's device."""
