@@ -7,11 +7,13 @@ gated repository or a full disk is answered in one line and at once.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
-import threading
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -105,6 +107,18 @@ def inspect(model: Flux2Model, machine: Machine | None = None) -> Located:
     if machine is not None:
         _check_processor(located, machine)
     return located
+
+
+def resolve(model: Flux2Model, located: Located) -> Flux2Model:
+    """``model`` with what its checkpoint knows filled in: pipeline, distilled, and the defaults that follow from it."""
+    return model.model_copy(
+        update={
+            "pipeline": located.pipeline,
+            "distilled": located.distilled,
+            "steps": model.default_steps(located.distilled),
+            "guidance": model.default_guidance(located.distilled),
+        }
+    )
 
 
 def _random(model: Flux2Model) -> Located:
@@ -513,52 +527,78 @@ def download(located: Located, progress: Callable[[str], None] | None = None) ->
     """
     if located.folder is not None:
         return located.folder
-    assert located.id is not None
-    from huggingface_hub import snapshot_download
-
     say = progress or (lambda line: None)
     say(located.announcement() or f"fetching {located.id}")
-    try:
-        with _metered(located, say):
-            folder = snapshot_download(
-                located.id, revision=located.asked_revision, allow_patterns=list(located.files)
-            )
-    except Exception as error:
-        raise FluxrunError(
-            f"the download of {located.id} broke off ({one_line(error, 160)}); run again to go on from there"
-        ) from error
-    _check_whole(Path(folder), located.variant, "delete it from the cache and run again")
-    return Path(folder)
+    folder = _fetch(located, say)
+    _check_whole(folder, located.variant, "delete it from the cache and run again")
+    return folder
 
 
-@contextmanager
-def _metered(located: Located, say: Callable[[str], None], every_s: float = 1.0) -> Iterator[None]:
-    """Say how much has arrived while the block runs, in place of the hub client's own bars.
+# Run in a child process: the hub client's worker threads finish whole files, gigabytes of them, before they let an
+# interrupt through; a child can be ended at once. It ends by itself when its standard input does, that is when the
+# parent is gone.
+_CHILD = """
+import json, os, sys, threading
+threading.Thread(target=lambda: (sys.stdin.buffer.read(), os._exit(1)), daemon=True).start()
+from huggingface_hub import snapshot_download
+try:
+    print(snapshot_download(**json.loads(sys.argv[1])), flush=True)
+    os._exit(0)
+except Exception as error:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    print(type(error).__name__ + ": " + " ".join(lines)[:300], file=sys.stderr, flush=True)
+    os._exit(1)
+"""
 
-    What lies in the cache is measured, not the client's counters: those differ between its versions.
-    """
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    assert located.cache is not None and located.id is not None
+def _fetch(located: Located, say: Callable[[str], None], every_s: float = 1.0) -> Path:
+    """Download ``located.files`` into the hub's cache and return the snapshot folder."""
+    from huggingface_hub import HfApi
+
+    assert located.id is not None and located.cache is not None
+    arguments = {
+        "repo_id": located.id,
+        "revision": located.asked_revision,
+        "allow_patterns": located.files,
+        "cache_dir": str(located.cache),
+        "endpoint": HfApi().endpoint,
+    }
     blobs = located.cache / f"models--{located.id.replace('/', '--')}" / "blobs"
-    done, silent = threading.Event(), are_progress_bars_disabled()
-    before = _folder_bytes(blobs)
-
-    def watch() -> None:
-        while not done.wait(every_s):
-            arrived = min(_folder_bytes(blobs) - before, located.download_bytes)
-            say(f"downloaded {gigabytes(arrived)} of {gigabytes(located.download_bytes)}")
-
-    disable_progress_bars()
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
+    partial, before = set(blobs.glob("*.incomplete")), _folder_bytes(blobs)
+    read_end, write_end = os.pipe()
+    child = subprocess.Popen(
+        [sys.executable, "-c", _CHILD, json.dumps(arguments)],
+        stdin=read_end,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+    )
     try:
-        yield
+        while True:
+            try:
+                answer, complaint = child.communicate(timeout=every_s)
+                break
+            except subprocess.TimeoutExpired:
+                # Measured in the cache, not by the client's counters: those differ between its versions.
+                arrived = min(max(_folder_bytes(blobs) - before, 0), located.download_bytes)
+                say(f"downloaded {gigabytes(arrived)} of {gigabytes(located.download_bytes)}")
     finally:
-        done.set()
-        watcher.join()
-        if not silent:
-            enable_progress_bars()
+        child.kill()
+        child.wait()
+        os.close(read_end)
+        os.close(write_end)
+        for leftover in (
+            set(blobs.glob("*.*.incomplete")) - partial
+        ):  # named for the child, of no use to another
+            leftover.unlink(missing_ok=True)
+    if child.returncode != 0:
+        why = one_line(
+            RuntimeError(complaint.strip().rpartition("\n")[2] or f"exit code {child.returncode}"), 200
+        )
+        raise FluxrunError(f"the download of {located.id} broke off ({why}); run again to go on from there")
+    return Path(answer.strip().rpartition("\n")[2])
 
 
 def _folder_bytes(folder: Path) -> int:

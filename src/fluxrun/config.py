@@ -13,6 +13,7 @@ from fluxrun.errors import ConfigError
 if TYPE_CHECKING:
     from fluxrun.build import Context
     from fluxrun.machine import Machine
+    from fluxrun.plan import Plan
 
 Facts = dict[str, Any]
 
@@ -36,8 +37,12 @@ class Option(BaseModel):
         """Why this machine cannot use the option, or None. Pure: imports no torch, loads nothing."""
         return None
 
-    def resolve(self, config: RunConfig, machine: Machine) -> tuple[str, str] | None:
+    def resolve(self, plan: Plan) -> tuple[str, str] | None:
         """For an option that only chooses (``auto``): the option to use and why. Pure, like ``requires``."""
+        return None
+
+    def choose(self, pipeline: Any, context: Context) -> tuple[str, Facts] | None:
+        """As ``resolve``, for a choice that needs the built pipeline and a measurement."""
         return None
 
     def apply(self, pipeline: Any, context: Context) -> Facts:
@@ -185,6 +190,6 @@ def explain(error: ValidationError) -> str:
     key = ".".join(path)
     got = problem.get("input")
     if problem["type"] == "extra_forbidden":
-        known = sorted(RunConfig.model_fields)
+        known = sorted(set(RunConfig.model_fields) - {"source", "config_dirs"})
         return f"unknown key {key!r}: {nearest(path[-1], known)}"
     return f"{key}={got}: {problem['msg'].lower()}, got {got!r} ({type(got).__name__})"

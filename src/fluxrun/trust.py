@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
+from pathlib import Path
+from typing import Any
 
-from fluxrun.errors import TrustError
+import yaml
+
+from fluxrun.errors import ConfigError, TrustError
 
 TRUST_VARIABLE = "FLUXRUN_TRUST_CONFIG"
 OWN_TARGETS = "fluxrun.options."
+SWEEP_KEYS = {("mode",), ("sweeper", "params")}
+"""The only ``hydra.*`` keys a sweep file may set."""
+HOW_TO_LIFT = f"if you trust it, pass --trust-config or set {TRUST_VARIABLE}=1"
 
 
 def trusted() -> bool:
@@ -20,5 +28,62 @@ def check_target(target: str) -> None:
     if not target.startswith(OWN_TARGETS) and not trusted():
         raise TrustError(
             f"_target_ {target!r} is not one of fluxrun's own ({OWN_TARGETS}*): a config may not run foreign code; "
-            f"if you trust it, pass --trust-config or set {TRUST_VARIABLE}=1"
+            + HOW_TO_LIFT
         )
+
+
+def check_file(path: Path, group: str, own_dir: Path) -> None:
+    """Refuse a config file outside ``own_dir`` that sets ``hydra.*`` or moves itself into the hydra package.
+
+    Hydra acts on callbacks, logging and run.dir before any of our code runs, so this is looked at in the file's
+    text and before Hydra composes it. Raises TrustError, or ConfigError for YAML that cannot be read.
+    """
+    if trusted() or path.resolve().is_relative_to(own_dir.resolve()):
+        return
+    text = _read(path)
+    content = _parse(path, text)
+    package = re.search(r"^\s*#\s*@package\s+(\S+)", text, re.MULTILINE)
+    steers = [f"package {package.group(1)}"] if package and package.group(1).split(".")[0] == "hydra" else []
+    steers += [".".join(("hydra", *keys)) for keys in _hydra_keys(content) if not (group == "sweep" and _allowed(keys))]
+    steers += [entry for entry in _defaults(content) if "hydra" in entry]
+    if steers:
+        raise TrustError(f"{path} sets {steers[0]!r}: a config file may not steer Hydra itself; {HOW_TO_LIFT}")
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+
+
+def _parse(path: Path, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{where} is not valid YAML: {getattr(error, 'problem', error)}") from error
+
+
+def _hydra_keys(content: Any) -> list[tuple[str, ...]]:
+    node = content.get("hydra") if isinstance(content, dict) else None
+    dotted = [k for k in content if str(k).startswith("hydra.")] if isinstance(content, dict) else []
+    return _leaves(node) + [tuple(str(k).split(".")[1:]) for k in dotted]
+
+
+def _leaves(node: Any, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    if isinstance(node, dict) and node:
+        return [leaf for key, value in node.items() for leaf in _leaves(value, (*prefix, str(key)))]
+    return [prefix] if node is not None else []
+
+
+def _allowed(keys: tuple[str, ...]) -> bool:
+    return any(keys[: len(allowed)] == allowed for allowed in SWEEP_KEYS)
+
+
+def _defaults(content: Any) -> list[str]:
+    entries = content.get("defaults") if isinstance(content, dict) else None
+    if not isinstance(entries, list):
+        return []
+    return [str(next(iter(entry))) if isinstance(entry, dict) and entry else str(entry) for entry in entries]

@@ -1,0 +1,415 @@
+"""Build: weights → shell → options in one order → pipeline, with fallbacks at apply and at the first call."""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from fluxrun.catalog import Catalog
+from fluxrun.config import Facts, Option, RunConfig
+from fluxrun.errors import Interrupted, OptionUnavailable, OutOfMemory, one_line
+from fluxrun.interrupt import Interrupts
+from fluxrun.machine import GIB, Machine
+from fluxrun.plan import APPLY_ORDER, BLAME_ORDER, Fallback, Plan
+from fluxrun.progress import Reporter
+
+if TYPE_CHECKING:
+    from fluxrun.checkpoint import Located
+    from fluxrun.compiler import Compiler
+    from fluxrun.models import Base, Part, WeightsKey, WeightStore
+    from fluxrun.options.memory import MemoryKnobs
+    from fluxrun.options.quantization import Quantization
+    from fluxrun.state import ProcessState
+
+log = logging.getLogger("fluxrun.build")
+
+PATCH_PIXELS = 16
+"""Edge in pixels of the square that becomes one image token."""
+
+
+class Context:
+    """What an option may look at while it is applied: the run, the machine, and places to count in."""
+
+    def __init__(self, plan: Plan, state: ProcessState, compiler: Compiler, reference_tokens: int = 0) -> None:
+        self.plan = plan
+        self.state = state
+        self.compiler = compiler
+        self.counters: Counter[str] = Counter()
+        self.weight_facts: Facts = {}
+        self._reference_tokens = reference_tokens
+
+    @property
+    def config(self) -> RunConfig:
+        """The run's config."""
+        return self.plan.config
+
+    @property
+    def machine(self) -> Machine:
+        """The machine, with the run's device."""
+        return self.plan.machine
+
+    @property
+    def catalog(self) -> Catalog:
+        """Where other options can be loaded from."""
+        return self.plan.catalog
+
+    @property
+    def options(self) -> dict[str, Option]:
+        """The options in use, by group."""
+        return self.plan.options
+
+    @property
+    def device(self) -> str:
+        """torch device string."""
+        return self.machine.device
+
+    @property
+    def dtype(self) -> str:
+        """Name of the weights' torch dtype."""
+        return self.plan.dtype
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.plan.size
+
+    @property
+    def batch_size(self) -> int:
+        """Images per pipeline call."""
+        return self.config.batch_size
+
+    @property
+    def tokens(self) -> int:
+        """Sequence length of the transformer: image, reference and text tokens."""
+        height, width = self.size
+        image = (height // PATCH_PIXELS) * (width // PATCH_PIXELS)
+        return image + self._reference_tokens + self.plan.model.max_sequence_length
+
+    def timed(self, call: Callable[[], Any]) -> float:
+        """Seconds ``call`` takes, the device synchronised at both ends."""
+        synchronize(self.device)
+        started = time.perf_counter()
+        call()
+        synchronize(self.device)
+        return time.perf_counter() - started
+
+
+class Session:
+    """A plan and the pipeline built from it, rebuilt from the same weights whenever an option falls back.
+
+    As a context manager it puts every process-wide switch back when it is left.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        store: WeightStore | None = None,
+        reporter: Reporter | None = None,
+        interrupts: Interrupts | None = None,
+        references: Sequence[Any] = (),
+        located: Located | None = None,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        from fluxrun.models import WeightStore
+        from fluxrun.state import ProcessState, import_diffusers
+
+        self.plan = plan
+        self.store = WeightStore() if store is None else store
+        self.reporter = reporter or Reporter()
+        self.interrupts = interrupts or Interrupts()
+        self.references = list(references)
+        self.located = located
+        self.timings = {"load_s": 0.0, "apply_s": 0.0}
+        self.pipeline: Any = None
+        self.context: Context | None = None
+        self._on_change = on_change
+        self._broken = import_diffusers()
+        self._staged_counts: Counter[str] = Counter()
+        self._state = ProcessState()
+
+    def __enter__(self) -> Session:
+        self._state.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+        self._state.__exit__(kind, error, trace)
+
+    def close(self) -> None:
+        """Leave: the shell is dropped, every process-wide switch is put back."""
+        self.__exit__(None, None, None)
+
+    # -- assembling ---------------------------------------------------------------------------------------------
+
+    def assemble(self) -> None:
+        """Build until it works: every failure at ``apply`` takes that option's fallback and starts afresh."""
+        while True:
+            try:
+                self._assemble()
+                self._on_change()
+                return
+            except _Failed as failed:
+                self._fall_back(failed.group, "apply", failed.error)
+
+    def recover(self, error: BaseException) -> None:
+        """After a failed first call: take the fallback of the option to blame and build again.
+
+        Re-raises ``error`` when no option is left to blame, or when the user interrupted.
+        """
+        self.interrupts.check()
+        if isinstance(error, (Interrupted, KeyboardInterrupt)):
+            raise error
+        group = "memory" if is_out_of_memory(error) else self._blame(error)
+        if group is None:
+            raise error
+        self._fall_back(group, "first_call", error)
+        self.assemble()
+
+    def release(self) -> None:
+        """Let go of the shell; the weights stay in the store."""
+        self.pipeline = None
+        self.context = None
+
+    def observe(self) -> None:
+        """Add to each option's facts what only shows after pictures were drawn."""
+        assert self.context is not None
+        for group, choice in self.plan.choices.items():
+            choice.facts = {**choice.facts, **choice.option.observe(self.pipeline, self.context)}
+
+    def _assemble(self) -> None:
+        from fluxrun.compiler import Compiler
+
+        self.release()
+        self._state.restore()
+        self.context = Context(self.plan, self._state, Compiler(), self._reference_tokens())
+        self.context.counters.update(self._staged_counts)
+        base = self._load("image" if self._memory.staged else "all")
+        self.context.weight_facts = base.facts
+        self.plan.choices["model"].facts = base.facts
+        started = time.perf_counter()
+        with self.interrupts.immediate():
+            self.pipeline = self._shell(base)
+            for group in APPLY_ORDER:
+                self._apply(group)
+        self.timings["apply_s"] += time.perf_counter() - started
+
+    def _apply(self, group: str) -> None:
+        """One option: let it choose (auto), apply it, keep its facts; a failure names the group."""
+        assert self.context is not None
+        choice = self.plan.choices[group]
+        try:
+            if chosen := choice.option.choose(self.pipeline, self.context):
+                self.plan.switch(group, *chosen)
+            choice.facts = {**choice.facts, **choice.option.apply(self.pipeline, self.context)}
+        except (Interrupted, KeyboardInterrupt):
+            raise
+        except Exception as error:  # an option may fail in any way its library likes; it is recorded, never hidden
+            raise _Failed(group, error) from error
+
+    def _shell(self, base: Base) -> Any:
+        from fluxrun.models import shell
+
+        pipeline = shell(base)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    # -- weights ------------------------------------------------------------------------------------------------
+
+    @property
+    def _memory(self) -> MemoryKnobs:
+        return self.plan.choices["memory"].option  # type: ignore[return-value]
+
+    @property
+    def _quantization(self) -> Quantization:
+        return self.plan.choices["quantization"].option  # type: ignore[return-value]
+
+    def _key(self, part: Part) -> WeightsKey:
+        from fluxrun.models import WeightsKey
+
+        placement = "cpu" if self._memory.offloads else self.plan.machine.device
+        quantization = self._quantization.model_dump_json(exclude={"fallback"})
+        return WeightsKey.of(
+            self.plan.model, dtype=self.plan.dtype, device=placement, part=part, quantization=quantization
+        )
+
+    def _load(self, part: Part) -> Base:
+        """The stored weights of ``part``, loaded on first use; other weights are freed first."""
+        from fluxrun.models import load
+
+        key = self._key(part)
+        self.store.keep_only([key])
+        started = time.perf_counter()
+        try:
+            with self.interrupts.immediate():
+                base = self.store.get(key, lambda: self._announce_load(load, part, key))
+        except (Interrupted, KeyboardInterrupt, _Failed):
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise _Failed("memory", error) from error
+            raise
+        finally:
+            self.timings["load_s"] += time.perf_counter() - started
+        return base
+
+    def _announce_load(self, load: Callable[..., Base], part: Part, key: WeightsKey) -> Base:
+        what = {"all": "model", "text": "text encoder", "image": "transformer and VAE"}[part]
+        with self.reporter.stage(f"Loading {self.plan.model.name} ({what}, {key.dtype}, {key.placement})"):
+            return load(
+                self.plan.model, dtype=key.dtype, device=key.placement, part=part, quantize=self._quantize,
+                progress=log.debug, located=self.located,
+            )  # fmt: skip
+
+    def _quantize(self, component: Any, name: str) -> Facts:
+        try:
+            return self._quantization.quantize(component, name)
+        except Exception as error:  # a library's failure to convert is this option's failure
+            raise _Failed("quantization", error) from error
+
+    @property
+    def staged(self) -> bool:
+        """Whether prompts are encoded first, with the text encoder alone."""
+        return self._memory.staged
+
+    def encode_first(self, encode: Callable[[Any], None], prompts: int) -> None:
+        """For staged memory: load the text encoder alone, encode with it, free it before the rest is loaded."""
+        base = self._load("text")
+        encode(self._shell(base))
+        self._staged_counts = Counter(prompts_encoded_first=prompts, freed_bytes=base.bytes)
+        del base
+        self.store.keep_only([])
+
+    def _reference_tokens(self) -> int:
+        cap = 1024 * 1024  # the pipeline scales larger references down to this area
+        pixels = (min(image.width * image.height, cap) for image in self.references)
+        return sum(int(area) // PATCH_PIXELS**2 for area in pixels)
+
+    # -- falling back -------------------------------------------------------------------------------------------
+
+    def _fall_back(self, group: str, stage: str, error: BaseException) -> None:
+        reason = one_line(error)
+        log.debug("%s failed at %s", group, stage, exc_info=error)
+        self.release()
+        if is_out_of_memory(error):
+            from fluxrun.models import free_memory
+
+            free_memory()
+            record = self._step_down(stage, error)
+            group = "memory"
+        else:
+            try:
+                record = self.plan.fall_back(group, stage, reason, type(error).__name__)
+            except OptionUnavailable as refused:
+                raise refused from error
+        self.plan.settle()
+        log.warning(
+            "%s=%s cannot be used, falling back to %s (%s: %s)",
+            group, record.option, self.plan.choices[group].effective, stage, reason,
+        )  # fmt: skip
+
+    def _step_down(self, stage: str, error: BaseException) -> Fallback:
+        """Out of memory: with memory=auto the next rung of the ladder, else say what would fit."""
+        from fluxrun.options.memory import LADDER
+
+        choice = self.plan.choices["memory"]
+        rungs = [n for n in LADDER[LADDER.index(choice.effective) + 1 :] if self._usable("memory", n)]
+        if choice.requested != "auto" or not rungs or self.plan.config.strict:
+            raise OutOfMemory(self._advice(rungs)) from error
+        record = Fallback(choice.effective, stage, one_line(error), type(error).__name__)
+        choice.fallbacks.append(record)
+        self.plan.switch("memory", rungs[0], {"chosen_because": "the rung above ran out of memory"})
+        return record
+
+    def _usable(self, group: str, name: str) -> bool:
+        return self.plan.catalog.load(group, name).requires(self.plan.machine) is None
+
+    def _advice(self, rungs: Sequence[str]) -> str:
+        gpu = self.plan.machine.gpu
+        where = f"{gpu.name} ({gpu.memory_bytes / GIB:.0f} GB)" if gpu else f"{self.plan.machine.device}"
+        ideas = [f"memory={name}" for name in rungs[:2]]
+        ideas += ["quantization=fp8"] if self._quantization.name == "none" and self._usable("quantization", "fp8") else []
+        height, width = self.plan.size
+        ideas += [f"height={height // 32 * 16} width={width // 32 * 16}"] if min(height, width) >= 64 else []
+        return f"out of memory on {where} with memory={self._memory.name}; try {' or '.join(ideas[:3])}"
+
+    def _blame(self, error: BaseException) -> str | None:
+        """The group whose code the error comes from; else the likeliest that has a fallback; None for neither."""
+        suspects = [g for g in BLAME_ORDER if self.plan.choices[g].option.fallback != "error"]
+        places = _places(error)
+        for group, marks in _MARKS.items():
+            if group in suspects and any(mark in place for place in places for mark in marks):
+                return group
+        return suspects[0] if suspects else None
+
+
+_MARKS = {
+    "attention": ("attention_dispatch", "xformers", "flash_attn", "sageattention", "flex_attention"),
+    "quantization": ("torchao", "sdnq"),
+    "compile": ("torch/_inductor", "torch/_dynamo", "torch/_functorch", "triton"),
+    "vae": ("autoencoder",),
+}
+"""Where in a traceback each group's libraries show up."""
+
+
+class _Failed(Exception):
+    """An option's failure, with the group it belongs to."""
+
+    def __init__(self, group: str, error: BaseException) -> None:
+        super().__init__(one_line(error))
+        self.group, self.error = group, error
+
+
+def _places(error: BaseException) -> list[str]:
+    """Files and error types along the whole chain of causes, innermost frames included."""
+    places: list[str] = []
+    seen: BaseException | None = error
+    while seen is not None:
+        places += [frame.filename for frame in traceback.extract_tb(seen.__traceback__)]
+        places.append(type(seen).__module__.replace(".", "/"))
+        seen = seen.__cause__ or seen.__context__
+    return places
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator gave up, on a GPU or on the CPU."""
+    import torch
+
+    cpu = isinstance(error, (RuntimeError, MemoryError)) and ("can't allocate memory" in str(error) or isinstance(error, MemoryError))
+    return isinstance(error, torch.OutOfMemoryError) or cpu
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device; a CPU has nothing to wait for."""
+    import torch
+
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    elif device == "mps":
+        torch.mps.synchronize()
+
+
+def build(config: RunConfig) -> Session:
+    """The optimized pipeline of a config, with what was applied; for notebooks and node graphs.
+
+    ``session.pipeline`` is an ordinary diffusers pipeline, ``session.plan.choices`` says what is in effect and why.
+    Process-wide switches stay set until ``session.close()``.
+    """
+    from fluxrun.runner import prepare
+
+    prepared = prepare(config)
+    session = Session(prepared.plan, references=prepared.references, located=prepared.located)
+    session.__enter__()
+    try:
+        session.assemble()
+    except BaseException:
+        session.close()
+        raise
+    return session

@@ -1,0 +1,243 @@
+"""The command line: a plain Hydra app, a few subcommands, and one line for every error."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from fluxrun.compose import (
+    COMPOSE_ERRORS,
+    CONFIG_NAME,
+    compose,
+    compose_node,
+    config_dirs,
+    explain_composition,
+    hydra_for,
+    quote_raw_text,
+    to_run_config,
+)
+from fluxrun.errors import ConfigError, FluxrunError, one_line
+from fluxrun.paths import cache_dir, conf_dir
+from fluxrun.record import exit_code_of
+from fluxrun.trust import TRUST_VARIABLE
+
+TRUST_FLAG = "--trust-config"
+SHOWING_FLAGS = ("help", "hydra_help", "cfg", "info", "shell_completion")
+log = logging.getLogger("fluxrun")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of ``fluxrun``; ends the process with the exit code of DESIGN (0, 1, 2, 130, 143)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = dispatch(arguments)
+    except KeyboardInterrupt:
+        code = _say("interrupted", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except FluxrunError as error:
+        code = _say(str(error), error.exit_code, error)
+    sys.exit(code)
+
+
+def dispatch(arguments: list[str]) -> int:
+    """Run the subcommand named by a bare first word, else the Hydra app; returns the exit code."""
+    if TRUST_FLAG in arguments:
+        arguments = [a for a in arguments if a != TRUST_FLAG]
+        os.environ[TRUST_VARIABLE] = "1"
+    if arguments[:1] == ["--version"]:
+        from fluxrun import __version__
+
+        print(f"fluxrun {__version__}")
+        return 0
+    first = arguments[0] if arguments else ""
+    if first in SUBCOMMANDS:
+        return SUBCOMMANDS[first](arguments[1:])
+    if first and not first.startswith("-") and "=" not in first and not first.startswith(("+", "~")):
+        from fluxrun.suggest import nearest
+
+        raise ConfigError(f"unknown command {first!r}: {nearest(first, list(SUBCOMMANDS))}, or overrides (key=value)")
+    return run_app([quote_raw_text(a) for a in arguments])
+
+
+# --- the Hydra app ------------------------------------------------------------------------------------------------
+
+
+def run_app(arguments: list[str]) -> int:
+    """The Hydra app: ``--cfg``, ``--help``, ``--multirun``, completion and runs. Bad input is refused first."""
+    options = get_args_parser().parse_args(arguments)
+    dirs = config_dirs(options.config_dir)
+    _check_flags(options.config_path, options.config_name)
+    shows = any(getattr(options, flag) for flag in SHOWING_FLAGS)
+    if not shows:
+        _refuse_early(options.overrides, dirs, multirun=options.multirun)
+    codes: list[int] = []
+    _run_hydra(arguments, options.overrides, dirs, lambda node: codes.append(_job(node, dirs)))
+    return max(codes, default=0)
+
+
+def _check_flags(config_path: str | None, config_name: str | None) -> None:
+    if config_path or config_name:
+        raise ConfigError("--config-path and --config-name are not used: fluxrun has one config; add yours with --config-dir")
+
+
+def _refuse_early(overrides: Sequence[str], dirs: tuple[Path, ...], *, multirun: bool) -> None:
+    """Everything that can be refused before Hydra makes a folder and before torch is imported.
+
+    In a sweep only what is wrong for every job: a value that one job has wrong fails that job.
+    """
+    from fluxrun.runner import prepare
+
+    with hydra_for(dirs) as app:
+        node = compose_node(app, overrides, dirs, RunMode.MULTIRUN if multirun else RunMode.RUN)
+        if multirun or node.hydra.mode == RunMode.MULTIRUN:
+            from fluxrun.sweep import check_composition
+
+            check_composition(app, overrides, dirs)
+            return
+    prepare(to_run_config(node, dirs))
+    _refuse_used_folder(node)
+
+
+def _refuse_used_folder(node: DictConfig) -> None:
+    folder = Path(str(node.hydra.run.dir))
+    if (folder / "run.json").exists():
+        raise ConfigError(f"{folder} already holds a run: choose another hydra.run.dir, or remove it")
+
+
+def _run_hydra(
+    arguments: list[str], overrides: Sequence[str], dirs: tuple[Path, ...], task: Callable[[DictConfig], None]
+) -> None:
+    """Hand over to Hydra; its own errors come back as one line (HYDRA_FULL_ERROR makes it raise them)."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.argv = [sys.argv[0], *arguments]
+    app = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=CONFIG_NAME)(task)
+    try:
+        app()
+    except COMPOSE_ERRORS as error:
+        raise ConfigError(explain_composition(error, overrides, dirs)) from error
+    except OSError as error:
+        raise ConfigError(f"cannot write to the output folder {error.filename}: {error.strerror}") from error
+
+
+def _job(node: DictConfig, dirs: tuple[Path, ...]) -> int:
+    """One job of the app: run it in the folder Hydra made; returns its exit code, never raises an ordinary error."""
+    from fluxrun.runner import run
+
+    hydra_config = HydraConfig.get()
+    try:
+        config = to_run_config(_with_hydra(node, hydra_config), dirs)
+        run(config, hydra_config.runtime.output_dir, command=["fluxrun", *sys.argv[1:]])
+    except KeyboardInterrupt:
+        return 130
+    except FluxrunError as error:
+        log.debug("refused", exc_info=error)
+        if error.exit_code in (130, 143):
+            _end_sweep(hydra_config, error)
+        elif not _recorded(hydra_config):
+            log.error("%s", error)
+        return 1 if hydra_config.mode == RunMode.MULTIRUN else error.exit_code
+    except Exception as error:  # already one line on screen and a traceback in the log; a sweep goes on
+        log.debug("failed", exc_info=error)
+        return exit_code_of(error)
+    return 0
+
+
+def _with_hydra(node: DictConfig, hydra_config: DictConfig) -> DictConfig:
+    from omegaconf import open_dict
+
+    copy = node.copy()
+    with open_dict(copy):
+        copy.hydra = {"runtime": {"choices": dict(hydra_config.runtime.choices)}}
+    return copy
+
+
+def _end_sweep(hydra_config: DictConfig, error: FluxrunError) -> None:
+    """An interrupt ends the whole sweep, not only its job."""
+    if hydra_config.mode == RunMode.MULTIRUN:
+        raise error
+
+
+def _recorded(hydra_config: DictConfig) -> bool:
+    return (Path(hydra_config.runtime.output_dir) / "run.json").exists()
+
+
+# --- subcommands ----------------------------------------------------------------------------------------------------
+
+
+def plan_command(arguments: list[str]) -> int:
+    """``fluxrun plan [overrides]``: what would run here, and why not the rest; loads nothing."""
+    from fluxrun.runner import prepare
+    from fluxrun.show import show_plan
+
+    overrides, config_dir = _overrides_of("plan", plan_command, arguments)
+    show_plan(prepare(compose(overrides, config_dir=config_dir)))
+    return 0
+
+
+def doctor_command(arguments: list[str]) -> int:
+    """``fluxrun doctor [overrides]``: this machine, its libraries, which options are usable; probes the kernels."""
+    from fluxrun.show import show_doctor
+
+    overrides, config_dir = _overrides_of("doctor", doctor_command, arguments)
+    show_doctor(compose(overrides, config_dir=config_dir))
+    return 0
+
+
+def rerun_command(arguments: list[str]) -> int:
+    """``fluxrun rerun IMAGE|RUN_FOLDER [hydra.run.dir=FOLDER]``: draw the same pixels again, and say if they are."""
+    from fluxrun.rerun import rerun
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(rerun_command.__doc__)
+        return 0 if arguments else 2
+    return rerun(arguments[0], arguments[1:])
+
+
+SUBCOMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "plan": plan_command,
+    "doctor": doctor_command,
+    "rerun": rerun_command,
+}
+
+
+def _overrides_of(name: str, command: Callable[[list[str]], int], arguments: list[str]) -> tuple[list[str], str | None]:
+    parser = get_args_parser()
+    parser.prog = f"fluxrun {name}"
+    options = parser.parse_args(arguments)
+    if options.help:
+        print(command.__doc__)
+        sys.exit(0)
+    return list(options.overrides), options.config_dir
+
+
+def _say(line: str, code: int, error: BaseException | None = None) -> int:
+    """One line on the screen; the traceback goes to the log in the cache folder."""
+    from fluxrun.progress import console
+
+    console.print(f"error: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
+    if error is not None:
+        _log_refusal(error)
+    return code
+
+
+def _log_refusal(error: BaseException) -> None:
+    """Keep the traceback of the last refusals in the user's cache folder: no run folder exists yet."""
+    import traceback
+
+    path = cache_dir() / "refused.log"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    except OSError as problem:
+        log.debug("could not write %s: %s", path, one_line(problem))

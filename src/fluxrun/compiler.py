@@ -1,0 +1,113 @@
+"""torch.compile with its own bookkeeping: what was compiled, what really ran compiled, and what it cost."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo.utils as dynamo_utils
+
+from fluxrun.config import Facts
+from fluxrun.paths import cache_dir
+
+COMPILE_TIME_KEY = "entire_frame_compile"
+
+
+class CountingBackend:
+    """Inductor as a torch.compile backend that counts compilations, recompilations and calls of compiled graphs.
+
+    Two backends with the same settings are equal, so that a fresh module shell reuses the graphs compiled for an
+    earlier one; the counts are therefore the class's, and read as differences.
+    """
+
+    compilations = 0
+    recompilations = 0
+    graph_calls = 0
+
+    def __init__(self, patches: dict[str, Any]) -> None:
+        self.patches = patches
+        self._identity = json.dumps(patches, sort_keys=True, default=str)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CountingBackend) and other._identity == self._identity
+
+    def __hash__(self) -> int:
+        return hash(self._identity)
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        from torch._guards import CompileContext
+        from torch._inductor.compile_fx import compile_fx
+
+        compile_id = CompileContext.current_compile_id()
+        CountingBackend.compilations += 1
+        CountingBackend.recompilations += bool(compile_id and compile_id.frame_compile_id)
+        compiled = compile_fx(graph, inputs, config_patches=self.patches)
+
+        @functools.wraps(compiled)
+        def run(*args: Any) -> Any:
+            CountingBackend.graph_calls += 1
+            return compiled(*args)
+
+        return run
+
+
+class Compiler:
+    """What a build needs of torch.compile: backends, cache folder, and the counts since it was made."""
+
+    _last_identity: str | None = None
+
+    def __init__(self) -> None:
+        self.active = False
+        self._start = _counts()
+
+    def backend(self, mode: str | None, options: dict[str, Any]) -> CountingBackend:
+        """The backend of these settings. Settings other than the last ones reset dynamo first: after eight
+        different ones it would refuse (``fullgraph``) or silently run eager."""
+        from torch._inductor import list_mode_options
+
+        patches = {**(list_mode_options(mode) if mode and mode != "default" else {}), **options}
+        backend = CountingBackend(patches)
+        if Compiler._last_identity not in (None, backend._identity):
+            torch.compiler.reset()
+        Compiler._last_identity = backend._identity
+        self.active = True
+        self._start = _counts()
+        return backend
+
+    def use_cache(self, folder: Path | None) -> None:
+        """Keep compiled kernels in ``folder`` (None: fluxrun's cache folder; the environment wins)."""
+        if folder is not None or "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str((folder or cache_dir() / "inductor").expanduser())
+
+    def counted(self) -> Facts:
+        """Counts since the backend was made; times in seconds."""
+        now = _counts()
+        return {key: round(now[key] - self._start.get(key, 0), 3) for key in now}
+
+    def seconds(self) -> float:
+        """Seconds spent compiling since the backend was made."""
+        return _compile_seconds() - self._start["compile_s"]
+
+
+def _counts() -> dict[str, float]:
+    counters = dynamo_utils.counters
+    inductor, autograd = counters["inductor"], counters["aot_autograd"]
+    return {
+        "compile_s": _compile_seconds(),
+        "graphs_compiled": CountingBackend.compilations,
+        "recompiles": CountingBackend.recompilations,
+        "graph_calls": CountingBackend.graph_calls,
+        "graph_breaks": sum(counters["graph_break"].values()),
+        "cache_hits": inductor["fxgraph_cache_hit"] + autograd["autograd_cache_hit"],
+        "cache_misses": inductor["fxgraph_cache_miss"] + autograd["autograd_cache_miss"],
+        "cudagraphs": inductor["cudagraph_recorded_non_static_inputs"],
+    }
+
+
+def _compile_seconds() -> float:
+    return float(dynamo_utils.calculate_time_spent().get(COMPILE_TIME_KEY, 0.0))

@@ -1,0 +1,208 @@
+"""Composition: YAML groups and overrides, through Hydra, into one typed run config; every error in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_automatic_config_search_path
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fluxrun.catalog import Catalog
+from fluxrun.config import GROUPS, RunConfig
+from fluxrun.errors import ConfigError, one_line
+from fluxrun.paths import conf_dir
+from fluxrun.suggest import nearest
+from fluxrun.trust import check_file
+
+CONFIG_NAME = "config"
+RAW_TEXT_KEYS = ("prompt", "negative_prompt")
+COMPOSE_ERRORS = (HydraException, OmegaConfBaseException)
+
+
+def quote_raw_text(override: str) -> str:
+    """Quote ``prompt=…`` so that Hydra's grammar and OmegaConf hand the text on unchanged.
+
+    Only ``prompt=[…]`` stays as it is, a list in Hydra's grammar; other overrides pass through.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or key.lstrip("+") not in RAW_TEXT_KEYS:
+        return override
+    if (text.startswith("[") and text.endswith("]")) or text == "null":
+        return override
+    return f"{key}={QuotedString(_escape_interpolation(text), Quote.single).with_quotes()}"
+
+
+def _escape_interpolation(text: str) -> str:
+    """OmegaConf reads ``${`` as an interpolation; a backslash before it (doubling those already there) stops that."""
+    return re.sub(r"(\\*)\$\{", lambda match: match.group(1) * 2 + r"\${", text)
+
+
+def compose(overrides: Sequence[str] = (), *, config_dir: Path | str | None = None) -> RunConfig:
+    """The run config of a list of Hydra overrides, as on the command line.
+
+    Raises ConfigError (one line) for unknown keys, options and wrong types, TrustError for untrusted files.
+    """
+    dirs = config_dirs(config_dir)
+    with hydra_for(dirs) as hydra:
+        node = compose_node(hydra, [quote_raw_text(o) for o in overrides], dirs)
+    return to_run_config(node, dirs)
+
+
+def config_dirs(config_dir: Path | str | None = None) -> tuple[Path, ...]:
+    """The search order of config folders; raises ConfigError for a folder that is not there."""
+    if config_dir is None:
+        return (conf_dir(),)
+    folder = Path(config_dir).expanduser().resolve()
+    if not folder.is_dir():
+        raise ConfigError(f"config folder {folder} does not exist (--config-dir)")
+    return (folder, conf_dir())
+
+
+@contextlib.contextmanager
+def hydra_for(dirs: tuple[Path, ...]) -> Iterator[Hydra]:
+    """A Hydra over these config folders; the one that was active before is active again afterwards."""
+    before = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    search_path = create_automatic_config_search_path(None, None, str(dirs[-1]))
+    assert isinstance(search_path, ConfigSearchPathImpl)
+    for folder in dirs[:-1]:
+        search_path.prepend(provider="command-line", path=f"file://{folder}")
+    try:
+        yield Hydra.create_main_hydra2(task_name="fluxrun", config_search_path=search_path)
+    finally:
+        GlobalHydra.instance().clear()
+        if before is not None:
+            GlobalHydra.instance().initialize(before)
+
+
+def compose_node(
+    hydra: Hydra, overrides: Sequence[str], dirs: tuple[Path, ...], mode: RunMode = RunMode.RUN
+) -> DictConfig:
+    """Compose with the hydra node in it, after every file taking part passed the trust rule."""
+    try:
+        check_composed_files(hydra, overrides, dirs, mode)
+        return hydra.compose_config(
+            config_name=CONFIG_NAME, overrides=list(overrides), run_mode=mode, with_log_configuration=False
+        )
+    except (*COMPOSE_ERRORS, ValueError) as error:
+        raise ConfigError(explain_composition(error, overrides, dirs)) from error
+
+
+def check_composed_files(hydra: Hydra, overrides: Sequence[str], dirs: tuple[Path, ...], mode: RunMode) -> None:
+    """Apply the trust rule to every file outside fluxrun's own folder that this composition would read."""
+    loader = hydra.config_loader
+    defaults = loader.compute_defaults_list(config_name=CONFIG_NAME, overrides=list(overrides), run_mode=mode)
+    for entry in defaults.defaults:
+        path = find_file(str(entry.config_path), dirs)
+        if path is not None:
+            check_file(path, str(entry.config_path).partition("/")[0], dirs[-1])
+
+
+def find_file(config_path: str, dirs: tuple[Path, ...]) -> Path | None:
+    """The file of a config path such as ``preset/mine``, or None where it is not one of these folders'."""
+    candidates = (folder / f"{config_path}.yaml" for folder in dirs)
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def to_run_config(node: DictConfig, dirs: tuple[Path, ...]) -> RunConfig:
+    """A composed node as a validated RunConfig, each option knowing its name."""
+    choices = node.hydra.runtime.choices if "hydra" in node else {}
+    try:
+        data = OmegaConf.to_container(_without_hydra(node), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(one_line(error)) from error
+    assert isinstance(data, dict)
+    return RunConfig.from_dict(name_options(data, dict(choices)), dirs)
+
+
+def name_options(data: dict[Any, Any], choices: dict[Any, Any]) -> dict[str, Any]:
+    """Write the chosen option's name into each group's node; refuse a preset that left a node of its own."""
+    if "preset" in data:
+        raise ConfigError(
+            "a preset left a 'preset' node in the config: its first line must be '# @package _global_' "
+            "(without it Hydra puts the preset's keys under 'preset')"
+        )
+    named = {str(key): value for key, value in data.items()}
+    for group in GROUPS:
+        if isinstance(named.get(group), dict) and choices.get(group):
+            named[group] = {"name": choices[group], **named[group]}
+    return named
+
+
+def _without_hydra(node: DictConfig) -> DictConfig:
+    copy = node.copy()
+    OmegaConf.set_struct(copy, False)
+    copy.pop("hydra", None)
+    return copy
+
+
+def explain_composition(error: BaseException, overrides: Sequence[str], dirs: tuple[Path, ...]) -> str:
+    """One line for an error of Hydra's: unknown option or key with the nearest name first, else its first line."""
+    text = str(error)
+    catalog = Catalog(dirs)
+    if match := re.search(r"Could not find '([\w-]+)/([^']+)'", text) or re.search(r"In '.*': Could not find '(.*?)'", text):
+        if match.lastindex == 2:
+            return _unknown_option(catalog, match.group(1), match.group(2))
+    if match := re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", text):
+        return _unknown_key(match.group(1) or match.group(2), dirs, overrides)
+    if match := re.search(r"Could not override '?([\w./@]+)'?\.\s*No match in the defaults list", text):
+        return f"unknown option group {match.group(1)!r}: {nearest(match.group(1), GROUPS)}"
+    for group in GROUPS:
+        if f"{group}=null" in overrides or f"{group}=" in overrides:
+            return f"{group}=null: an option is needed; allowed: {', '.join(catalog.names(group))}"
+    if "no viable alternative" in text or "mismatched input" in text or "extraneous input" in text:
+        return f"{one_line(error)} (quote the value, or escape , = ( ) [ ] {{ }} with a backslash)"
+    return one_line(error)
+
+
+def _unknown_option(catalog: Catalog, group: str, name: str) -> str:
+    try:
+        catalog.path(group, name)
+    except ConfigError as error:
+        return str(error)
+    return f"option {group}={name} could not be loaded"
+
+
+def _unknown_key(key: str, dirs: tuple[Path, ...], overrides: Sequence[str]) -> str:
+    parent, _, leaf = key.rpartition(".")
+    known = sorted(_known_keys(parent, dirs, overrides))
+    shown = next((o for o in overrides if o.lstrip("+~").startswith(key)), key)
+    return f"unknown key {key!r} (in {shown!r}): {nearest(leaf, known)}"
+
+
+def _known_keys(parent: str, dirs: tuple[Path, ...], overrides: Sequence[str]) -> list[str]:
+    if not parent:
+        return [name for name in RunConfig.model_fields if name not in ("source", "config_dirs")]
+    group = parent.split(".")[0]
+    if group in GROUPS:
+        chosen = next((o.split("=", 1)[1] for o in overrides if o.startswith(f"{group}=")), None)
+        catalog = Catalog(dirs)
+        names = [chosen] if chosen in catalog.names(group) else catalog.names(group)
+        return list({k for name in names for k in type(catalog.load(group, name)).model_fields} - {"name"})
+    return ["warmup", "repeats"] if group == "measure" else []
+
+
+def parse_overrides(overrides: Sequence[str]) -> list[Override]:
+    """Hydra's own parse of command-line overrides; raises ConfigError in one line."""
+    try:
+        return OverridesParser.create(config_loader=None).parse_overrides(list(overrides))
+    except HydraException as error:
+        raise ConfigError(explain_composition(error, overrides, (conf_dir(),))) from error
+
+
+def initialize_plugins() -> None:
+    """Load Hydra's plugins (sweepers, launchers) once."""
+    Plugins.instance()

@@ -1,0 +1,82 @@
+"""Ctrl+C and SIGTERM: the first stops at the next step, the second at once; no child process stays behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType, TracebackType
+
+from fluxrun.errors import Interrupted
+
+EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+class Interrupts:
+    """Handles SIGINT and SIGTERM while a run is on.
+
+    While loading and compiling (``immediate``) the first signal raises KeyboardInterrupt right there: a flag would
+    wait out a whole compile. Otherwise it sets a flag that the denoising loop looks at after every step.
+    """
+
+    def __init__(self, on_second: Callable[[], None] = lambda: None, on_first: Callable[[], None] = lambda: None) -> None:
+        self.requested: signal.Signals | None = None
+        self._immediate = False
+        self._on_first = on_first
+        self._on_second = on_second
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> Interrupts:
+        # Only the main thread may set handlers; elsewhere (a notebook's worker) the caller's stay in place.
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in EXIT_CODES}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested is not None:
+            self._on_second()
+            end_children()
+            os._exit(EXIT_CODES[signal.Signals(number)])
+        self.requested = signal.Signals(number)
+        self._on_first()
+        if self._immediate:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def immediate(self) -> Iterator[None]:
+        """Within: a signal raises KeyboardInterrupt at once (and one that came before, on entering)."""
+        self.check()
+        self._immediate = True
+        try:
+            yield
+        finally:
+            self._immediate = False
+
+    def check(self) -> None:
+        """Raise Interrupted if a signal has come."""
+        if self.requested is not None:
+            raise self.error()
+
+    def error(self) -> Interrupted:
+        """The error that ends the run, with the exit code of the signal."""
+        number = self.requested or signal.SIGINT
+        error = Interrupted("interrupted" if number == signal.SIGINT else "terminated")
+        error.exit_code = EXIT_CODES[number]
+        return error
+
+
+def end_children() -> None:
+    """Kill this process's children (inductor's compile workers, a probe)."""
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()

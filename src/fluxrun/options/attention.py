@@ -1,0 +1,174 @@
+"""The ``attention`` group: which kernel computes the transformer's attention, through diffusers' dispatcher."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from fluxrun.config import Facts, Option
+from fluxrun.machine import Machine
+
+if TYPE_CHECKING:
+    from fluxrun.build import Context
+
+
+class Attention(Option):
+    """One attention backend of diffusers' dispatcher."""
+
+    backend: str
+    """Name of the backend in diffusers' attention dispatcher."""
+
+    hub: bool = False
+    """Use the kernel from the kernels hub (``hub_backend``): downloads code when first used."""
+
+    hub_backend: str | None = None
+    """diffusers' name for the same kernel from the kernels hub."""
+
+    flash_impl: str | None = None
+    """FlashAttention generation that torch's own flash backend is switched to (``FA4``)."""
+
+    package: str | None = None
+    """Distribution that must be installed."""
+
+    package_minimum: str | None = None
+    """Oldest usable version of ``package``."""
+
+    needs_cuda: bool = False
+    """Whether the kernel runs on NVIDIA GPUs only."""
+
+    capability: tuple[int, int] | None = None
+    """Lowest CUDA compute capability."""
+
+    dtypes: tuple[str, ...] | None = None
+    """Dtypes the kernel takes; None takes all."""
+
+    @property
+    def effective_backend(self) -> str:
+        """The dispatcher's name of what is used, the hub's kernel included."""
+        return self.hub_backend if self.hub and self.hub_backend else self.backend
+
+    def requires(self, machine: Machine) -> str | None:
+        if self.hub and not self.hub_backend:
+            return "has no kernel on the kernels hub (attention.hub=false)"
+        package = "kernels" if self.hub else self.package
+        return (
+            (machine.needs_cuda(self.capability) if self.needs_cuda else None)
+            or (machine.lacks(package, None if self.hub else self.package_minimum) if package else None)
+            or _unproven(self.name, machine)
+        )
+
+    def apply(self, pipeline: Any, context: Context) -> Facts:
+        """Switch every attention processor, then call the kernel once with the run's real shape.
+
+        Facts: ``processors`` switched, ``shape`` [batch, tokens, heads, head size], ``kernel`` torch called.
+        Raises what the kernel raises.
+        """
+        self._check_dtype(context.dtype)
+        if self.flash_impl and not self.hub:
+            context.state.activate_flash_attention(self.flash_impl)
+        pipeline.transformer.set_attention_backend(self.effective_backend)
+        processors = _processors_using(pipeline.transformer, self.effective_backend)
+        if not processors:
+            raise RuntimeError(f"no attention processor took the backend {self.effective_backend!r}")
+        shape = attention_shape(pipeline.transformer, context)
+        return {"processors": processors, "shape": list(shape), "kernel": _kernel(self.effective_backend, shape, context)}
+
+    def _check_dtype(self, dtype: str) -> None:
+        if self.dtypes and dtype not in self.dtypes:
+            raise TypeError(f"takes {' or '.join(self.dtypes)}, the run's dtype is {dtype}")
+
+
+class AutoAttention(Option):
+    """Times the usable candidates with the run's own shape and takes the fastest."""
+
+    candidates: tuple[str, ...] = ("sdpa", "cudnn", "flash3", "flash4", "flash", "xformers")
+    """Options tried, in order; those this machine cannot use are left out."""
+
+    repeats: int = Field(5, ge=1)
+    """Timed calls per candidate; the median counts."""
+
+    def choose(self, pipeline: Any, context: Context) -> tuple[str, Facts]:
+        """The fastest candidate and the probe's figures in milliseconds (or why a candidate was left out)."""
+        shape = attention_shape(pipeline.transformer, context)
+        times: dict[str, float] = {}
+        left_out: dict[str, str] = {}
+        for name in self.candidates:
+            option = context.catalog.load("attention", name)
+            reason = option.requires(context.machine)
+            try:
+                if reason is None and isinstance(option, Attention):
+                    times[name] = _measure(option, shape, context, self.repeats)
+            except (RuntimeError, ValueError, TypeError, ImportError, NotImplementedError) as error:
+                reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            if reason:
+                left_out[name] = reason
+        if not times:
+            raise RuntimeError(f"no candidate could run: {left_out}")
+        facts = {"probe_ms": times, "probe_shape": list(shape), "left_out": left_out}
+        return min(times, key=times.__getitem__), facts
+
+
+def attention_shape(transformer: Any, context: Context) -> tuple[int, int, int, int]:
+    """[batch, tokens, heads, head size] of the single blocks' attention in this run."""
+    config = transformer.config
+    return (context.batch_size, context.tokens, config.num_attention_heads, config.attention_head_dim)
+
+
+def _unproven(name: str, machine: Machine) -> str | None:
+    """The remembered reason why a real call of this option's kernel failed here."""
+    proof = machine.proven.get(f"attention={name}")
+    return f"its kernel failed when probed here: {proof.reason}" if proof and proof.reason else None
+
+
+def _processors_using(transformer: Any, backend: str) -> int:
+    processors = (getattr(module, "processor", None) for module in transformer.modules())
+    used = (getattr(processor, "_attention_backend", None) for processor in processors)
+    return sum(1 for value in used if value is not None and value.value == backend)
+
+
+def _inputs(shape: tuple[int, int, int, int], context: Context) -> list[Any]:
+    import torch
+
+    generator = torch.Generator(context.device).manual_seed(0)
+    dtype = getattr(torch, context.dtype)
+    return [torch.randn(shape, generator=generator, device=context.device, dtype=dtype) for _ in range(3)]
+
+
+def call_backend(backend: str, query: Any, key: Any, value: Any) -> Any:
+    """One attention call through diffusers' dispatcher; [batch, tokens, heads, head size] in and out."""
+    from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+
+    return dispatch_attention_fn(query, key, value, backend=AttentionBackendName(backend))
+
+
+def _kernel(backend: str, shape: tuple[int, int, int, int], context: Context) -> str:
+    """Call the backend once and name the innermost attention operator that torch dispatched."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    names: list[str] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    inputs = _inputs(shape, context)
+    with torch.no_grad(), Recorder():
+        call_backend(backend, *inputs)
+    named = [name for name in names if "attention" in name or "flash" in name or "sage" in name]
+    return named[-1] if named else "composed of plain matmuls"
+
+
+def _measure(option: Attention, shape: tuple[int, int, int, int], context: Context, repeats: int) -> float:
+    """Median milliseconds of one call, after one call that is not counted."""
+    import statistics
+
+    import torch
+
+    option._check_dtype(context.dtype)
+    with context.state.flash_attention(option.flash_impl if not option.hub else None), torch.no_grad():
+        inputs = _inputs(shape, context)
+        times = [context.timed(lambda: call_backend(option.effective_backend, *inputs)) for _ in range(repeats + 1)]
+    return round(statistics.median(times[1:]) * 1e3, 4)

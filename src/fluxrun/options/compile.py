@@ -1,0 +1,101 @@
+"""The ``compile`` group: torch.compile of the transformer (blocks or whole), VAE decoder and text encoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fluxrun.config import Facts, Option
+from fluxrun.machine import Machine
+
+if TYPE_CHECKING:
+    from fluxrun.build import Context
+
+Target = Literal["transformer", "vae_decoder", "text_encoder"]
+
+
+class CompileKnobs(Option):
+    """The knobs all compile options share, so that a preset's survive when the option is swapped."""
+
+    mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None = None
+    """torch.compile's mode."""
+
+    scope: Literal["blocks", "full"] = "blocks"
+    """``blocks`` compiles the transformer's repeated blocks, ``full`` all of it in one graph."""
+
+    fullgraph: bool = True
+    """A graph break is an error (and then a fallback) instead of silently slow."""
+
+    dynamic: bool | None = None
+    """True: one graph for all sizes; None: torch decides after the second size."""
+
+    targets: tuple[Target, ...] = ("transformer",)
+    """What is compiled."""
+
+    inductor_options: dict[str, Any] = {}
+    """Inductor config patches, by torch._inductor.config name."""
+
+    match_eager: bool = True
+    """Round to bf16 where eager does (inductor's emulate_precision_casts): the picture stays the same."""
+
+    cache_dir: Path | None = None
+    """Folder for compiled kernels; None is fluxrun's cache folder."""
+
+    @property
+    def cudagraphs(self) -> bool:
+        """Whether the mode records CUDA graphs."""
+        return self.mode in ("reduce-overhead", "max-autotune")
+
+
+class NoCompile(CompileKnobs):
+    """Eager mode."""
+
+    def unused_knobs(self) -> list[str]:
+        ignored = {"name", "fallback"}
+        fields = type(self).model_fields
+        return [k for k in fields if k not in ignored and getattr(self, k) != fields[k].get_default()]
+
+
+class Compile(CompileKnobs):
+    """torch.compile, in place, so that hooks and offloading keep working."""
+
+    def requires(self, machine: Machine) -> str | None:
+        if machine.accelerated:
+            return None if "triton" in machine.packages else "triton is not installed; inductor needs it on a GPU"
+        if machine.cxx_compiler is None:
+            return "no C++ compiler found (g++, clang++ or $CXX); inductor needs one on a CPU"
+        return None
+
+    def apply(self, pipeline: Any, context: Context) -> Facts:
+        """Mark the regions to compile; the first call compiles them. Facts: ``regions`` by target."""
+        context.compiler.use_cache(self.cache_dir)
+        backend = context.compiler.backend(self.mode, self._options())
+        regions = {target: self._compile(pipeline, target, backend) for target in self.targets}
+        if not sum(regions.values()):
+            raise RuntimeError(f"nothing to compile in {', '.join(self.targets)}")
+        return {"regions": regions, "scope": self.scope, "mode": self.mode or "default"}
+
+    def observe(self, pipeline: Any, context: Context) -> Facts:
+        """Dynamo's own counters since the option was applied, and the regions that ran compiled."""
+        return context.compiler.counted()
+
+    def _options(self) -> dict[str, Any]:
+        emulate = {"emulate_precision_casts": True} if self.match_eager else {}
+        return {**emulate, **self.inductor_options}
+
+    def _compile(self, pipeline: Any, target: Target, backend: Any) -> int:
+        kwargs = {"backend": backend, "dynamic": self.dynamic, "fullgraph": self.fullgraph}
+        if target == "vae_decoder":
+            pipeline.vae.decoder.compile(**kwargs)
+            return 1
+        if target == "text_encoder":
+            if pipeline.text_encoder is None:
+                return 0
+            # Its forward collects hidden states in Python: a break there costs little and is no reason to give up.
+            pipeline.text_encoder.compile(**{**kwargs, "fullgraph": False})
+            return 1
+        if self.scope == "full":
+            pipeline.transformer.compile(**kwargs)
+            return 1
+        pipeline.transformer.compile_repeated_blocks(**kwargs)
+        return sum(module._compiled_call_impl is not None for module in pipeline.transformer.modules())

@@ -1,0 +1,64 @@
+"""The ``quantization`` group: number format of the matmuls, applied component by component while loading."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from fluxrun.config import Facts, Option
+from fluxrun.machine import Machine
+
+if TYPE_CHECKING:
+    from fluxrun.build import Context
+
+
+class Quantization(Option):
+    """What all quantizations share."""
+
+    components: tuple[Literal["transformer"], ...] = ("transformer",)
+    """Pipeline components whose linear layers are converted."""
+
+    def quantize(self, component: Any, name: str) -> Facts:
+        """Convert ``component`` in place, right after it was loaded; returns what was converted."""
+        return {}
+
+    def apply(self, pipeline: Any, context: Context) -> Facts:
+        """The weights were converted while loading; hand on what was counted then."""
+        return dict(context.weight_facts.get("quantization", {}))
+
+
+class NoQuantization(Quantization):
+    """The weights as they are."""
+
+
+class Fp8(Quantization):
+    """torchao's dynamic float8 with one scale per row, in the transformer's blocks."""
+
+    def requires(self, machine: Machine) -> str | None:
+        return machine.needs_cuda((8, 9)) or machine.lacks("torchao", "0.15")
+
+    def quantize(self, component: Any, name: str) -> Facts:
+        """Raises RuntimeError when not one layer was converted: zero converted is a failure, not a success."""
+        if name not in self.components:
+            return {}
+        import torch
+        from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+        linears = {n: m for n, m in component.named_modules() if isinstance(m, torch.nn.Linear)}
+        chosen = {n for n, m in linears.items() if _in_block(n) and _divisible(m)}
+        before = {n: type(linears[n].weight.data) for n in chosen}
+        # torchao's own default also rewrites global inductor settings: compile then takes minutes (EVIDENCE).
+        config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
+        quantize_(component, config, filter_fn=lambda module, fqn: fqn in chosen)
+        converted = sum(type(linears[n].weight.data) is not before[n] for n in chosen)
+        if not converted:
+            raise RuntimeError(f"torchao converted 0 of {len(linears)} linear layers of the {name}")
+        return {"component": name, "converted": converted, "of": len(linears), "format": "float8 e4m3, dynamic, per row"}
+
+
+def _in_block(name: str) -> bool:
+    return "transformer_blocks" in name
+
+
+def _divisible(module: Any) -> bool:
+    """float8 matmuls need both dimensions to be multiples of 16."""
+    return module.in_features % 16 == 0 and module.out_features % 16 == 0

@@ -1,0 +1,110 @@
+"""The ``vae`` group: how latents become pixels (whole, in tiles, picture by picture)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from fluxrun.config import Facts, Option
+
+if TYPE_CHECKING:
+    from fluxrun.build import Context
+    from fluxrun.plan import Plan
+
+AUTO_TILING_PIXELS = 1536 * 1536
+
+
+class VaeKnobs(Option):
+    """The knobs all VAE options share."""
+
+    tile_size: int = Field(512, ge=64, multiple_of=16)
+    """Edge of a tile in pixels."""
+
+    tile_overlap: float = Field(0.25, ge=0, lt=1)
+    """Share of a tile that overlaps its neighbour."""
+
+    channels_last: bool = False
+    """Channels-last weights; applied only when the decoder is compiled too."""
+
+
+class AutoVae(VaeKnobs):
+    """Tiles above 1536×1536 pixels, or when the memory estimate leaves no room for a whole picture."""
+
+    def resolve(self, plan: Plan) -> tuple[str, str]:
+        from fluxrun.plan import decode_bytes
+
+        height, width = plan.size
+        if height * width > AUTO_TILING_PIXELS:
+            return "tiled", f"{width}x{height} is larger than 1536x1536"
+        free = plan.machine.gpu.free_bytes if plan.machine.gpu else None
+        if free is not None and decode_bytes(height, width) > free:
+            return "tiled", f"decoding {width}x{height} whole would not fit into the free GPU memory"
+        return "full", f"{width}x{height} is not larger than 1536x1536 and fits"
+
+
+class Vae(VaeKnobs):
+    """Whole, tiled or sliced decoding."""
+
+    decode: Literal["full", "tiled", "sliced"] = "full"
+    """How the decoder is called."""
+
+    def unused_knobs(self) -> list[str]:
+        fields = type(self).model_fields
+        tiling = () if self.decode == "tiled" else ("tile_size", "tile_overlap")
+        return [k for k in tiling if getattr(self, k) != fields[k].get_default()]
+
+    def apply(self, pipeline: Any, context: Context) -> Facts:
+        facts = {"full": self._full, "tiled": self._tiled, "sliced": self._sliced}[self.decode](pipeline, context)
+        if self.channels_last:
+            facts["channels_last"] = _channels_last(pipeline, context)
+        return facts
+
+    def observe(self, pipeline: Any, context: Context) -> Facts:
+        """Decoder calls counted while the pictures were decoded."""
+        count = context.counters.get("vae_decoder_calls", 0)
+        return {"tiles_decoded": count} if self.decode == "tiled" else {"slices_decoded": count} if self.decode == "sliced" else {}
+
+    def _full(self, pipeline: Any, context: Context) -> Facts:
+        pipeline.vae.disable_tiling()
+        pipeline.vae.disable_slicing()
+        return {}
+
+    def _tiled(self, pipeline: Any, context: Context) -> Facts:
+        height, width = context.size
+        if max(height, width) <= self.tile_size:
+            raise ValueError(f"{width}x{height} fits into one {self.tile_size}-pixel tile (vae.tile_size): nothing to tile")
+        vae = pipeline.vae
+        vae.enable_tiling()
+        # diffusers' default tile is the full training size (1024), so that asking for tiles does nothing there.
+        vae.tile_sample_min_size = self.tile_size
+        vae.tile_latent_min_size = self.tile_size // pipeline.vae_scale_factor
+        vae.tile_overlap_factor = self.tile_overlap
+        _count_decoder_calls(vae, context)
+        return {"tile_size": self.tile_size, "tile_overlap": self.tile_overlap}
+
+    def _sliced(self, pipeline: Any, context: Context) -> Facts:
+        if context.batch_size < 2:
+            raise ValueError("slicing splits a batch, and batch_size is 1: nothing to slice")
+        pipeline.vae.enable_slicing()
+        _count_decoder_calls(pipeline.vae, context)
+        return {}
+
+
+def _count_decoder_calls(vae: Any, context: Context) -> None:
+    """Count through post_quant_conv, which runs once per tile or slice and is never compiled itself."""
+
+    def count(*_: Any) -> None:
+        context.counters["vae_decoder_calls"] += 1
+
+    (vae.post_quant_conv or vae.decoder.conv_in).register_forward_hook(count)
+
+
+def _channels_last(pipeline: Any, context: Context) -> str:
+    import torch
+
+    compile_option = context.options["compile"]
+    if "vae_decoder" not in getattr(compile_option, "targets", ()) or compile_option.name == "none":
+        return "not applied: alone it is slower (needs compile.targets=[vae_decoder,...])"
+    pipeline.vae.decoder.to(memory_format=torch.channels_last)
+    return "applied"

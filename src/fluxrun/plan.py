@@ -1,0 +1,230 @@
+"""The plan: config + Machine → what would run, what falls back and why. Pure; nothing is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from fluxrun.catalog import Catalog
+from fluxrun.config import GROUPS, Facts, Option, RunConfig
+from fluxrun.conflicts import find_conflicts
+from fluxrun.errors import ConfigError, OptionUnavailable
+from fluxrun.machine import Machine
+from fluxrun.options.model import Flux2Model
+
+if TYPE_CHECKING:
+    from fluxrun.checkpoint import Located
+
+APPLY_ORDER = ("quantization", "memory", "attention", "vae", "compile")
+"""The one order in which options touch a pipeline: compile last, so that it captures what the others did."""
+
+BLAME_ORDER = ("compile", "attention", "quantization", "vae")
+"""Which option falls back first when the first call fails and the error does not say who failed."""
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """An option that could not be used: when that showed (``requires``, ``apply``, ``first_call``) and why."""
+
+    option: str
+    stage: str
+    reason: str
+    error_type: str | None = None
+
+
+@dataclass
+class Choice:
+    """One group's way from what was requested to what is used."""
+
+    requested: str
+    option: Option
+    fallbacks: list[Fallback] = field(default_factory=list)
+    facts: Facts = field(default_factory=dict)
+
+    @property
+    def effective(self) -> str:
+        """The name of the option in use."""
+        return self.option.name
+
+
+@dataclass
+class Plan:
+    """What will be built: one choice per group, and what the user should know before."""
+
+    config: RunConfig
+    machine: Machine
+    catalog: Catalog
+    choices: dict[str, Choice]
+    weight_bytes: Mapping[str, int] | None = None
+    """Bytes of the model's components, where they are known before loading."""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def options(self) -> dict[str, Option]:
+        """The options in use, by group."""
+        return {group: choice.option for group, choice in self.choices.items()}
+
+    @property
+    def model(self) -> Flux2Model:
+        """The model option."""
+        model = self.choices["model"].option
+        assert isinstance(model, Flux2Model)
+        return model
+
+    @property
+    def dtype(self) -> str:
+        """The weights' dtype on this run's device."""
+        return self.model.dtype_on(self.machine)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return picture_size(self.config)
+
+    def note(self, text: str) -> None:
+        """Add a note once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def fall_back(self, group: str, stage: str, reason: str, error_type: str | None = None) -> Fallback:
+        """The one place where an option gives way to its fallback.
+
+        Raises OptionUnavailable when there is none (``error``), with ``strict=true``, or when all were tried.
+        """
+        choice = self.choices[group]
+        failed = choice.option
+        tried = {fallback.option for fallback in choice.fallbacks} | {failed.name}
+        record = Fallback(failed.name, stage, reason, error_type)
+        if self.config.strict:
+            raise OptionUnavailable(f"{group}={failed.name}: {reason} (strict=true allows no fallback)", stage=stage)
+        if failed.fallback == "error" or failed.fallback in tried:
+            raise OptionUnavailable(f"{group}={failed.name}: {reason}", stage=stage)
+        choice.fallbacks.append(record)
+        choice.option = self.catalog.load(group, failed.fallback, like=failed)
+        choice.facts = {}
+        return record
+
+    def switch(self, group: str, name: str, facts: Facts) -> None:
+        """Take what an ``auto`` option chose; a choice is not a fallback."""
+        choice = self.choices[group]
+        choice.option = self.catalog.load(group, name, like=choice.option)
+        choice.facts = {**choice.facts, **facts}
+
+    def settle(self) -> None:
+        """Follow requires, auto choices and conflicts until nothing changes any more."""
+        changed = True
+        while changed:
+            changed = self._follow_requires() or self._follow_autos() or self._follow_conflicts()
+
+    def _follow_requires(self) -> bool:
+        for group, choice in self.choices.items():
+            if reason := choice.option.requires(self.machine):
+                self.fall_back(group, "requires", reason)
+                return True
+        return False
+
+    def _follow_autos(self) -> bool:
+        for group, choice in self.choices.items():
+            if chosen := choice.option.resolve(self):
+                self.switch(group, chosen[0], {"chosen_because": chosen[1]})
+                return True
+        return False
+
+    def _follow_conflicts(self) -> bool:
+        for conflict in find_conflicts(self.options):
+            if conflict.group is None or conflict.instead is None:
+                self.note(conflict.why)
+                continue
+            choice = self.choices[conflict.group]
+            record = Fallback(choice.effective, "requires", conflict.why)
+            if self.config.strict:
+                raise OptionUnavailable(f"{conflict.group}={choice.effective}: {conflict.why} (strict=true)")
+            like = choice.option
+            choice.fallbacks.append(record)
+            choice.option = _without_scope(self.catalog.load(conflict.group, conflict.instead, like=like), conflict.instead)
+            return True
+        return False
+
+
+def _without_scope(option: Option, name: str) -> Option:
+    """A conflict's replacement keeps the handed-on knobs; ``none`` needs none of them."""
+    return option if name == option.name else option.model_copy(update={"name": name})
+
+
+def make_plan(config: RunConfig, machine: Machine, located: Located | None = None) -> Plan:
+    """Plan a run. Raises ConfigError for what contradicts the model, OptionUnavailable where nothing is left."""
+    if reason := machine.lacks_device(config.device):
+        raise ConfigError(f"device={config.device}: {reason}; use device=auto or device=cpu")
+    machine = machine.on(config.device)
+    choices = {group: Choice(option.name, option) for group, option in config.options().items()}
+    if located is not None:
+        known = {"pipeline": located.pipeline, "distilled": located.distilled}
+        choices["model"].option = choices["model"].option.model_copy(update=known)
+    plan = Plan(config, machine, Catalog(config.config_dirs), choices, located.component_bytes if located else None)
+    check_call(plan)
+    plan.settle()
+    for group, choice in plan.choices.items():
+        for knob in choice.option.unused_knobs():
+            plan.note(f"{group}.{knob} is set, but {group}={choice.effective} does not use it")
+    return plan
+
+
+def check_call(plan: Plan) -> None:
+    """Refuse what the model cannot do with the call's arguments, instead of ignoring it."""
+    config, model = plan.config, plan.model
+    if model.distilled and config.guidance is not None:
+        raise ConfigError(
+            f"guidance={config.guidance}: {model.name} is a distilled model, its guidance is built in; "
+            "leave guidance out (a klein base model or flux2_dev takes it)"
+        )
+    if config.negative_prompt is not None and (model.distilled or model.pipeline == "dev"):
+        raise ConfigError(
+            f"negative_prompt: {model.name} does not use classifier-free guidance, it has no negative prompt; "
+            "only the klein base models have one"
+        )
+
+
+def picture_size(config: RunConfig) -> tuple[int, int]:
+    """Height and width in pixels: the run's, else the model's."""
+    model = config.model
+    assert isinstance(model, Flux2Model)
+    return config.height or model.height, config.width or model.width
+
+
+def decode_bytes(height: int, width: int) -> int:
+    """Estimated working memory of decoding a picture whole: ten full-size buffers of 128 two-byte channels."""
+    return height * width * 128 * 2 * 10
+
+
+def memory_needs(plan: Plan) -> dict[str, int] | None:
+    """Estimated bytes on the GPU for each rung of the memory ladder; None where sizes are not known."""
+    if not plan.weight_bytes:
+        return None
+    sizes = dict(plan.weight_bytes)
+    if plan.options["quantization"].name != "none":
+        sizes["transformer"] = sizes.get("transformer", 0) // 2
+    text = sizes.get("text_encoder", 0)
+    rest = sum(sizes.values()) - text
+    work = decode_bytes(*plan.size)
+    return {
+        "resident": text + rest + work,
+        "staged": max(text, rest + work),
+        "balanced": max(sizes.values()) + work,
+        "group": max(sizes.values()) // 20 + work,
+        "sequential": max(sizes.values()) // 100 + work,
+    }
+
+
+def summary(plan: Plan) -> dict[str, Any]:
+    """The plan as plain data, for ``fluxrun plan`` and tests."""
+    return {
+        group: {
+            "requested": choice.requested,
+            "effective": choice.effective,
+            "fallbacks": [vars(f) for f in choice.fallbacks],
+            "facts": choice.facts,
+        }
+        for group, choice in plan.choices.items()
+        if group in GROUPS
+    }

@@ -1,0 +1,353 @@
+"""run.json and the images: what was asked, what ran, why the two differ, and what each part cost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import tempfile
+import uuid
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fluxrun.errors import ConfigError, FluxrunError, one_line
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from fluxrun.config import RunConfig
+    from fluxrun.machine import Machine
+    from fluxrun.plan import Plan
+
+METADATA_KEY = "fluxrun"
+EXIF_IMAGE_DESCRIPTION = 0x010E
+Status = Literal["running", "completed", "failed", "interrupted"]
+
+
+class RecordModel(BaseModel):
+    """What all parts of the record share."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class FallbackRecord(RecordModel):
+    """An option that could not be used."""
+
+    option: str
+    stage: Literal["requires", "apply", "first_call"]
+    """When it showed: before loading, while it was applied, or at the first real call."""
+    reason: str
+    error_type: str | None = None
+
+
+class OptionRecord(RecordModel):
+    """One option group: asked for, used, why they differ, and what was counted."""
+
+    requested: str
+    effective: str
+    fallbacks: list[FallbackRecord] = []
+    facts: dict[str, Any] = {}
+
+
+class Spread(RecordModel):
+    """Statistics of repeated measurements, in seconds."""
+
+    median: float
+    min: float
+    max: float
+    n: int
+
+
+class Timings(RecordModel):
+    """Seconds. Lists have one entry per prompt (text_encode_s) or per image drawn."""
+
+    load_s: float = 0.0
+    apply_s: float = 0.0
+    first_call_s: float | None = None
+    """The very first denoising step, compiling included."""
+    compile_s: float = 0.0
+    text_encode_s: list[float] = []
+    step_s: list[list[float]] = []
+    denoise_s: list[float] = []
+    decode_s: list[float] = []
+    save_s: list[float] = []
+    total_s: float = 0.0
+    steady_step_s: Spread | None = None
+    """All steps but the first one after a build."""
+
+
+class MemoryRecord(RecordModel):
+    """Peak memory in bytes: allocated on a GPU, resident set size on a CPU."""
+
+    peak_allocated_bytes: int = 0
+    by_stage: dict[str, int] = {}
+
+
+class ErrorRecord(RecordModel):
+    """What ended a run that was not completed; the traceback is in fluxrun.log."""
+
+    type: str
+    message: str
+    stage: str
+
+
+class ImageRecord(RecordModel):
+    """One saved image; ``sha256`` is of its RGB pixels, so it does not change with the file's metadata."""
+
+    path: str
+    prompt: str
+    seed: int
+    width: int
+    height: int
+    sha256: str
+
+
+class RunRecord(RecordModel):
+    """A run folder's run.json."""
+
+    schema_version: Literal[1] = 1
+    run_id: str
+    status: Status = "running"
+    error: ErrorRecord | None = None
+    command: list[str] = []
+    started_at: str
+    finished_at: str | None = None
+    config: dict[str, Any]
+    config_hash: str
+    options: dict[str, OptionRecord] = {}
+    notes: list[str] = []
+    timings: Timings = Field(default_factory=Timings)
+    memory: MemoryRecord = Field(default_factory=MemoryRecord)
+    environment: dict[str, Any] = {}
+    images: list[ImageRecord] = []
+
+
+class RunFolder:
+    """A folder for one run: ``run.json``, ``images/``, ``fluxrun.log``; written after every image, atomically."""
+
+    def __init__(self, path: Path, config: RunConfig, command: Sequence[str] = ()) -> None:
+        """Claim ``path``. Raises ConfigError if it holds another run or cannot be written."""
+        self.path = path
+        self.record = RunRecord(
+            run_id=uuid.uuid4().hex[:12],
+            command=list(command),
+            started_at=_now(),
+            config=plain(config.source),
+            config_hash=config_hash(config),
+        )
+        self._claim()
+
+    def _claim(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with open(self.path / "run.json", "x", encoding="utf-8") as file:
+                file.write(self.record.model_dump_json(indent=1))
+            (self.path / "images").mkdir()
+        except FileExistsError as error:
+            raise ConfigError(f"{self.path} already holds a run: choose another hydra.run.dir, or remove it") from error
+        except OSError as error:
+            raise ConfigError(f"cannot write to the output folder {self.path}: {error.strerror or error}") from error
+
+    def write(self) -> None:
+        """Write run.json as it stands."""
+        write_atomically(self.path / "run.json", self.record.model_dump_json(indent=1))
+
+    def plan(self, plan: Plan) -> None:
+        """Take over the plan's choices: requested, effective, fallbacks, facts."""
+        self.record.options = {
+            group: OptionRecord(
+                requested=choice.requested,
+                effective=choice.effective,
+                fallbacks=[FallbackRecord(**vars(f)) for f in choice.fallbacks],
+                facts=plain(choice.facts),
+            )
+            for group, choice in plan.choices.items()
+        }
+        self.record.notes = list(plan.notes)
+
+    def save(self, image: Image, prompt: str, seed: int, output_format: str) -> Path:
+        """Save one picture with its metadata and add it to the record; returns its path."""
+        number = len(self.record.images)
+        path = self.path / "images" / f"{number:03d}_seed{seed}.{'jpg' if output_format == 'jpeg' else output_format}"
+        metadata = {
+            "prompt": prompt,
+            "seed": seed,
+            "run_id": self.record.run_id,
+            "config": self.record.config,
+            "environment": self.record.environment,
+        }
+        save_image(image, path, metadata, output_format)
+        self.record.images.append(
+            ImageRecord(
+                path=str(path.relative_to(self.path)),
+                prompt=prompt,
+                seed=seed,
+                width=image.width,
+                height=image.height,
+                sha256=pixel_hash(image),
+            )
+        )
+        self.write()
+        return path
+
+    def finish(self, status: Status, error: BaseException | None = None, stage: str = "") -> None:
+        """Close the record with its status."""
+        self.record.status = status
+        self.record.finished_at = _now()
+        if error is not None:
+            self.record.error = ErrorRecord(type=type(error).__name__, message=one_line(error), stage=stage)
+        self.write()
+
+
+def spread(values: Sequence[float]) -> Spread | None:
+    """Median, minimum, maximum and count, or None for no values."""
+    if not values:
+        return None
+    return Spread(median=statistics.median(values), min=min(values), max=max(values), n=len(values))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace ``path`` in one step: a reader, or a kill, sees the old text or the new one."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def save_image(image: Image, path: Path, metadata: dict[str, Any], output_format: str) -> None:
+    """Write the file with ``metadata`` as JSON: a PNG text chunk, or EXIF for JPEG and WebP. Atomic."""
+    from PIL import PngImagePlugin
+
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        if output_format == "png":
+            info = PngImagePlugin.PngInfo()
+            info.add_itxt(METADATA_KEY, json.dumps(metadata, ensure_ascii=False))
+            image.save(temporary, format="PNG", pnginfo=info)
+        else:
+            exif = image.getexif()
+            # EXIF text is ASCII: other characters travel as JSON escapes.
+            exif[EXIF_IMAGE_DESCRIPTION] = json.dumps({METADATA_KEY: metadata})
+            options: dict[str, Any] = {"quality": 95} if output_format == "jpeg" else {"lossless": True}
+            image.save(temporary, format=output_format.upper(), exif=exif, **options)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata fluxrun wrote into an image. Raises ConfigError if there is none or it cannot be read."""
+    from PIL import Image as PillowImage
+    from PIL import UnidentifiedImageError
+
+    try:
+        with PillowImage.open(path) as image:
+            text = image.info.get(METADATA_KEY)
+            described = image.getexif().get(EXIF_IMAGE_DESCRIPTION)
+    except (UnidentifiedImageError, OSError) as error:
+        raise ConfigError(f"cannot read {path} as an image: {one_line(error)}") from error
+    try:
+        metadata = json.loads(text) if text else json.loads(described)[METADATA_KEY] if described else None
+    except (json.JSONDecodeError, KeyError, TypeError):
+        metadata = None
+    if not isinstance(metadata, dict) or "config" not in metadata:
+        raise ConfigError(f"{path} carries no fluxrun metadata: only images that fluxrun saved can be run again")
+    return metadata
+
+
+def read_record(folder: Path) -> RunRecord:
+    """The record of a run folder. Raises ConfigError if there is none or it does not follow the schema."""
+    from pydantic import ValidationError
+
+    path = folder / "run.json"
+    try:
+        return RunRecord.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{folder} is not a run folder: it has no run.json") from error
+    except (OSError, ValidationError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as a fluxrun record: {one_line(error)}") from error
+
+
+def pixel_hash(image: Image) -> str:
+    """SHA-256 of the picture's RGB bytes, row by row."""
+    return hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()
+
+
+def config_hash(config: RunConfig) -> str:
+    """Hash of the resolved config: equal for equal runs, whatever the command was."""
+    text = json.dumps(plain(config.source), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON can hold it: paths and other objects as text, tuples as lists."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value if isinstance(value, (str, int, float, bool)) or value is None else str(value)
+
+
+def environment(machine: Machine) -> dict[str, Any]:
+    """Versions and hardware, as every record and image carries them."""
+    from fluxrun import __version__
+
+    gpu = machine.gpu
+    return {
+        "fluxrun": __version__,
+        "git_commit": git_commit(),
+        "python": machine.python,
+        "platform": machine.platform,
+        "device": machine.device,
+        "cpu": machine.cpu,
+        "cpu_count": machine.cpu_count,
+        "ram_bytes": machine.ram_bytes,
+        "gpu": gpu.name if gpu else None,
+        "gpu_memory_bytes": gpu.memory_bytes if gpu else None,
+        "driver": machine.driver,
+        "cuda": machine.torch_cuda,
+        **{name.replace("-", "_"): version for name, version in machine.packages.items()},
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of the source checkout fluxrun runs from, or None for an installed package."""
+    from fluxrun.paths import PACKAGE
+
+    root = PACKAGE.parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def status_of(error: BaseException) -> Status:
+    """The record's status for what ended a run."""
+    from fluxrun.errors import Interrupted
+
+    return "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
+
+
+def exit_code_of(error: BaseException) -> int:
+    """The process's exit code for what ended a run."""
+    return error.exit_code if isinstance(error, FluxrunError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

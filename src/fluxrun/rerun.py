@@ -1,0 +1,86 @@
+"""``fluxrun rerun``: a run, or one image of it, again from what was recorded with it."""
+
+from __future__ import annotations
+
+import logging
+import logging.config
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from fluxrun.config import RunConfig
+from fluxrun.errors import ConfigError, FluxrunError
+from fluxrun.record import RunRecord, pixel_hash, read_metadata, read_record
+
+log = logging.getLogger("fluxrun.rerun")
+
+
+def rerun(target: str, overrides: Sequence[str] = ()) -> int:
+    """Draw ``target`` (an image or a run folder) again into a new folder; returns the exit code.
+
+    The recorded config is under the trust rule like any stranger's file. Raises ConfigError for a target that is
+    not one of fluxrun's.
+    """
+    from fluxrun.runner import run
+
+    path = Path(target).expanduser()
+    config, hashes = from_folder(path) if path.is_dir() else from_image(path)
+    folder = _output_dir(overrides)
+    _log_to(folder)
+    try:
+        record = run(config, folder, command=["fluxrun", "rerun", target, *overrides])
+    except FluxrunError as error:
+        return error.exit_code
+    return 0 if _compare(record, hashes) else 1
+
+
+def from_folder(folder: Path) -> tuple[RunConfig, list[str]]:
+    """A whole run's config and its images' pixel hashes."""
+    record = read_record(folder)
+    return RunConfig.from_dict(record.config), [image.sha256 for image in record.images]
+
+
+def from_image(path: Path) -> tuple[RunConfig, list[str]]:
+    """One image's config: its own prompt and seed, nothing else of its run."""
+    from PIL import Image
+
+    if not path.exists():
+        raise ConfigError(f"{path}: no such image or run folder")
+    metadata = read_metadata(path)
+    config: dict[str, Any] = dict(metadata["config"])
+    own = {"prompt": metadata.get("prompt"), "seed": metadata.get("seed"), "prompts_file": None, "num_images": 1}
+    # A batch is numerically not the same as one image at a time, but the other images are not known here.
+    config |= {**own, "batch_size": 1, "measure": {"warmup": 0, "repeats": 1}}
+    with Image.open(path) as image:
+        return RunConfig.from_dict(config), [pixel_hash(image)]
+
+
+def _output_dir(overrides: Sequence[str]) -> Path:
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key != "hydra.run.dir" or not value:
+            raise ConfigError(f"rerun takes only hydra.run.dir=FOLDER, got {override!r}: it repeats what was recorded")
+        return Path(value)
+    now = datetime.now()
+    return Path("outputs") / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S-%f}"
+
+
+def _log_to(folder: Path) -> None:
+    """The same console and log file that Hydra sets up for an ordinary run."""
+    from fluxrun.progress import ConsoleHandler
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(folder / "fluxrun.log")
+    except OSError as error:
+        raise ConfigError(f"cannot write to the output folder {folder}: {error.strerror}") from error
+    file.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[ConsoleHandler(), file], force=True)
+
+
+def _compare(record: RunRecord, hashes: Sequence[str]) -> bool:
+    new = [image.sha256 for image in record.images]
+    same = sum(a == b for a, b in zip(new, hashes, strict=False))
+    log.info("%d of %d image(s) have the same pixels as the original", same, len(hashes))
+    return same == len(hashes)

@@ -1,0 +1,147 @@
+"""One run from config to record: prepare, build, generate, record."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fluxrun.checkpoint import Located, inspect
+from fluxrun.config import RunConfig
+from fluxrun.errors import FluxrunError, one_line
+from fluxrun.interrupt import Interrupts
+from fluxrun.machine import Machine, detect
+from fluxrun.plan import Plan, make_plan
+from fluxrun.progress import Reporter
+from fluxrun.prompts import Job, jobs_of, load_reference_images
+from fluxrun.record import RunFolder, RunRecord, environment, exit_code_of, status_of
+
+if TYPE_CHECKING:
+    from fluxrun.models import WeightStore
+
+log = logging.getLogger("fluxrun")
+
+
+@dataclass
+class Prepared:
+    """Everything that can be known, and refused, before any weight is read."""
+
+    config: RunConfig
+    jobs: list[Job]
+    references: list[Any]
+    located: Located
+    plan: Plan
+
+
+def prepare(config: RunConfig, machine: Machine | None = None) -> Prepared:
+    """Check all of a run's input and plan it. Imports no torch; raises ConfigError or OptionUnavailable."""
+    jobs = jobs_of(config)
+    references = load_reference_images(config.reference_images)
+    machine = machine or detect()
+    located = inspect(config.model, machine)  # type: ignore[arg-type]
+    plan = make_plan(config, machine, located)
+    return Prepared(config, jobs, references, located, plan)
+
+
+def run(
+    config: RunConfig,
+    output_dir: Path | str,
+    *,
+    command: Sequence[str] = (),
+    machine: Machine | None = None,
+    store: WeightStore | None = None,
+) -> RunRecord:
+    """Draw a config's images into ``output_dir`` and return the record that is also its run.json.
+
+    Raises what ended the run when it was not completed; the record on disk then says so, with all finished images.
+    """
+    folder = RunFolder(Path(output_dir), config, command)
+    started = time.perf_counter()
+    stage = _Stage()
+    interrupts = Interrupts(
+        on_first=lambda: log.warning("stopping at the next step; Ctrl+C again ends at once"),
+        on_second=lambda: folder.finish("interrupted", interrupts.error(), stage.name),
+    )
+    try:
+        with interrupts:
+            _run(config, folder, interrupts, stage, machine, store)
+    except BaseException as error:
+        ended = interrupts.error() if interrupts.requested else error
+        _finish(folder, started, ended, stage.name)
+        if ended is not error:
+            raise ended from None
+        raise
+    _finish(folder, started, None, "")
+    return folder.record
+
+
+class _Stage:
+    """Where the run is, for the record of an error."""
+
+    name = "prepare"
+
+
+def _run(
+    config: RunConfig,
+    folder: RunFolder,
+    interrupts: Interrupts,
+    stage: _Stage,
+    machine: Machine | None,
+    store: WeightStore | None,
+) -> None:
+    prepared = prepare(config, machine)
+    folder.record.environment = environment(prepared.plan.machine)
+    folder.plan(prepared.plan)
+    folder.write()
+    _announce(prepared)
+    stage.name = "load"
+    with interrupts.immediate():
+        from fluxrun.build import Session
+        from fluxrun.generate import Generation
+    session = Session(
+        prepared.plan,
+        store=store,
+        reporter=Reporter(),
+        interrupts=interrupts,
+        references=prepared.references,
+        located=prepared.located,
+        on_change=lambda: folder.plan(prepared.plan),
+    )
+    with session:
+        generation = Generation(session, folder, prepared.jobs)
+        try:
+            generation.run()
+        finally:
+            stage.name = generation.stage
+            folder.plan(prepared.plan)
+
+
+def _announce(prepared: Prepared) -> None:
+    plan = prepared.plan
+    chosen = " ".join(f"{group}={choice.effective}" for group, choice in plan.choices.items())
+    log.info("%s on %s (%s)", chosen, plan.machine.device, plan.dtype)
+    for group, choice in plan.choices.items():
+        for fallback in choice.fallbacks:
+            log.warning("%s=%s cannot be used, falling back to %s (%s)", group, fallback.option, choice.effective, fallback.reason)
+    for note in plan.notes:
+        log.warning("%s", note)
+    if announcement := prepared.located.announcement():
+        log.info("%s", announcement)
+
+
+def _finish(folder: RunFolder, started: float, error: BaseException | None, stage: str) -> None:
+    folder.record.timings.total_s = time.perf_counter() - started
+    if error is None:
+        folder.finish("completed")
+        log.info("%d image(s) in %s (%.1f s)", len(folder.record.images), folder.path, folder.record.timings.total_s)
+        return
+    folder.finish(status_of(error), error, stage)
+    log.debug("ended in stage %s", stage, exc_info=error)
+    if exit_code_of(error) in (130, 143):
+        log.warning("%s after %d image(s); record and images are in %s", error, len(folder.record.images), folder.path)
+    else:
+        text = str(error) if isinstance(error, FluxrunError) else f"{type(error).__name__}: {one_line(error)}"
+        log.error("%s (stage %s; traceback in %s)", text, stage, folder.path / "fluxrun.log")
