@@ -116,8 +116,10 @@ class Session:
         located: Located | None = None,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
-        from fluxrun.models import WeightStore
         from fluxrun.state import ProcessState, import_diffusers
+
+        self._broken = import_diffusers()
+        from fluxrun.models import WeightStore
 
         self.plan = plan
         self.store = WeightStore() if store is None else store
@@ -129,7 +131,6 @@ class Session:
         self.pipeline: Any = None
         self.context: Context | None = None
         self._on_change = on_change
-        self._broken = import_diffusers()
         self._staged_counts: Counter[str] = Counter()
         self._state = ProcessState()
 

@@ -46,14 +46,12 @@ def _quiet_libraries() -> None:
     """Send the libraries' own lines to the log file only: on the screen they bury what fluxrun says."""
     logging.captureWarnings(True)
     # Said once per import of torchao beside a newer torch; of no use to anyone who runs a pipeline.
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
-    logging.getLogger("torchao").setLevel(logging.ERROR)
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for library in (diffusers_logging, transformers_logging):
-        library.disable_default_handler()
-        library.enable_propagation()
+    for name in ("torch.utils._pytree", "torchao"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for library in ("diffusers", "transformers"):
+        switches = importlib.import_module(f"{library}.utils.logging")
+        switches.disable_default_handler()
+        switches.enable_propagation()
 
 
 class ProcessState:

@@ -76,8 +76,10 @@ class Compile(CompileKnobs):
         return {"regions": regions, "scope": self.scope, "mode": self.mode or "default"}
 
     def observe(self, pipeline: Any, context: Context) -> Facts:
-        """Dynamo's own counters since the option was applied, and the regions that ran compiled."""
-        return context.compiler.counted()
+        """Dynamo's own counters since the option was applied, and how many graphs ran compiled per forward call."""
+        counts = context.compiler.counted()
+        steps = context.counters["steps"]
+        return {**counts, "graphs_run_per_step": round(counts["graph_calls"] / steps, 2) if steps else 0}
 
     def _options(self) -> dict[str, Any]:
         emulate = {"emulate_precision_casts": True} if self.match_eager else {}

@@ -56,22 +56,22 @@ class Flux2Model(Option):
     offline: bool = False
     """Never ask the hub; use what is in its cache."""
 
-    max_sequence_length: int = Field(512, ge=8, le=512)
+    max_sequence_length: int = Field(default=512, ge=8, le=512)
     """Text tokens the prompt is padded to; all of them are attended to, so fewer is faster."""
 
     text_encoder_out_layers: tuple[int, ...] | None = None
     """Hidden states read from the text encoder; None is the pipeline's own choice."""
 
-    steps: int | None = Field(4, ge=1)
+    steps: int | None = Field(default=4, ge=1)
     """Denoising steps when the run does not say; None goes by whether the checkpoint is distilled."""
 
-    guidance: float | None = Field(None, ge=0)
+    guidance: float | None = Field(default=None, ge=0)
     """Guidance scale when the run does not say; None goes by whether the checkpoint is distilled."""
 
-    height: int = Field(1024, ge=16, multiple_of=16)
+    height: int = Field(default=1024, ge=16, multiple_of=16)
     """Picture height in pixels when the run does not say."""
 
-    width: int = Field(1024, ge=16, multiple_of=16)
+    width: int = Field(default=1024, ge=16, multiple_of=16)
     """Picture width in pixels when the run does not say."""
 
     @model_validator(mode="after")
