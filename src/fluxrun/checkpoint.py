@@ -440,9 +440,12 @@ def _ask_hub(model: Flux2Model) -> tuple[Any, dict[str, Any]]:
         file = hf_hub_download(
             model.id, "model_index.json", revision=model.revision, etag_timeout=HUB_READ_TIMEOUT_S
         )
-    except ConfigError:
-        raise
     except Exception as error:
+        # The client's exceptions share no base class, and its HTTP library's differ between its versions.
+        if not isinstance(error, OSError) and not type(error).__module__.startswith(
+            ("httpx", "huggingface_hub")
+        ):
+            raise
         raise _explained(error, model) from error
     return info, _read_json(Path(file))
 
@@ -454,13 +457,15 @@ def _reach(endpoint: str) -> None:
     """
     import socket
     from urllib.parse import urlsplit
-    from urllib.request import getproxies
+    from urllib.request import getproxies, proxy_bypass
 
-    if getproxies():
-        return
     url = urlsplit(endpoint)
-    port = url.port or (80 if url.scheme == "http" else 443)
-    socket.create_connection((url.hostname or "", port), timeout=HUB_TIMEOUT_S).close()
+    host = url.hostname or ""
+    if getproxies() and not proxy_bypass(host):
+        return
+    socket.create_connection(
+        (host, url.port or (80 if url.scheme == "http" else 443)), timeout=HUB_TIMEOUT_S
+    ).close()
 
 
 def _explained(error: Exception, model: Flux2Model) -> ConfigError:

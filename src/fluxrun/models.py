@@ -18,14 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import (
-    AutoencoderKLFlux2,
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    Flux2KleinPipeline,
-    Flux2Pipeline,
-    Flux2Transformer2DModel,
-)
+from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
+from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
+from diffusers.pipelines.flux2.pipeline_flux2_klein import Flux2KleinPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from transformers import (
@@ -308,9 +304,7 @@ def save_tiny(
 
     model = Flux2Model(weights="random", architecture="tiny", pipeline=pipeline, distilled=distilled)
     base = load(model, dtype=dtype, device="cpu")
-    base.pipeline.save_pretrained(
-        folder, variant=variant, **({"max_shard_size": shard_bytes} if shard_bytes is not None else {})
-    )
+    base.pipeline.save_pretrained(folder, variant=variant, max_shard_size=shard_bytes or "5GB")
     return folder
 
 

@@ -1,0 +1,76 @@
+"""Checkpoint folders for tests: real ones written by the libraries, and hollow ones that need no torch."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+HOLLOW_WEIGHTS = {
+    "transformer": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+}
+
+
+@functools.cache
+def tiny_folder(pipeline: str = "klein", *, distilled: bool = True, dtype: str = "float32") -> Path:
+    """A real checkpoint of the tiny model, sharded, written once per test process. Copy it before changing it."""
+    from fluxrun.models import save_tiny
+
+    root = Path(tempfile.mkdtemp(prefix="fluxrun-tiny-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    return save_tiny(root / pipeline, pipeline, distilled=distilled, dtype=dtype, shard_bytes=400_000)  # type: ignore[arg-type]
+
+
+def safetensors_bytes(name: str, floats: int = 16) -> bytes:
+    """A whole safetensors file with one float32 tensor called ``name``."""
+    header = json.dumps({name: {"dtype": "F32", "shape": [floats], "data_offsets": [0, 4 * floats]}}).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(4 * floats)
+
+
+def hollow_folder(
+    folder: Path,
+    class_name: str = "Flux2KleinPipeline",
+    *,
+    variant: str | None = None,
+    tokenizer: str = "Qwen2TokenizerFast",
+    shards: int = 1,
+    distilled: bool | None = True,
+) -> Path:
+    """A folder with every file of a checkpoint and weights of a few bytes: enough for every check, no torch needed."""
+    index: dict[str, object] = {"_class_name": class_name, "_diffusers_version": "0.42.1"}
+    if distilled is not None:
+        index["is_distilled"] = distilled
+    classes = {
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "Qwen3ForCausalLM"],
+        "tokenizer": ["transformers", tokenizer],
+        "transformer": ["diffusers", "Flux2Transformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKLFlux2"],
+    }
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+    (folder / "model_index.json").write_text(json.dumps({**index, **classes}))
+    (folder / "scheduler" / "scheduler_config.json").write_text("{ }")
+    (folder / "tokenizer" / "tokenizer.json").write_text("{}")
+    for name, stem in HOLLOW_WEIGHTS.items():
+        (folder / name / "config.json").write_text(json.dumps({"component": name}))
+        write_weights(folder / name, stem, variant, shards if name == "transformer" else 1)
+    return folder
+
+
+def write_weights(place: Path, stem: str, variant: str | None, shards: int = 1) -> None:
+    """One file, or shards with their index, named as the libraries name them."""
+    dot = f".{variant}" if variant else ""
+    if shards == 1:
+        (place / f"{stem}{dot}.safetensors").write_bytes(safetensors_bytes(f"{place.name} {variant}"))
+        return
+    files = [f"{stem}{dot}-{n:05}-of-{shards:05}.safetensors" for n in range(1, shards + 1)]
+    for file in files:
+        (place / file).write_bytes(safetensors_bytes(f"{place.name} {file}"))
+    weights = {f"w{n}": file for n, file in enumerate(files)}
+    (place / f"{stem}.safetensors.index{dot}.json").write_text(json.dumps({"weight_map": weights}))
