@@ -76,9 +76,7 @@ class _Handler(BaseHTTPRequestHandler):
     def info(self, revision: str | None) -> None:
         if revision not in (None, "main", COMMIT):
             return self.refuse(404, "RevisionNotFound")
-        siblings = [
-            {"rfilename": name, "size": file.stat().st_size} for name, file in self.hub.files().items()
-        ]
+        siblings = [{"rfilename": name, "size": file.stat().st_size} for name, file in self.hub.files().items()]
         self.json({"id": self.hub.repo, "sha": COMMIT, "siblings": siblings})
 
     def file(self, name: str) -> None:

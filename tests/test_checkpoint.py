@@ -34,7 +34,7 @@ def refusal(model: Flux2Model, machine: Machine | None = None) -> str:
     return str(caught.value)
 
 
-# --- a folder ---------------------------------------------------------------------------------------------------
+# --- a folder -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,8 @@ def test_folder_knows_its_pipeline(tmp_path, class_name, said, option, expected)
     located = checkpoint.inspect(Flux2Model(path=folder, distilled=option))
     assert (located.pipeline, located.distilled) == expected
     assert located.folder == folder
-    assert located.download_bytes == 0 and located.announcement() is None
+    assert located.download_bytes == 0
+    assert located.announcement() is None
     assert set(located.component_bytes) == {"transformer", "vae", "text_encoder"}
 
 
@@ -71,12 +72,14 @@ def test_path_wins_over_id_and_home_is_expanded(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     hollow_folder(tmp_path / "mine")
     located = checkpoint.inspect(Flux2Model(id=REPO, path=Path("~/mine")))
-    assert located.kind == "folder" and located.folder == tmp_path / "mine"
+    assert located.kind == "folder"
+    assert located.folder == tmp_path / "mine"
 
 
 def test_no_weights_named():
     text = refusal(Flux2Model(name="local"))
-    assert "model.path=" in text and "model.id=" in text
+    assert "model.path=" in text
+    assert "model.id=" in text
 
 
 def test_folder_missing(tmp_path):
@@ -92,7 +95,8 @@ def test_not_a_diffusers_folder(tmp_path):
 
 def test_another_pipeline_is_named(tmp_path):
     text = refusal(Flux2Model(path=hollow_folder(tmp_path / "m", "FluxPipeline")))
-    assert "holds a FluxPipeline" in text and "Flux2KleinPipeline" in text
+    assert "holds a FluxPipeline" in text
+    assert "Flux2KleinPipeline" in text
 
 
 def test_broken_model_index(tmp_path):
@@ -124,7 +128,8 @@ def test_missing_file_is_named(tmp_path, missing):
     folder = hollow_folder(tmp_path / "m", shards=3)
     (folder / missing).unlink()
     text = refusal(Flux2Model(path=folder))
-    assert f"{missing} is missing" in text and "incomplete" in text
+    assert f"{missing} is missing" in text
+    assert "incomplete" in text
 
 
 def test_missing_weights_and_folder_are_named(tmp_path):
@@ -132,7 +137,8 @@ def test_missing_weights_and_folder_are_named(tmp_path):
     (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     shutil.rmtree(folder / "text_encoder")
     text = refusal(Flux2Model(path=folder))
-    assert "vae/ has no .safetensors weights" in text and "folder text_encoder/ is missing" in text
+    assert "vae/ has no .safetensors weights" in text
+    assert "folder text_encoder/ is missing" in text
 
 
 @pytest.mark.parametrize(
@@ -163,14 +169,13 @@ def test_variant(tmp_path):
     assert "no bf16 weight files; it has fp16" in refusal(Flux2Model(path=folder, variant="bf16"))
     (folder / "vae" / "diffusion_pytorch_model.fp16.safetensors").unlink()
     located = checkpoint.inspect(Flux2Model(path=folder, variant="fp16"))
-    assert located.folder and checkpoint.variant_of(folder, "vae", "fp16") is None
+    assert located.folder
+    assert checkpoint.variant_of(folder, "vae", "fp16") is None
 
 
 def test_dev_processor_needs_torchvision(tmp_path):
     real = hollow_folder(tmp_path / "real", "Flux2Pipeline", tokenizer="PixtralProcessor", distilled=None)
-    plain = hollow_folder(
-        tmp_path / "plain", "Flux2Pipeline", tokenizer="PreTrainedTokenizerFast", distilled=None
-    )
+    plain = hollow_folder(tmp_path / "plain", "Flux2Pipeline", tokenizer="PreTrainedTokenizerFast", distilled=None)
     assert "fluxrun[dev]" in refusal(Flux2Model(path=real), Machine())
     assert checkpoint.inspect(Flux2Model(path=real), Machine(packages={"torchvision": "0.28"}))
     assert checkpoint.inspect(Flux2Model(path=plain), Machine())
@@ -190,13 +195,11 @@ def test_light():
         "except checkpoint.ConfigError: pass\n"
         "print([name for name in ('torch', 'diffusers', 'transformers') if name in sys.modules])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
-# --- the hub ----------------------------------------------------------------------------------------------------
+# --- the hub --------------------------------------------------------------------------------------
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -261,7 +264,9 @@ def test_hub_says_what_a_download_takes(hub, cache):
     assert located.download_bytes == sum(sizes[name] for name in WANTED) - located.cached_bytes
     assert (located.revision, located.pipeline, located.distilled) == (COMMIT, "klein", True)
     announcement = located.announcement()
-    assert announcement and announcement.startswith("download: ") and str(cache) in announcement
+    assert announcement
+    assert announcement.startswith("download: ")
+    assert str(cache) in announcement
 
 
 def test_hub_variant(hub):
@@ -283,7 +288,9 @@ def test_download_fetches_only_what_is_wanted_and_only_once(hub):
     assert set(hub.fetched()) == WANTED
     hub.requests.clear()
     located = checkpoint.inspect(model)
-    assert located.kind == "hub" and located.folder == folder and located.revision == COMMIT
+    assert located.kind == "hub"
+    assert located.folder == folder
+    assert located.revision == COMMIT
     assert checkpoint.download(located) == folder
     assert hub.requests == []
 
@@ -297,7 +304,8 @@ def test_offline_after_a_download(hub, monkeypatch):
     assert checkpoint.inspect(Flux2Model(id=REPO, offline=True)).download_bytes == 0
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     located = checkpoint.inspect(Flux2Model(id=REPO))
-    assert located.folder and hub.requests == []
+    assert located.folder
+    assert hub.requests == []
     (located.folder / "vae" / "config.json").unlink()
     assert "vae/config.json is missing, and HF_HUB_OFFLINE is set" in refusal(Flux2Model(id=REPO))
 
@@ -339,13 +347,16 @@ def test_download_that_fails_says_so(hub):
     hub.gated = True
     with pytest.raises(FluxrunError, match=r"broke off \(.*run again") as caught:
         checkpoint.download(located)
-    assert caught.value.exit_code == 1 and "\n" not in str(caught.value)
+    assert caught.value.exit_code == 1
+    assert "\n" not in str(caught.value)
 
 
 def test_gated(hub):
     hub.gated = True
     text = refusal(Flux2Model(id=REPO))
-    assert f"https://huggingface.co/{REPO}" in text and "hf auth login" in text and "licence" in text
+    assert f"https://huggingface.co/{REPO}" in text
+    assert "hf auth login" in text
+    assert "licence" in text
 
 
 def test_not_found(hub):
@@ -367,13 +378,15 @@ def test_unreachable(cache, hub, monkeypatch):
     monkeypatch.setattr(hub, "url", "http://127.0.0.1:9")
     use(hub, monkeypatch)
     text = refusal(Flux2Model(id=REPO))
-    assert "cannot be reached" in text and "model.path=FOLDER" in text
+    assert "cannot be reached" in text
+    assert "model.path=FOLDER" in text
 
 
 def test_disk_too_small(hub, monkeypatch):
     monkeypatch.setattr(checkpoint, "free_disk", lambda path: 100)
     text = refusal(Flux2Model(id=REPO))
-    assert "0.1 kB free" in text and "HF_HOME" in text
+    assert "0.1 kB free" in text
+    assert "HF_HOME" in text
 
 
 def test_environment_of_a_real_process(hub, tmp_path):
@@ -399,7 +412,8 @@ def test_download_load_draw(cache, monkeypatch):
         use(running, monkeypatch)
         model = Flux2Model(id=REPO)
         base = models.load(model, dtype="float32", device="cpu")
-    assert base.facts["source"] == f"hub {REPO}" and base.facts["revision"] == COMMIT
+    assert base.facts["source"] == f"hub {REPO}"
+    assert base.facts["revision"] == COMMIT
     pipeline = models.shell(base)
     picture = pipeline(
         prompt="a red circle",

@@ -1,7 +1,7 @@
 """Where a model's weights are, and whether they are whole: settled before anything heavy is loaded.
 
-Imports neither torch nor diffusers nor transformers, and huggingface_hub only for a hub id, so that a wrong path, a
-gated repository or a full disk is answered in one line and at once.
+Imports neither torch nor diffusers nor transformers, and huggingface_hub only for a hub id, so that a wrong
+path, a gated repository or a full disk is answered in one line and at once.
 """
 
 from __future__ import annotations
@@ -37,9 +37,7 @@ HUB_READ_TIMEOUT_S = 10.0
 WEIGHT_FILE = re.compile(
     r"^(?:model|diffusion_pytorch_model)(?:-\d+-of-\d+)?(?:\.(?P<variant>[^.-]+))?(?:-\d+-of-\d+)?\.safetensors$"
 )
-INDEX_FILE = re.compile(
-    r"^(?:model|diffusion_pytorch_model)\.safetensors\.index(?:\.(?P<variant>[^.]+))?\.json$"
-)
+INDEX_FILE = re.compile(r"^(?:model|diffusion_pytorch_model)\.safetensors\.index(?:\.(?P<variant>[^.]+))?\.json$")
 TEXT_FILE = re.compile(r"\.(json|txt|model|jinja)$")
 VOCABULARIES = ("tokenizer.json", "vocab.json", "tekken.json", "tokenizer.model")
 
@@ -75,8 +73,7 @@ class Located:
             return None
         have = f", {gigabytes(self.cached_bytes)} already there" if self.cached_bytes else ""
         return (
-            f"download: {gigabytes(self.download_bytes)} to {self.cache}"
-            f" ({gigabytes(self.free_disk_bytes)} free{have})"
+            f"download: {gigabytes(self.download_bytes)} to {self.cache} ({gigabytes(self.free_disk_bytes)} free{have})"
         )
 
 
@@ -101,16 +98,14 @@ def inspect(model: Flux2Model, machine: Machine | None = None) -> Located:
     elif model.id:
         located = _hub(model)
     else:
-        raise ConfigError(
-            f"model {model.name or 'option'} names no weights: give model.path=FOLDER or model.id=HUB/ID"
-        )
+        raise ConfigError(f"model {model.name or 'option'} names no weights: give model.path=FOLDER or model.id=HUB/ID")
     if machine is not None:
         _check_processor(located, machine)
     return located
 
 
 def resolve(model: Flux2Model, located: Located) -> Flux2Model:
-    """``model`` with what its checkpoint knows filled in: pipeline, distilled, and the defaults that follow from it."""
+    """``model`` with what its checkpoint knows filled in: pipeline, distilled, steps and guidance."""
     return model.model_copy(
         update={
             "pipeline": located.pipeline,
@@ -123,34 +118,25 @@ def resolve(model: Flux2Model, located: Located) -> Flux2Model:
 
 def _random(model: Flux2Model) -> Located:
     if model.architecture is None:
-        raise ConfigError(
-            "model.weights=random needs sizes: give model.architecture=dev, klein_4b, klein_9b or tiny"
-        )
+        raise ConfigError("model.weights=random needs sizes: give model.architecture=dev, klein_4b, klein_9b or tiny")
     sizes = architecture(model.architecture, model.pipeline)
     distilled = sizes.pipeline == "klein" and model.distilled is not False
-    return Located(
-        "random", model.source(), sizes.pipeline, distilled, component_bytes=sizes.bytes_in("bfloat16")
-    )
+    return Located("random", model.source(), sizes.pipeline, distilled, component_bytes=sizes.bytes_in("bfloat16"))
 
 
-# --- a folder ---------------------------------------------------------------------------------------------------
+# --- a folder -------------------------------------------------------------------------------------
 
 
 def _local(model: Flux2Model, folder: Path) -> Located:
     if not folder.exists():
-        raise ConfigError(
-            f"model.path={folder}: no such folder (a FLUX.2 checkpoint in diffusers layout is expected)"
-        )
+        raise ConfigError(f"model.path={folder}: no such folder (a FLUX.2 checkpoint in diffusers layout is expected)")
     _check_whole(folder, model.variant, "copy or download the folder again")
     return _of_folder(model, folder, kind="folder", source=str(folder.resolve()))
 
 
 def _of_folder(model: Flux2Model, folder: Path, **fields: Any) -> Located:
     pipeline, distilled = _pipeline_of(_model_index(folder), model)
-    sizes = {
-        name: sum(f.stat().st_size for f in _weights(folder, name, model.variant))
-        for name in MODEL_COMPONENTS
-    }
+    sizes = {name: sum(f.stat().st_size for f in _weights(folder, name, model.variant)) for name in MODEL_COMPONENTS}
     return Located(
         pipeline=pipeline,
         distilled=distilled,
@@ -172,15 +158,11 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _model_index(folder: Path) -> dict[str, Any]:
-    """model_index.json, checked to name a FLUX.2 pipeline and components of libraries that may be imported."""
+    """model_index.json, checked to name a FLUX.2 pipeline whose components' libraries may be imported."""
     file = folder / "model_index.json"
     if not file.is_file():
         single = next(folder.glob("*.safetensors"), None) if folder.is_dir() else folder
-        hint = (
-            f"; {single.name} alone is a single-file checkpoint, which fluxrun does not read"
-            if single
-            else ""
-        )
+        hint = f"; {single.name} alone is a single-file checkpoint, which fluxrun does not read" if single else ""
         raise ConfigError(f"{folder} is not a diffusers folder: it has no model_index.json{hint}")
     index = _read_json(file)
     _check_index(index, str(folder))
@@ -190,18 +172,14 @@ def _model_index(folder: Path) -> dict[str, Any]:
 def _check_index(index: dict[str, Any], where: str) -> None:
     name = index.get("_class_name")
     if name not in PIPELINE_CLASSES:
-        raise ConfigError(
-            f"{where} holds a {name}, not a FLUX.2 pipeline (allowed: {', '.join(PIPELINE_CLASSES)})"
-        )
+        raise ConfigError(f"{where} holds a {name}, not a FLUX.2 pipeline (allowed: {', '.join(PIPELINE_CLASSES)})")
     components = _components(index)
     missing = [part for part in (*MODEL_COMPONENTS, "tokenizer", "scheduler") if part not in components]
     if missing:
         raise ConfigError(f"{where}: model_index.json does not name the component(s) {', '.join(missing)}")
     foreign = sorted({library for library, _ in components.values()} - set(LIBRARIES))
     if foreign:
-        raise ConfigError(
-            f"{where} asks for code from {', '.join(foreign)}; only {' and '.join(LIBRARIES)} are used"
-        )
+        raise ConfigError(f"{where} asks for code from {', '.join(foreign)}; only {' and '.join(LIBRARIES)} are used")
 
 
 def _components(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
@@ -218,7 +196,7 @@ def component_classes(folder: Path) -> dict[str, tuple[str, str]]:
 
 
 def _pipeline_of(index: dict[str, Any], model: Flux2Model) -> tuple[PipelineKind, bool]:
-    """Pipeline and whether it is distilled: the checkpoint knows; only if it does not say, the option does."""
+    """Pipeline and whether it is distilled: the checkpoint knows; if it does not say, the option does."""
     pipeline = PIPELINE_CLASSES[index["_class_name"]]
     said = index.get("is_distilled", model.distilled)
     return pipeline, pipeline == "klein" and bool(said)
@@ -288,13 +266,11 @@ def _file_problem(file: Path) -> str | None:
 
 def _variants(place: Path) -> set[str | None]:
     """Variants that a component folder has weights of; None stands for the plain ones."""
-    return {
-        match["variant"] for file in place.glob("*.safetensors") if (match := WEIGHT_FILE.match(file.name))
-    }
+    return {match["variant"] for file in place.glob("*.safetensors") if (match := WEIGHT_FILE.match(file.name))}
 
 
 def variant_of(folder: Path, component: str, variant: str | None) -> str | None:
-    """``variant`` if ``component`` has weights of it, else None: as diffusers does, the others load the plain ones."""
+    """``variant`` if ``component`` has weights of it, else None: like in diffusers, plain ones serve then."""
     return variant if variant and variant in _variants(folder / component) else None
 
 
@@ -303,9 +279,7 @@ def _weights(folder: Path, component: str, variant: str | None) -> list[Path]:
     place = folder / component
     used = variant_of(folder, component, variant)
     whole = place / f"model{'.' + used if used else ''}.safetensors"
-    if (
-        whole.is_file()
-    ):  # transformers prefers it to shards, diffusers (whose files are named otherwise) the shards
+    if whole.is_file():  # transformers prefers it to shards, diffusers (whose files are named otherwise) the shards
         return [whole]
     for index in place.glob("*.safetensors.index*.json"):
         match = INDEX_FILE.match(index.name)
@@ -328,7 +302,7 @@ def _check_processor(located: Located, machine: Machine) -> None:
         raise ConfigError(f"{class_name} of {located.source} needs torchvision (pip install 'fluxrun[dev]')")
 
 
-# --- the hub ----------------------------------------------------------------------------------------------------
+# --- the hub --------------------------------------------------------------------------------------
 
 
 def free_disk(path: Path) -> int:
@@ -339,7 +313,7 @@ def free_disk(path: Path) -> int:
 
 
 def _hub(model: Flux2Model) -> Located:
-    """A hub id: from the cache when it is whole there, without asking the hub; else what a download would take."""
+    """A hub id: from the cache, without asking the hub, when it is whole there; else what a download takes."""
     from huggingface_hub import constants
 
     cached = _cached_folder(model)
@@ -372,9 +346,7 @@ def _cached_folder(model: Flux2Model) -> Path | None:
     try:
         file = try_to_load_from_cache(model.id, "model_index.json", revision=model.revision)
     except HFValidationError as error:
-        raise ConfigError(
-            f"model.id={model.id}: not a hub id (expected OWNER/NAME): {one_line(error)}"
-        ) from error
+        raise ConfigError(f"model.id={model.id}: not a hub id (expected OWNER/NAME): {one_line(error)}") from error
     return Path(file).parent if isinstance(file, str) else None
 
 
@@ -416,35 +388,27 @@ def _remote(model: Flux2Model, cache: Path) -> Located:
     )
     if located.download_bytes > located.free_disk_bytes:
         raise ConfigError(
-            f"{model.id} needs {gigabytes(located.download_bytes)}, {cache} has {gigabytes(located.free_disk_bytes)}"
-            " free; make room, or set HF_HOME to another disk"
+            f"{model.id} needs {gigabytes(located.download_bytes)}, {cache} has"
+            f" {gigabytes(located.free_disk_bytes)} free; make room, or set HF_HOME to another disk"
         )
     return located
 
 
 def _ask_hub(model: Flux2Model) -> tuple[Any, dict[str, Any]]:
-    """The repository's file list and its model_index.json: the small file also shows whether access is granted."""
+    """The repository's file list and its model_index.json, which also shows whether access is granted."""
     from huggingface_hub import HfApi, hf_hub_download
 
     assert model.id is not None
     try:
         _reach(HfApi().endpoint)
-        info = HfApi().model_info(
-            model.id, revision=model.revision, files_metadata=True, timeout=HUB_READ_TIMEOUT_S
-        )
+        info = HfApi().model_info(model.id, revision=model.revision, files_metadata=True, timeout=HUB_READ_TIMEOUT_S)
         names = [entry.rfilename for entry in info.siblings or []]
         if "model_index.json" not in names:
-            raise ConfigError(
-                f"{model.id} on the hub is not a diffusers repository: it has no model_index.json"
-            )
-        file = hf_hub_download(
-            model.id, "model_index.json", revision=model.revision, etag_timeout=HUB_READ_TIMEOUT_S
-        )
+            raise ConfigError(f"{model.id} on the hub is not a diffusers repository: it has no model_index.json")
+        file = hf_hub_download(model.id, "model_index.json", revision=model.revision, etag_timeout=HUB_READ_TIMEOUT_S)
     except Exception as error:
         # The client's exceptions share no base class, and its HTTP library's differ between its versions.
-        if not isinstance(error, OSError) and not type(error).__module__.startswith(
-            ("httpx", "huggingface_hub")
-        ):
+        if not isinstance(error, OSError) and not type(error).__module__.startswith(("httpx", "huggingface_hub")):
             raise
         raise _explained(error, model) from error
     return info, _read_json(Path(file))
@@ -463,9 +427,7 @@ def _reach(endpoint: str) -> None:
     host = url.hostname or ""
     if getproxies() and not proxy_bypass(host):
         return
-    socket.create_connection(
-        (host, url.port or (80 if url.scheme == "http" else 443)), timeout=HUB_TIMEOUT_S
-    ).close()
+    socket.create_connection((host, url.port or (80 if url.scheme == "http" else 443)), timeout=HUB_TIMEOUT_S).close()
 
 
 def _explained(error: Exception, model: Flux2Model) -> ConfigError:
@@ -513,9 +475,7 @@ def _check_listing(files: list[str], model: Flux2Model) -> None:
         if not any(name.startswith(f"{component}/") for name in weights):
             raise ConfigError(f"{model.id} on the hub has no .safetensors weights in {component}/")
     if model.variant and not any(f".{model.variant}" in name for name in weights):
-        raise ConfigError(
-            f"{model.id} on the hub has no {model.variant} weight files (leave model.variant out)"
-        )
+        raise ConfigError(f"{model.id} on the hub has no {model.variant} weight files (leave model.variant out)")
 
 
 def _is_cached(repo: str, name: str, commit: str | None) -> bool:
@@ -525,10 +485,10 @@ def _is_cached(repo: str, name: str, commit: str | None) -> bool:
 
 
 def download(located: Located, progress: Callable[[str], None] | None = None) -> Path:
-    """The checkpoint folder of ``located``, fetched first if it must be; finished files are never fetched again.
+    """The checkpoint folder of ``located``, fetched first if it must be; finished files are never fetched twice.
 
-    ``progress`` gets the announcement and then a line about once a second. Raises FluxrunError when the download
-    breaks off; the next one goes on from there.
+    ``progress`` gets the announcement and then a line about once a second. Raises FluxrunError when the
+    download breaks off; the next one goes on from there.
     """
     if located.folder is not None:
         return located.folder
@@ -539,9 +499,9 @@ def download(located: Located, progress: Callable[[str], None] | None = None) ->
     return folder
 
 
-# Run in a child process: the hub client's worker threads finish whole files, gigabytes of them, before they let an
-# interrupt through; a child can be ended at once. It ends by itself when its standard input does, that is when the
-# parent is gone.
+# Run in a child process: the hub client's worker threads finish whole files, gigabytes of them, before they let
+# an interrupt through; a child can be ended at once. It ends by itself when its standard input does, that is when
+# the parent is gone.
 _CHILD = """
 import json, os, sys, threading
 threading.Thread(target=lambda: (sys.stdin.buffer.read(), os._exit(1)), daemon=True).start()
@@ -560,7 +520,8 @@ def _fetch(located: Located, say: Callable[[str], None], every_s: float = 1.0) -
     """Download ``located.files`` into the hub's cache and return the snapshot folder."""
     from huggingface_hub import HfApi
 
-    assert located.id is not None and located.cache is not None
+    assert located.id is not None
+    assert located.cache is not None
     arguments = {
         "repo_id": located.id,
         "revision": located.asked_revision,
@@ -594,14 +555,10 @@ def _fetch(located: Located, say: Callable[[str], None], every_s: float = 1.0) -
         child.wait()
         os.close(read_end)
         os.close(write_end)
-        for leftover in (
-            set(blobs.glob("*.*.incomplete")) - partial
-        ):  # named for the child, of no use to another
+        for leftover in set(blobs.glob("*.*.incomplete")) - partial:  # named for the child, of no use to another
             leftover.unlink(missing_ok=True)
     if child.returncode != 0:
-        why = one_line(
-            RuntimeError(complaint.strip().rpartition("\n")[2] or f"exit code {child.returncode}"), 200
-        )
+        why = one_line(RuntimeError(complaint.strip().rpartition("\n")[2] or f"exit code {child.returncode}"), 200)
         raise FluxrunError(f"the download of {located.id} broke off ({why}); run again to go on from there")
     return Path(answer.strip().rpartition("\n")[2])
 

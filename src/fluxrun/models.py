@@ -1,7 +1,7 @@
 """Weights: loaded or built once, component by component, kept in a store, handed out as fresh module shells.
 
-This module is heavy (torch, diffusers, transformers); nothing light may import it. Where a checkpoint lies, and
-whether it is whole, is ``checkpoint.py``'s business and is settled before anything here runs.
+This module is heavy (torch, diffusers, transformers); nothing light may import it. Where a checkpoint lies and
+whether it is whole is ``checkpoint.py``'s business and is settled before anything here runs.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class WeightsKey:
     def of(
         cls, model: Flux2Model, *, dtype: str, device: str, part: Part = "all", quantization: str = "none"
     ) -> WeightsKey:
-        """The key of ``model`` loaded as ``dtype`` onto ``device``; ``quantization`` names option and knobs."""
+        """The key of ``model`` loaded as ``dtype`` onto ``device``; ``quantization``: option and knobs."""
         return cls(model.source(), model.revision, model.variant, dtype, quantization, device, part)
 
     def difference(self, other: WeightsKey) -> str:
@@ -105,9 +105,9 @@ def load(
 ) -> Base:
     """Load or build ``part`` of ``model`` as ``dtype`` (a torch dtype's name) onto ``device``.
 
-    ``quantize(component, name)`` is called with each model component before the next one is loaded. A pretrained
-    component is then still on the CPU, so that a quantizer can move it layer by layer (torchao's
-    ``quantize_(..., device=...)``); a random one is already on ``device``. ``progress`` gets one line per stage.
+    ``quantize(component, name)`` is called with each model component before the next one is loaded. A
+    pretrained component is then still on the CPU, so that a quantizer can move it layer by layer (torchao's
+    ``quantize_(..., device=...)``); a random one is already on ``device``. ``progress`` gets a line per stage.
 
     Raises ConfigError when the checkpoint is missing, partial or of another kind.
     """
@@ -150,26 +150,24 @@ def _assemble(kind: architectures.PipelineKind, distilled: bool, parts: dict[str
     return Flux2Pipeline(**parts)
 
 
-# --- pretrained -------------------------------------------------------------------------------------------------
+# --- pretrained -----------------------------------------------------------------------------------
 
 
 def _pretrained(folder: Path, name: str, dtype: str, variant: str | None) -> Any:
     """One component of a diffusers folder, on the CPU, in ``dtype``.
 
-    Components are loaded one at a time by their own ``from_pretrained`` and not through the pipeline's, because
-    that is what lets each be quantized before the next one needs memory.
+    Components are loaded one at a time by their own ``from_pretrained`` and not through the pipeline's: that
+    is what lets each be quantized before the next one needs memory.
     """
     library, class_name = checkpoint.component_classes(folder)[name]
     cls = getattr(importlib.import_module(library), class_name)
     if name not in architectures.MODEL_COMPONENTS:
         return cls.from_pretrained(str(folder), subfolder=name, local_files_only=True)
-    # Always said: a folder saved in bfloat16 would otherwise give a bfloat16 text encoder beside a float32 transformer.
+    # Always said: a folder saved in bfloat16 would otherwise mix a bfloat16 text encoder with a float32 transformer.
     precision = {"dtype" if library == "transformers" else "torch_dtype": getattr(torch, dtype)}
     used = checkpoint.variant_of(folder, name, variant)
     with _no_bars():
-        return cls.from_pretrained(
-            str(folder), subfolder=name, variant=used, local_files_only=True, **precision
-        )
+        return cls.from_pretrained(str(folder), subfolder=name, variant=used, local_files_only=True, **precision)
 
 
 @contextmanager
@@ -187,14 +185,12 @@ def _no_bars() -> Iterator[None]:
                 switch.enable_progress_bar()
 
 
-# --- random -----------------------------------------------------------------------------------------------------
+# --- random ---------------------------------------------------------------------------------------
 
 
-def _random_source(model: Flux2Model, dtype: str, device: str) -> Callable[[str], Any]:
-    """A function that builds one component of ``model``'s architecture by its pipeline name."""
-    assert model.architecture is not None  # checkpoint.inspect refused everything else
-    sizes = architectures.architecture(model.architecture, model.pipeline)
-    build: dict[str, Callable[[], Any]] = {
+def builders(sizes: architectures.Architecture) -> dict[str, Callable[[], Any]]:
+    """For each pipeline component, a function that makes it with ``sizes`` (on whatever device is the default)."""
+    return {
         "transformer": lambda: Flux2Transformer2DModel(**sizes.transformer),
         "vae": lambda: AutoencoderKLFlux2(**sizes.vae),
         "text_encoder": lambda: _text_encoder(sizes),
@@ -202,11 +198,18 @@ def _random_source(model: Flux2Model, dtype: str, device: str) -> Callable[[str]
         "scheduler": lambda: FlowMatchEulerDiscreteScheduler(**architectures.SCHEDULER),
     }
 
+
+def _random_source(model: Flux2Model, dtype: str, device: str) -> Callable[[str], Any]:
+    """A function that builds one component of ``model``'s architecture by its pipeline name."""
+    assert model.architecture is not None  # checkpoint.inspect refused everything else
+    sizes = architectures.architecture(model.architecture, model.pipeline)
+    build = builders(sizes)
+
     def make(name: str) -> Any:
         if name not in architectures.MODEL_COMPONENTS:
             return build[name]()
-        # include_buffers=False: parameters are created on meta, in no time and no memory; buffers are real, because
-        # rotary frequencies that are not in the state dict could not be filled in later.
+        # include_buffers=False: parameters are created on meta, in no time and no memory; buffers are real, as
+        # rotary frequencies, which are in no state dict, could not be filled in later.
         with init_empty_weights(include_buffers=False):
             module = build[name]()
         if isinstance(module, PreTrainedModel):
@@ -227,9 +230,9 @@ def _text_encoder(sizes: architectures.Architecture) -> nn.Module:
 def _fill(module: nn.Module, dtype: torch.dtype, device: str, std: float | None) -> None:
     """Give a module built on meta its parameters: norms 1, biases 0, matrices normal; ties are kept.
 
-    With a ``std`` the numbers are drawn in ``dtype`` on ``device``: a 32-billion-parameter transformer never passes
-    through the CPU. Without one (small models) they are drawn in float32 on the CPU, so that every device gets the
-    same model, with ``1 / sqrt(fan_in)`` as standard deviation.
+    With a ``std`` the numbers are drawn in ``dtype`` on ``device``: a 32-billion-parameter transformer never
+    passes through the CPU. Without one (small models) they are drawn in float32 on the CPU, so that every device
+    gets the same model, with ``1 / sqrt(fan_in)`` as standard deviation.
     """
     where, number = (device, dtype) if std else ("cpu", torch.float32)
     generator = torch.Generator(where).manual_seed(SEED)
@@ -245,7 +248,7 @@ def _fill(module: nn.Module, dtype: torch.dtype, device: str, std: float | None)
             owner._parameters[name] = made[id(old)]
         for name, buffer in list(owner._buffers.items()):
             if buffer is not None:
-                # As from_pretrained leaves them: saved statistics in the model's dtype, rotary tables in float32.
+                # As from_pretrained leaves them: saved statistics in the model's dtype, rotary tables float32.
                 saved = buffer.is_floating_point() and name not in owner._non_persistent_buffers_set
                 owner._buffers[name] = buffer.to(device, dtype if saved else buffer.dtype)
 
@@ -260,8 +263,8 @@ def _initialise(value: torch.Tensor, name: str, std: float | None, generator: to
 
 
 CHAT_TEMPLATE = (
-    # Only what the user says: the dev pipeline's long system message would fill a short context by itself. dev sends
-    # content as a list of typed entries, klein as a string.
+    # Only what the user says: the dev pipeline's long system message would fill a short context by itself.
+    # dev sends content as a list of typed entries, klein as a string.
     "{% for message in messages %}{% if message['role'] == 'user' %}"
     "{% if message['content'] is string %}{{ message['content'] }}"
     "{% else %}{% for entry in message['content'] %}{{ entry.get('text', '') }}{% endfor %}{% endif %}"
@@ -308,15 +311,15 @@ def save_tiny(
     return folder
 
 
-# --- shells -----------------------------------------------------------------------------------------------------
+# --- shells ---------------------------------------------------------------------------------------
 
 
 def shell(base: Base) -> DiffusionPipeline:
     """A pipeline of fresh modules over ``base``'s weights: change it freely, the base stays as it was.
 
-    Modules, hooks, attention processors, Parameter objects and buffers are new; parameters share their storage with
-    the base (no memory, no time, bit-identical output). Writing into a parameter in place would reach the base:
-    whatever must change weights replaces them instead.
+    Modules, hooks, attention processors, Parameter objects and buffers are new; parameters share their storage
+    with the base (no memory, no time, bit-identical output). Writing into a parameter in place would reach the
+    base: whatever must change weights replaces them instead.
     """
     modules = {name: part for name, part in base.pipeline.components.items() if isinstance(part, nn.Module)}
     parts = {name: _fresh(part) for name, part in base.pipeline.components.items() if name not in modules}
@@ -345,7 +348,7 @@ def _fresh(part: Any) -> Any:
     return type(part).from_config(part.config) if hasattr(type(part), "from_config") else copy.deepcopy(part)
 
 
-# --- sizes ------------------------------------------------------------------------------------------------------
+# --- sizes ----------------------------------------------------------------------------------------
 
 
 def _tensors(modules: Iterable[nn.Module]) -> Iterator[torch.Tensor]:
@@ -374,7 +377,7 @@ def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(storages.values())
 
 
-# --- the store --------------------------------------------------------------------------------------------------
+# --- the store ------------------------------------------------------------------------------------
 
 
 @dataclass

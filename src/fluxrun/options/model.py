@@ -92,17 +92,13 @@ class Flux2Model(Option):
         found = next((root / self.bundled for root in BUNDLED if (root / self.bundled).is_dir()), None)
         if found is None:
             places = " or ".join(str(root) for root in BUNDLED)
-            raise ConfigError(
-                f"model.bundled={self.bundled}: no such folder in {places}; give model.path instead"
-            )
+            raise ConfigError(f"model.bundled={self.bundled}: no such folder in {places}; give model.path instead")
         return found
 
     def source(self) -> str:
         """Where the weights come from, as one string: part of the weight store's key."""
         if self.weights == "random":
-            return f"random {self.architecture}" + (
-                f" {self.pipeline}" if self.architecture == "tiny" else ""
-            )
+            return f"random {self.architecture}" + (f" {self.pipeline}" if self.architecture == "tiny" else "")
         folder = self.folder()
         return str(folder.resolve()) if folder else f"hub {self.id}"
 
