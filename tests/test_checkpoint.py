@@ -269,6 +269,13 @@ def test_hub_says_what_a_download_takes(hub, cache):
     assert str(cache) in announcement
 
 
+def test_asking_the_hub_prints_nothing(hub, capfd):
+    checkpoint.inspect(Flux2Model(id=REPO))
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert "%|" not in printed.err
+
+
 def test_hub_variant(hub):
     located = checkpoint.inspect(Flux2Model(id=REPO, variant="fp16"))
     weights = {name for name in located.files if name.startswith("transformer/") and "model" in name}
@@ -283,10 +290,12 @@ def test_hub_variant(hub):
 
 def test_download_fetches_only_what_is_wanted_and_only_once(hub):
     model, lines = Flux2Model(id=REPO), []
-    folder = checkpoint.download(checkpoint.inspect(model), lines.append)
+    before = checkpoint.inspect(model)
+    folder = checkpoint.download(before, lines.append)
     assert lines[0].startswith("download: ")
     assert set(hub.fetched()) == WANTED
     hub.requests.clear()
+    assert checkpoint.download(before) == folder  # what was known before the download serves as well
     located = checkpoint.inspect(model)
     assert located.kind == "hub"
     assert located.folder == folder

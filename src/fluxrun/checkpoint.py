@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -65,7 +65,7 @@ class Located:
     cache: Path | None = None
     variant: str | None = None
     component_bytes: dict[str, int] = field(default_factory=dict)
-    """Weight-file bytes of each model component."""
+    """Weight bytes of each model component: of its files, whose dtype may not be the run's; of ``random``, as built."""
 
     def announcement(self) -> str | None:
         """What is said before a download starts, or None when there is none."""
@@ -91,7 +91,7 @@ def inspect(model: Flux2Model, machine: Machine | None = None) -> Located:
     With a ``machine``, also that it has what the checkpoint's text processor needs. Raises ConfigError.
     """
     if model.weights == "random":
-        return _random(model)
+        return _random(model, "bfloat16" if machine is None else model.dtype_on(machine))
     folder = model.folder()
     if folder is not None:
         located = _local(model, folder)
@@ -116,12 +116,12 @@ def resolve(model: Flux2Model, located: Located) -> Flux2Model:
     )
 
 
-def _random(model: Flux2Model) -> Located:
+def _random(model: Flux2Model, dtype: str) -> Located:
     if model.architecture is None:
         raise ConfigError("model.weights=random needs sizes: give model.architecture=dev, klein_4b, klein_9b or tiny")
     sizes = architecture(model.architecture, model.pipeline)
     distilled = sizes.pipeline == "klein" and model.distilled is not False
-    return Located("random", model.source(), sizes.pipeline, distilled, component_bytes=sizes.bytes_in("bfloat16"))
+    return Located("random", model.source(), sizes.pipeline, distilled, component_bytes=sizes.bytes_in(dtype))
 
 
 # --- a folder -------------------------------------------------------------------------------------
@@ -405,13 +405,30 @@ def _ask_hub(model: Flux2Model) -> tuple[Any, dict[str, Any]]:
         names = [entry.rfilename for entry in info.siblings or []]
         if "model_index.json" not in names:
             raise ConfigError(f"{model.id} on the hub is not a diffusers repository: it has no model_index.json")
-        file = hf_hub_download(model.id, "model_index.json", revision=model.revision, etag_timeout=HUB_READ_TIMEOUT_S)
+        with _no_bars():
+            file = hf_hub_download(
+                model.id, "model_index.json", revision=model.revision, etag_timeout=HUB_READ_TIMEOUT_S
+            )
     except Exception as error:
         # The client's exceptions share no base class, and its HTTP library's differ between its versions.
         if not isinstance(error, OSError) and not type(error).__module__.startswith(("httpx", "huggingface_hub")):
             raise
         raise _explained(error, model) from error
     return info, _read_json(Path(file))
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Switch the hub client's progress bars off: a file of 500 bytes needs none."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    silent = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not silent:
+            enable_progress_bars()
 
 
 def _reach(endpoint: str) -> None:
@@ -492,11 +509,25 @@ def download(located: Located, progress: Callable[[str], None] | None = None) ->
     """
     if located.folder is not None:
         return located.folder
+    arrived = _arrived(located)
+    if arrived is not None:  # since ``located`` was made, by an earlier job of the same sweep for example
+        return arrived
     say = progress or (lambda line: None)
     say(located.announcement() or f"fetching {located.id}")
     folder = _fetch(located, say)
     _check_whole(folder, located.variant, "delete it from the cache and run again")
     return folder
+
+
+def _arrived(located: Located) -> Path | None:
+    """The snapshot folder, if every file of ``located`` is in the cache by now."""
+    from huggingface_hub import try_to_load_from_cache
+
+    assert located.id is not None
+    files = [try_to_load_from_cache(located.id, name, revision=located.revision) for name in located.files]
+    if not all(isinstance(file, str) for file in files):
+        return None
+    return Path(str(files[located.files.index("model_index.json")])).parent
 
 
 # Run in a child process: the hub client's worker threads finish whole files, gigabytes of them, before they let

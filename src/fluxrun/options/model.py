@@ -51,7 +51,7 @@ class Flux2Model(Option):
     """Weight-file variant, for example fp16 (``*.fp16.safetensors``)."""
 
     dtype: DtypeName = "bfloat16"
-    """Number format of the weights; ``auto`` is bfloat16 on an accelerator and float32 on a CPU."""
+    """Number format of the weights; ``auto`` is float32 on a CPU, bfloat16 on a GPU (float16 if it has none)."""
 
     offline: bool = False
     """Never ask the hub; use what is in its cache."""
@@ -114,7 +114,9 @@ class Flux2Model(Option):
         """The dtype ``auto`` means on the run's device."""
         if self.dtype != "auto":
             return self.dtype
-        return "bfloat16" if machine.accelerated else "float32"
+        if not machine.accelerated:
+            return "float32"
+        return "float16" if machine.gpu and machine.gpu.capability < (8, 0) else "bfloat16"
 
     def requires(self, machine: Machine) -> str | None:
         dtype = self.dtype_on(machine)
