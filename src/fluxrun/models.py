@@ -230,11 +230,12 @@ def _text_encoder(sizes: architectures.Architecture) -> nn.Module:
 def _fill(module: nn.Module, dtype: torch.dtype, device: str, std: float | None) -> None:
     """Give a module built on meta its parameters: norms 1, biases 0, matrices normal; ties are kept.
 
-    With a ``std`` the numbers are drawn in ``dtype`` on ``device``: a 32-billion-parameter transformer never
-    passes through the CPU. Without one (small models) they are drawn in float32 on the CPU, so that every device
-    gets the same model, with ``1 / sqrt(fan_in)`` as standard deviation.
+    With a ``std`` the numbers are drawn in ``dtype`` on the accelerator, tensor by tensor: a 32-billion-parameter
+    transformer never passes through the CPU, and is the same one wherever it is placed. Without one (small models)
+    they are drawn in float32 on the CPU, so that every device gets the same model, with ``1 / sqrt(fan_in)`` as
+    standard deviation.
     """
-    where, number = (device, dtype) if std else ("cpu", torch.float32)
+    where, number = (_drawing_device(device), dtype) if std else ("cpu", torch.float32)
     generator = torch.Generator(where).manual_seed(SEED)
     made: dict[int, nn.Parameter] = {}
     for owner in module.modules():
@@ -251,6 +252,11 @@ def _fill(module: nn.Module, dtype: torch.dtype, device: str, std: float | None)
                 # As from_pretrained leaves them: saved statistics in the model's dtype, rotary tables float32.
                 saved = buffer.is_floating_point() and name not in owner._non_persistent_buffers_set
                 owner._buffers[name] = buffer.to(device, dtype if saved else buffer.dtype)
+
+
+def _drawing_device(device: str) -> str:
+    """``device``, but a GPU for weights that are placed on the CPU to be offloaded: it draws them far faster."""
+    return "cuda" if device == "cpu" and torch.cuda.is_available() else device
 
 
 @torch.no_grad()
