@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -30,8 +32,16 @@ __all__ = ["Option", "RunConfig", "__version__", "build", "compose", "run"]
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        value = getattr(import_module(_LAZY[name]), name)
-        # Importing the submodule fluxrun.build binds that name to the module: the function must win.
-        globals()[name] = value
-        return value
+        return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'fluxrun' has no attribute {name!r}")
+
+
+class _Package(ModuleType):
+    """Importing a submodule binds its name in the package; ``fluxrun.build`` and ``fluxrun.compose`` stay functions."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _LAZY and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -90,6 +90,11 @@ class Context:
         image = (height // PATCH_PIXELS) * (width // PATCH_PIXELS)
         return image + self._reference_tokens + self.plan.model.max_sequence_length
 
+    def start_counting(self) -> None:
+        """Count from here on: another run carries on with this pipeline."""
+        self.counters.clear()
+        self.compiler.start_counting()
+
     def timed(self, call: Callable[[], Any]) -> float:
         """Seconds ``call`` takes, the device synchronised at both ends."""
         synchronize(self.device)
@@ -145,8 +150,34 @@ class Session:
         self._state.__exit__(kind, error, trace)
 
     def close(self) -> None:
-        """Leave: the shell is dropped, every process-wide switch is put back."""
+        """Leave: the shell and its compiled code are dropped, every process-wide switch is put back."""
+        from fluxrun.compiler import Compiler
+        from fluxrun.models import free_memory
+
+        compiled = self.context is not None and self.context.compiler.active
         self.__exit__(None, None, None)
+        if compiled:
+            Compiler.forget()
+        free_memory()
+
+    @property
+    def ready(self) -> bool:
+        """Whether a pipeline stands that another run can draw with; a staged one has no text encoder left."""
+        return self.pipeline is not None and not self.staged
+
+    def carry_on(
+        self, plan: Plan, *, reporter: Reporter, interrupts: Interrupts, on_change: Callable[[], None]
+    ) -> None:
+        """Draw another run's pictures with the pipeline as it stands: options, model and size must be the same.
+
+        The choices stay this session's, with every fallback found so far; counts and times start anew.
+        """
+        assert self.context is not None
+        self.plan.config, self.plan.notes = plan.config, plan.notes
+        self.reporter, self.interrupts, self._on_change = reporter, interrupts, on_change
+        self.timings = {"load_s": 0.0, "apply_s": 0.0}
+        self.context.start_counting()
+        on_change()
 
     # -- assembling ---------------------------------------------------------------------------------------------
 
@@ -182,7 +213,7 @@ class Session:
     def observe(self) -> None:
         """Add to each option's facts what only shows after pictures were drawn."""
         assert self.context is not None
-        for group, choice in self.plan.choices.items():
+        for choice in self.plan.choices.values():
             choice.facts = {**choice.facts, **choice.option.observe(self.pipeline, self.context)}
 
     def _assemble(self) -> None:
@@ -247,6 +278,7 @@ class Session:
 
         key = self._key(part)
         self.store.keep_only([key])
+        loads = len(self.store.reasons)
         started = time.perf_counter()
         try:
             with self.interrupts.immediate():
@@ -259,6 +291,9 @@ class Session:
             raise
         finally:
             self.timings["load_s"] += time.perf_counter() - started
+        if 0 < loads < len(self.store.reasons):
+            self.plan.note(f"weights loaded again: {self.store.reasons[-1]}")
+            log.info("weights loaded again: %s", self.store.reasons[-1])
         return base
 
     def _announce_load(self, load: Callable[..., Base], part: Part, key: WeightsKey) -> Base:
@@ -336,7 +371,9 @@ class Session:
         gpu = self.plan.machine.gpu
         where = f"{gpu.name} ({gpu.memory_bytes / GIB:.0f} GB)" if gpu else f"{self.plan.machine.device}"
         ideas = [f"memory={name}" for name in rungs[:2]]
-        ideas += ["quantization=fp8"] if self._quantization.name == "none" and self._usable("quantization", "fp8") else []
+        ideas += (
+            ["quantization=fp8"] if self._quantization.name == "none" and self._usable("quantization", "fp8") else []
+        )
         height, width = self.plan.size
         ideas += [f"height={height // 32 * 16} width={width // 32 * 16}"] if min(height, width) >= 64 else []
         return f"out of memory on {where} with memory={self._memory.name}; try {' or '.join(ideas[:3])}"
@@ -383,7 +420,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocator gave up, on a GPU or on the CPU."""
     import torch
 
-    cpu = isinstance(error, (RuntimeError, MemoryError)) and ("can't allocate memory" in str(error) or isinstance(error, MemoryError))
+    cpu = isinstance(error, (RuntimeError, MemoryError)) and (
+        "can't allocate memory" in str(error) or isinstance(error, MemoryError)
+    )
     return isinstance(error, torch.OutOfMemoryError) or cpu
 
 

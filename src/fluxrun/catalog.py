@@ -44,14 +44,14 @@ class Catalog:
         reason = REFUSED_WORDS.get((group, name)) or nearest(name, self.names(group))
         raise ConfigError(f"unknown option {group}={name}: {reason}")
 
-    def load(self, group: str, name: str, like: Option | None = None) -> Option:
-        """The option of a file; ``like`` hands on the values of knobs that both options have.
+    def load(self, group: str, name: str, like: Option | None = None, without: tuple[str, ...] = ()) -> Option:
+        """The option of a file; ``like`` hands on the values of knobs that both options have, ``without`` some.
 
         A knob is handed on only where the user changed it from what ``like``'s own file says.
         """
         node = self._node(group, name)
         if like is not None and like.name in self.names(group):
-            node |= {k: v for k, v in self._changed(group, like).items() if k in node}
+            node |= {k: v for k, v in self._changed(group, like).items() if k in node and k not in without}
         return load_option({**node, "name": name})
 
     def _node(self, group: str, name: str) -> dict[str, Any]:

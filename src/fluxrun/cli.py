@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -88,7 +89,9 @@ def run_app(arguments: list[str]) -> int:
 
 def _check_flags(config_path: str | None, config_name: str | None) -> None:
     if config_path or config_name:
-        raise ConfigError("--config-path and --config-name are not used: fluxrun has one config; add yours with --config-dir")
+        raise ConfigError(
+            "--config-path and --config-name are not used: fluxrun has one config; add yours with --config-dir"
+        )
 
 
 def _refuse_early(overrides: Sequence[str], dirs: tuple[Path, ...], *, multirun: bool) -> None:
@@ -134,7 +137,7 @@ def _job(node: DictConfig, dirs: tuple[Path, ...]) -> int:
     """One job of the app: run it in the folder Hydra made; returns its exit code, never raises an ordinary error."""
     from fluxrun.runner import run
 
-    hydra_config = HydraConfig.get()
+    hydra_config: Any = HydraConfig.get()
     try:
         config = to_run_config(_with_hydra(node, hydra_config), dirs)
         run(config, hydra_config.runtime.output_dir, command=["fluxrun", *sys.argv[1:]])

@@ -46,7 +46,7 @@ class CountingBackend:
         compile_id = CompileContext.current_compile_id()
         CountingBackend.compilations += 1
         CountingBackend.recompilations += bool(compile_id and compile_id.frame_compile_id)
-        compiled = compile_fx(graph, inputs, config_patches=self.patches)
+        compiled: Any = compile_fx(graph, inputs, config_patches=self.patches)
 
         @functools.wraps(compiled)
         def run(*args: Any) -> Any:
@@ -84,8 +84,18 @@ class Compiler:
         if folder is not None or "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str((folder or cache_dir() / "inductor").expanduser())
 
+    def start_counting(self) -> None:
+        """Count from here on: another run carries on with the same compiled pipeline."""
+        self._start = _counts()
+
+    @staticmethod
+    def forget() -> None:
+        """Throw compiled code away, and what it holds of the device's memory (a CUDA graph's pool)."""
+        torch.compiler.reset()
+        Compiler._last_identity = None
+
     def counted(self) -> Facts:
-        """Counts since the backend was made; times in seconds."""
+        """Counts since the backend was made, or since ``start_counting``; times in seconds."""
         now = _counts()
         return {key: round(now[key] - self._start.get(key, 0), 3) for key in now}
 

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fluxrun.catalog import Catalog
-from fluxrun.config import GROUPS, RunConfig
+from fluxrun.config import GROUPS, RunConfig, shorten
 from fluxrun.errors import ConfigError, one_line
 from fluxrun.paths import conf_dir
 from fluxrun.suggest import nearest
@@ -153,9 +153,8 @@ def explain_composition(error: BaseException, overrides: Sequence[str], dirs: tu
     """One line for an error of Hydra's: unknown option or key with the nearest name first, else its first line."""
     text = str(error)
     catalog = Catalog(dirs)
-    if match := re.search(r"Could not find '([\w-]+)/([^']+)'", text) or re.search(r"In '.*': Could not find '(.*?)'", text):
-        if match.lastindex == 2:
-            return _unknown_option(catalog, match.group(1), match.group(2))
+    if match := re.search(r"Could not find '([\w-]+)/([^']+)'", text):
+        return _unknown_option(catalog, match.group(1), match.group(2))
     if match := re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", text):
         return _unknown_key(match.group(1) or match.group(2), dirs, overrides)
     if match := re.search(r"Could not override '?([\w./@]+)'?\.\s*No match in the defaults list", text):
@@ -163,6 +162,8 @@ def explain_composition(error: BaseException, overrides: Sequence[str], dirs: tu
     for group in GROUPS:
         if f"{group}=null" in overrides or f"{group}=" in overrides:
             return f"{group}=null: an option is needed; allowed: {', '.join(catalog.names(group))}"
+    if "Ambiguous value" in text:
+        return f"{shorten(one_line(error))}: several values are a sweep, which needs --multirun"
     if "no viable alternative" in text or "mismatched input" in text or "extraneous input" in text:
         return f"{one_line(error)} (quote the value, or escape , = ( ) [ ] {{ }} with a backslash)"
     return one_line(error)
@@ -186,7 +187,7 @@ def _unknown_key(key: str, dirs: tuple[Path, ...], overrides: Sequence[str]) -> 
 def _known_keys(parent: str, dirs: tuple[Path, ...], overrides: Sequence[str]) -> list[str]:
     if not parent:
         return [name for name in RunConfig.model_fields if name not in ("source", "config_dirs")]
-    group = parent.split(".")[0]
+    group = parent.split(".", maxsplit=1)[0]
     if group in GROUPS:
         chosen = next((o.split("=", 1)[1] for o in overrides if o.startswith(f"{group}=")), None)
         catalog = Catalog(dirs)

@@ -85,7 +85,8 @@ def load_option(node: Any) -> Option:
     return cls(**knobs)
 
 
-GroupOption = Annotated[Option, BeforeValidator(load_option)]
+_LOAD_OPTION = BeforeValidator(load_option)
+GroupOption = Annotated[Option, _LOAD_OPTION]
 
 
 class Measure(BaseModel):
@@ -172,16 +173,14 @@ class RunConfig(BaseModel):
         try:
             return cls(**data, config_dirs=config_dirs)
         except ValidationError as error:
-            raise ConfigError(explain(error)) from error
+            raise ConfigError(explain(error, data)) from error
 
 
-GROUPS: tuple[str, ...] = tuple(
-    name for name, field in RunConfig.model_fields.items() if any(m in GroupOption.__metadata__ for m in field.metadata)
-)
+GROUPS: tuple[str, ...] = tuple(n for n, field in RunConfig.model_fields.items() if _LOAD_OPTION in field.metadata)
 """The option groups, in the order of RunConfig: a new field with type GroupOption is a new group."""
 
 
-def explain(error: ValidationError) -> str:
+def explain(error: ValidationError, data: dict[str, Any]) -> str:
     """One line for the first problem: the key, what was got, what is allowed (nearest name first)."""
     from fluxrun.suggest import nearest
 
@@ -190,6 +189,26 @@ def explain(error: ValidationError) -> str:
     key = ".".join(path)
     got = problem.get("input")
     if problem["type"] == "extra_forbidden":
-        known = sorted(set(RunConfig.model_fields) - {"source", "config_dirs"})
-        return f"unknown key {key!r}: {nearest(path[-1], known)}"
-    return f"{key}={got}: {problem['msg'].lower()}, got {got!r} ({type(got).__name__})"
+        return f"unknown key {key!r}: {nearest(path[-1], sorted(_known_keys(path, data)))}"
+    if problem["type"] == "missing":
+        return f"{key} is missing: it must be given"
+    if problem["type"] == "value_error":
+        return f"{key}: {problem['ctx']['error']}"
+    return f"{key}={shorten(got)}: {problem['msg'].lower()}, got {shorten(repr(got))} ({type(got).__name__})"
+
+
+def shorten(value: Any, limit: int = 100) -> str:
+    """A value for a message of one line."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _known_keys(path: list[str], data: dict[str, Any]) -> list[str]:
+    """The keys that are allowed where ``path`` ends."""
+    if len(path) == 1:
+        return [name for name in RunConfig.model_fields if name not in ("source", "config_dirs")]
+    if path[0] == "measure":
+        return list(Measure.model_fields)
+    module, _, name = str(data[path[0]]["_target_"]).rpartition(".")
+    fields = getattr(importlib.import_module(module), name).model_fields
+    return [key for key, knob in fields.items() if not knob.exclude and key != "name"]

@@ -40,6 +40,8 @@ class Conflict:
     why: str
     group: str | None = None
     instead: str | None = None
+    drop: tuple[str, ...] = ()
+    """Knobs of the replaced option that are not handed on."""
 
     def holds(self, options: Options) -> bool:
         """Whether both sides are chosen."""
@@ -50,17 +52,17 @@ CONFLICTS = (
     Conflict(
         ("compile", _cudagraphs), ("compile", _blocks),
         "CUDA graphs do not go with regional compile: one block's output is overwritten by the next (pytorch#148439)",
-        "compile", "max_autotune_no_cudagraphs",
+        "compile", "max_autotune_no_cudagraphs", ("mode",),
     ),
     Conflict(
         ("compile", _cudagraphs), ("memory", _offloads),
         "CUDA graphs need weights that stay where they are, offloading moves them",
-        "compile", "max_autotune_no_cudagraphs",
+        "compile", "max_autotune_no_cudagraphs", ("mode",),
     ),
     Conflict(
         ("compile", _cudagraphs), ("model", _classifier_free),
         "with classifier-free guidance the second call of a step overwrites the first one's output in a CUDA graph",
-        "compile", "max_autotune_no_cudagraphs",
+        "compile", "max_autotune_no_cudagraphs", ("mode",),
     ),
     Conflict(
         ("compile", lambda o: o.name != "none"), ("memory", _named("sequential")),

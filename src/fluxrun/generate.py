@@ -6,8 +6,9 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxrun.build import Session, synchronize
@@ -51,10 +52,15 @@ class Generation:
 
     def run(self) -> None:
         """Draw every job. Finished images are on disk and in the record whatever ends the loop."""
-        self._rebuild(None)
+        reset_peak(self.device)
+        if self.session.ready:
+            self._fresh = False
+        else:
+            self._rebuild(None)
+        self._note_memory("start")
         batches = [self.jobs[n : n + self.config.batch_size] for n in range(0, len(self.jobs), self.config.batch_size)]
         for _ in range(self.config.measure.warmup):
-            self._draw_or_fall_back(batches[0], "warm-up")
+            self._note_first_call(self._draw_or_fall_back(batches[0], "warm-up"))
         for number, batch in enumerate(batches, 1):
             self._draw_and_save(batch, f"image {number}/{len(batches)}")
             self.embeds.forget(batch)
@@ -127,7 +133,8 @@ class Generation:
     @property
     def plan_steps(self) -> int:
         """Denoising steps of this run."""
-        return self.config.steps or self.session.plan.model.steps
+        model = self.session.plan.model
+        return self.config.steps if self.config.steps is not None else model.steps or 1
 
     def _arguments(self, batch: Sequence[Job]) -> dict[str, Any]:
         """The pipeline call's arguments: the same that a user of plain diffusers would give."""
@@ -164,11 +171,14 @@ class Generation:
         return self.folder.record.memory
 
     def _record(self, drawn: Drawn) -> None:
-        if self.timings.first_call_s is None and drawn.step_s:
-            self.timings.first_call_s = drawn.step_s[0]
+        self._note_first_call(drawn)
         self.timings.step_s.append(drawn.step_s)
         self.timings.denoise_s.append(drawn.denoise_s)
         self.timings.decode_s.append(drawn.decode_s)
+
+    def _note_first_call(self, drawn: Drawn) -> None:
+        if self.timings.first_call_s is None and drawn.step_s:
+            self.timings.first_call_s = drawn.step_s[0]
 
     def _save(self, drawn: Drawn, batch: Sequence[Job]) -> None:
         self.stage = "save"
@@ -176,7 +186,9 @@ class Generation:
             started = time.perf_counter()
             path = self.folder.save(image, job.prompt, job.seed, self.config.output_format)
             self.timings.save_s.append(time.perf_counter() - started)
-            log.info("saved %s (seed %d, denoise %.2f s, decode %.2f s)", path, job.seed, drawn.denoise_s, drawn.decode_s)
+            log.info(
+                "saved %s (seed %d, denoise %.2f s, decode %.2f s)", path, job.seed, drawn.denoise_s, drawn.decode_s
+            )
 
     def _summarise(self) -> None:
         """Bring options, timings and memory in the record up to date; written with every image."""
@@ -317,6 +329,17 @@ class Embeddings:
         generation.timings.text_encode_s.append(time.perf_counter() - started)
         generation._note_memory("text_encode")
         return embeds
+
+
+def reset_peak(device: str) -> None:
+    """Start measuring peak memory anew: a run after another one in the same process has a peak of its own."""
+    import torch
+
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):  # Linux only; elsewhere the peak is the process's
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_bytes(device: str) -> int:

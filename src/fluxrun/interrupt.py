@@ -21,7 +21,9 @@ class Interrupts:
     wait out a whole compile. Otherwise it sets a flag that the denoising loop looks at after every step.
     """
 
-    def __init__(self, on_second: Callable[[], None] = lambda: None, on_first: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, on_second: Callable[[], None] = lambda: None, on_first: Callable[[], None] = lambda: None
+    ) -> None:
         self.requested: signal.Signals | None = None
         self._immediate = False
         self._on_first = on_first

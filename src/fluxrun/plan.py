@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fluxrun.catalog import Catalog
+from fluxrun.checkpoint import resolve
 from fluxrun.config import GROUPS, Facts, Option, RunConfig
 from fluxrun.conflicts import find_conflicts
 from fluxrun.errors import ConfigError, OptionUnavailable
@@ -21,6 +22,10 @@ APPLY_ORDER = ("quantization", "memory", "attention", "vae", "compile")
 
 BLAME_ORDER = ("compile", "attention", "quantization", "vae")
 """Which option falls back first when the first call fails and the error does not say who failed."""
+
+
+MOST_CHANGES = 50
+"""More changes than any sound plan takes: then options of a user's own point at each other."""
 
 
 @dataclass(frozen=True)
@@ -113,9 +118,11 @@ class Plan:
 
     def settle(self) -> None:
         """Follow requires, auto choices and conflicts until nothing changes any more."""
-        changed = True
-        while changed:
-            changed = self._follow_requires() or self._follow_autos() or self._follow_conflicts()
+        for _ in range(MOST_CHANGES):
+            if not (self._follow_requires() or self._follow_autos() or self._follow_conflicts()):
+                return
+        chain = ", ".join(f"{group}={choice.effective}" for group, choice in self.choices.items() if choice.fallbacks)
+        raise ConfigError(f"the options' fallbacks and conflicts go round in a circle ({chain})")
 
     def _follow_requires(self) -> bool:
         for group, choice in self.choices.items():
@@ -140,16 +147,14 @@ class Plan:
             record = Fallback(choice.effective, "requires", conflict.why)
             if self.config.strict:
                 raise OptionUnavailable(f"{conflict.group}={choice.effective}: {conflict.why} (strict=true)")
-            like = choice.option
             choice.fallbacks.append(record)
-            choice.option = _without_scope(self.catalog.load(conflict.group, conflict.instead, like=like), conflict.instead)
+            # Handing on the knob that makes the conflict would only bring it back.
+            choice.option = self.catalog.load(
+                conflict.group, conflict.instead, like=choice.option, without=conflict.drop
+            )
+            choice.facts = {}
             return True
         return False
-
-
-def _without_scope(option: Option, name: str) -> Option:
-    """A conflict's replacement keeps the handed-on knobs; ``none`` needs none of them."""
-    return option if name == option.name else option.model_copy(update={"name": name})
 
 
 def make_plan(config: RunConfig, machine: Machine, located: Located | None = None) -> Plan:
@@ -159,8 +164,7 @@ def make_plan(config: RunConfig, machine: Machine, located: Located | None = Non
     machine = machine.on(config.device)
     choices = {group: Choice(option.name, option) for group, option in config.options().items()}
     if located is not None:
-        known = {"pipeline": located.pipeline, "distilled": located.distilled}
-        choices["model"].option = choices["model"].option.model_copy(update=known)
+        choices["model"].option = resolve(choices["model"].option, located)  # type: ignore[arg-type]
     plan = Plan(config, machine, Catalog(config.config_dirs), choices, located.component_bytes if located else None)
     check_call(plan)
     plan.settle()

@@ -19,7 +19,16 @@ if TYPE_CHECKING:
     from fluxrun.machine import Machine, Proof
 
 PROBE_SECONDS = 120
-PROBED_PACKAGES = ("torch", "diffusers", "xformers", "flash-attn", "flash-attn-3", "flash-attn-4", "sageattention", "kernels")
+PROBED_PACKAGES = (
+    "torch",
+    "diffusers",
+    "xformers",
+    "flash-attn",
+    "flash-attn-3",
+    "flash-attn-4",
+    "sageattention",
+    "kernels",
+)
 
 
 def fingerprint(machine: Machine) -> str:

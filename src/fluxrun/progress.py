@@ -9,7 +9,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 log = logging.getLogger("fluxrun")
 console = Console(stderr=True)
@@ -31,7 +39,9 @@ class ConsoleHandler(logging.Handler):
         if not record.name.startswith("fluxrun") and record.name.split(".")[0] not in ("hydra", "HYDRA"):
             return
         style = "red" if record.levelno >= logging.ERROR else "yellow" if record.levelno >= logging.WARNING else None
-        prefix = "error: " if record.levelno >= logging.ERROR else "warning: " if record.levelno >= logging.WARNING else ""
+        prefix = (
+            "error: " if record.levelno >= logging.ERROR else "warning: " if record.levelno >= logging.WARNING else ""
+        )
         console.print(prefix + record.getMessage(), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -43,7 +53,9 @@ class Reporter:
         """Show ``text`` with a running timer until the block ends; then log how long it took."""
         started = time.perf_counter()
         if console.is_terminal:
-            with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True) as live:
+            with Progress(
+                SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True
+            ) as live:
                 live.add_task(text, total=None)
                 yield
         else:
@@ -105,7 +117,9 @@ class _LiveSteps(Steps):
 
     def advance(self) -> None:
         super().advance()
-        self._live.update(self._task, description=self.text, completed=self.done, pace=f"{self.seconds_per_step():.2f} s/step")
+        self._live.update(
+            self._task, description=self.text, completed=self.done, pace=f"{self.seconds_per_step():.2f} s/step"
+        )
 
 
 class _PlainSteps(Steps):

@@ -287,8 +287,12 @@ def pixel_hash(image: Image) -> str:
 
 def config_hash(config: RunConfig) -> str:
     """Hash of the resolved config: equal for equal runs, whatever the command was."""
-    text = json.dumps(plain(config.source), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return data_hash(config.source)
+
+
+def data_hash(data: dict[str, Any]) -> str:
+    """The same hash of a config that is plain data, and may be wrong."""
+    return hashlib.sha256(json.dumps(plain(data), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def plain(value: Any) -> Any:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fluxrun.checkpoint import Located, inspect
 from fluxrun.config import RunConfig
@@ -18,9 +19,7 @@ from fluxrun.plan import Plan, make_plan
 from fluxrun.progress import Reporter
 from fluxrun.prompts import Job, jobs_of, load_reference_images
 from fluxrun.record import RunFolder, RunRecord, environment, exit_code_of, status_of
-
-if TYPE_CHECKING:
-    from fluxrun.models import WeightStore
+from fluxrun.workbench import Workbench
 
 log = logging.getLogger("fluxrun")
 
@@ -52,9 +51,12 @@ def run(
     *,
     command: Sequence[str] = (),
     machine: Machine | None = None,
-    store: WeightStore | None = None,
+    workbench: Workbench | None = None,
+    reporter: Reporter | None = None,
 ) -> RunRecord:
     """Draw a config's images into ``output_dir`` and return the record that is also its run.json.
+
+    ``workbench`` is what the runs of one process share (weights, pipeline); without one nothing outlives the run.
 
     Raises what ended the run when it was not completed; the record on disk then says so, with all finished images.
     """
@@ -66,8 +68,8 @@ def run(
         on_second=lambda: folder.finish("interrupted", interrupts.error(), stage.name),
     )
     try:
-        with interrupts:
-            _run(config, folder, interrupts, stage, machine, store)
+        with interrupts, _borrowed(workbench) as bench:
+            _run(config, folder, interrupts, stage, machine, bench, reporter or Reporter())
     except BaseException as error:
         ended = interrupts.error() if interrupts.requested else error
         _finish(folder, started, ended, stage.name)
@@ -76,6 +78,11 @@ def run(
         raise
     _finish(folder, started, None, "")
     return folder.record
+
+
+def _borrowed(workbench: Workbench | None) -> AbstractContextManager[Workbench]:
+    """The caller's workbench, which stays open, or one for this run alone."""
+    return Workbench() if workbench is None else nullcontext(workbench)
 
 
 class _Stage:
@@ -90,7 +97,8 @@ def _run(
     interrupts: Interrupts,
     stage: _Stage,
     machine: Machine | None,
-    store: WeightStore | None,
+    workbench: Workbench,
+    reporter: Reporter,
 ) -> None:
     prepared = prepare(config, machine)
     folder.record.environment = environment(prepared.plan.machine)
@@ -99,24 +107,20 @@ def _run(
     _announce(prepared)
     stage.name = "load"
     with interrupts.immediate():
-        from fluxrun.build import Session
         from fluxrun.generate import Generation
-    session = Session(
-        prepared.plan,
-        store=store,
-        reporter=Reporter(),
-        interrupts=interrupts,
-        references=prepared.references,
-        located=prepared.located,
-        on_change=lambda: folder.plan(prepared.plan),
-    )
-    with session:
+    plan = prepared.plan
+
+    def on_change() -> None:
+        folder.plan(plan)
+
+    with workbench.session(prepared, reporter=reporter, interrupts=interrupts, on_change=on_change) as session:
+        plan = session.plan
         generation = Generation(session, folder, prepared.jobs)
         try:
             generation.run()
         finally:
             stage.name = generation.stage
-            folder.plan(prepared.plan)
+            folder.plan(plan)
 
 
 def _announce(prepared: Prepared) -> None:
@@ -125,7 +129,13 @@ def _announce(prepared: Prepared) -> None:
     log.info("%s on %s (%s)", chosen, plan.machine.device, plan.dtype)
     for group, choice in plan.choices.items():
         for fallback in choice.fallbacks:
-            log.warning("%s=%s cannot be used, falling back to %s (%s)", group, fallback.option, choice.effective, fallback.reason)
+            log.warning(
+                "%s=%s cannot be used, falling back to %s (%s)",
+                group,
+                fallback.option,
+                choice.effective,
+                fallback.reason,
+            )
     for note in plan.notes:
         log.warning("%s", note)
     if announcement := prepared.located.announcement():
@@ -139,9 +149,9 @@ def _finish(folder: RunFolder, started: float, error: BaseException | None, stag
         log.info("%d image(s) in %s (%.1f s)", len(folder.record.images), folder.path, folder.record.timings.total_s)
         return
     folder.finish(status_of(error), error, stage)
-    log.debug("ended in stage %s", stage, exc_info=error)
     if exit_code_of(error) in (130, 143):
         log.warning("%s after %d image(s); record and images are in %s", error, len(folder.record.images), folder.path)
     else:
         text = str(error) if isinstance(error, FluxrunError) else f"{type(error).__name__}: {one_line(error)}"
-        log.error("%s (stage %s; traceback in %s)", text, stage, folder.path / "fluxrun.log")
+        # The console prints one line, the log file has the traceback too.
+        log.error("%s (stage %s; traceback in %s)", text, stage, folder.path / "fluxrun.log", exc_info=error)

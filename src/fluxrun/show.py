@@ -11,7 +11,7 @@ from fluxrun.machine import GIB, Machine, detect
 from fluxrun.plan import Choice
 from fluxrun.runner import Prepared
 
-out = Console(soft_wrap=False)
+out = Console()
 
 
 def show_plan(prepared: Prepared) -> None:
@@ -19,19 +19,16 @@ def show_plan(prepared: Prepared) -> None:
     plan = prepared.plan
     height, width = plan.size
     steps = plan.config.steps or plan.model.steps
-    out.print(
-        f"{len(prepared.jobs)} image(s), {width}x{height}, {steps} step(s), on {plan.machine.device} ({plan.dtype}), "
-        f"weights: {prepared.located.source}",
-        highlight=False,
-    )
+    where = f"on {plan.machine.device} ({plan.dtype}), weights: {prepared.located.source}"
+    _line(f"{len(prepared.jobs)} image(s), {width}x{height}, {steps} step(s), {where}")
     if announcement := prepared.located.announcement():
-        out.print(announcement, highlight=False)
+        _line(announcement)
     table = Table("group", "requested", "would run", "proof", "why", box=None, pad_edge=False)
     for group, choice in plan.choices.items():
         table.add_row(group, choice.requested, choice.effective, _proof(group, choice, plan.machine), _why(choice))
     out.print(table)
     for note in plan.notes:
-        out.print(f"note: {note}", highlight=False, markup=False)
+        _line(f"note: {note}")
 
 
 def _why(choice: Choice) -> str:
@@ -72,11 +69,16 @@ def _usable(catalog: Catalog, group: str, name: str, machine: Machine) -> str | 
 
 
 def _show_machine(machine: Machine) -> None:
-    out.print(f"{machine.platform}, Python {machine.python}, {machine.cpu} ({machine.cpu_count} cores, {machine.ram_bytes / GIB:.0f} GB)", highlight=False)
+    cpu = f"{machine.cpu} ({machine.cpu_count} cores, {machine.ram_bytes / GIB:.0f} GB)"
+    _line(f"{machine.platform}, Python {machine.python}, {cpu}")
     for gpu in machine.gpus:
-        capability = ".".join(map(str, gpu.capability))
-        out.print(f"{gpu.name}: {gpu.memory_bytes / GIB:.0f} GB, {gpu.free_bytes / GIB:.0f} GB free, compute {capability}, driver {machine.driver}", highlight=False)
+        memory = f"{gpu.memory_bytes / GIB:.0f} GB, {gpu.free_bytes / GIB:.0f} GB free"
+        _line(f"{gpu.name}: {memory}, compute {'.'.join(map(str, gpu.capability))}, driver {machine.driver}")
     if not machine.gpus:
-        out.print("no GPU that NVIDIA's driver answers for", highlight=False)
-    out.print(f"torch's CUDA: {machine.torch_cuda or 'none (CPU build)'}; C++ compiler: {machine.cxx_compiler or 'none'}", highlight=False)
-    out.print("libraries: " + ", ".join(f"{name} {version}" for name, version in machine.packages.items()), highlight=False)
+        _line("no GPU that NVIDIA's driver answers for")
+    _line(f"torch's CUDA: {machine.torch_cuda or 'none (CPU build)'}; C++ compiler: {machine.cxx_compiler or 'none'}")
+    _line("libraries: " + ", ".join(f"{name} {version}" for name, version in machine.packages.items()))
+
+
+def _line(text: str) -> None:
+    out.print(text, highlight=False, markup=False, soft_wrap=True)

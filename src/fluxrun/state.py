@@ -32,7 +32,7 @@ def import_diffusers() -> dict[str, str]:
     if importlib.util.find_spec("xformers") is not None:
         try:
             importlib.import_module("xformers.ops")
-        except Exception as error:  # noqa: BLE001 - whatever it throws, it is reported and the library is hidden
+        except Exception as error:  # whatever it throws: it is reported, and the library hidden
             broken["xformers"] = f"import xformers.ops fails: {type(error).__name__}: {error}".splitlines()[0]
             log.warning("xformers is installed but broken, hidden from diffusers (%s)", broken["xformers"])
             from diffusers.utils import import_utils

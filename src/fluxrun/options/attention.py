@@ -72,7 +72,11 @@ class Attention(Option):
         if not processors:
             raise RuntimeError(f"no attention processor took the backend {self.effective_backend!r}")
         shape = attention_shape(pipeline.transformer, context)
-        return {"processors": processors, "shape": list(shape), "kernel": _kernel(self.effective_backend, shape, context)}
+        return {
+            "processors": processors,
+            "shape": list(shape),
+            "kernel": _kernel(self.effective_backend, shape, context),
+        }
 
     def _check_dtype(self, dtype: str) -> None:
         if self.dtypes and dtype not in self.dtypes:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
 
 from fluxrun.config import Facts, Option
 from fluxrun.machine import Machine
@@ -29,10 +31,10 @@ class CompileKnobs(Option):
     dynamic: bool | None = None
     """True: one graph for all sizes; None: torch decides after the second size."""
 
-    targets: tuple[Target, ...] = ("transformer",)
+    targets: Annotated[tuple[Target, ...], Field(min_length=1)] = ("transformer",)
     """What is compiled."""
 
-    inductor_options: dict[str, Any] = {}
+    inductor_options: dict[str, Any] = Field(default_factory=dict)
     """Inductor config patches, by torch._inductor.config name."""
 
     match_eager: bool = True
@@ -53,7 +55,11 @@ class NoCompile(CompileKnobs):
     def unused_knobs(self) -> list[str]:
         ignored = {"name", "fallback"}
         fields = type(self).model_fields
-        return [k for k in fields if k not in ignored and getattr(self, k) != fields[k].get_default()]
+        return [
+            k
+            for k in fields
+            if k not in ignored and getattr(self, k) != fields[k].get_default(call_default_factory=True)
+        ]
 
 
 class Compile(CompileKnobs):

@@ -69,9 +69,7 @@ class Resident(MemoryKnobs):
     """All components on the device."""
 
     def apply(self, pipeline: Any, context: Context) -> Facts:
-        modules = [m for m in pipeline.components.values() if hasattr(m, "parameters")]
-        resident = sum(p.numel() * p.element_size() for m in modules for p in m.parameters())
-        return {"resident_bytes": resident}
+        return {"resident_bytes": context.weight_facts.get("bytes")}
 
 
 class Staged(MemoryKnobs):

@@ -23,7 +23,8 @@ class Quantization(Option):
 
     def apply(self, pipeline: Any, context: Context) -> Facts:
         """The weights were converted while loading; hand on what was counted then."""
-        return dict(context.weight_facts.get("quantization", {}))
+        components = context.weight_facts.get("components", {})
+        return {name: facts["quantization"] for name, facts in components.items() if "quantization" in facts}
 
 
 class NoQuantization(Quantization):
@@ -52,7 +53,12 @@ class Fp8(Quantization):
         converted = sum(type(linears[n].weight.data) is not before[n] for n in chosen)
         if not converted:
             raise RuntimeError(f"torchao converted 0 of {len(linears)} linear layers of the {name}")
-        return {"component": name, "converted": converted, "of": len(linears), "format": "float8 e4m3, dynamic, per row"}
+        return {
+            "component": name,
+            "converted": converted,
+            "of": len(linears),
+            "format": "float8 e4m3, dynamic, per row",
+        }
 
 
 def _in_block(name: str) -> bool:

@@ -63,7 +63,13 @@ class Vae(VaeKnobs):
     def observe(self, pipeline: Any, context: Context) -> Facts:
         """Decoder calls counted while the pictures were decoded."""
         count = context.counters.get("vae_decoder_calls", 0)
-        return {"tiles_decoded": count} if self.decode == "tiled" else {"slices_decoded": count} if self.decode == "sliced" else {}
+        return (
+            {"tiles_decoded": count}
+            if self.decode == "tiled"
+            else {"slices_decoded": count}
+            if self.decode == "sliced"
+            else {}
+        )
 
     def _full(self, pipeline: Any, context: Context) -> Facts:
         pipeline.vae.disable_tiling()
@@ -73,7 +79,9 @@ class Vae(VaeKnobs):
     def _tiled(self, pipeline: Any, context: Context) -> Facts:
         height, width = context.size
         if max(height, width) <= self.tile_size:
-            raise ValueError(f"{width}x{height} fits into one {self.tile_size}-pixel tile (vae.tile_size): nothing to tile")
+            raise ValueError(
+                f"{width}x{height} fits into one {self.tile_size}-pixel tile (vae.tile_size): nothing to tile"
+            )
         vae = pipeline.vae
         vae.enable_tiling()
         # diffusers' default tile is the full training size (1024), so that asking for tiles does nothing there.

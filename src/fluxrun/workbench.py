@@ -1,0 +1,102 @@
+"""What the runs of one process share: the loaded weights, and the built pipeline while nothing of it changes.
+
+A single run has a workbench of its own. The jobs of a sweep share one: a job that differs from the last one only in
+prompt, seed, steps or guidance draws with the pipeline as it stands; any other job gets a fresh shell over the stored
+weights, after everything process-wide was put back.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from fluxrun.interrupt import Interrupts
+from fluxrun.progress import Reporter
+
+if TYPE_CHECKING:
+    from fluxrun.build import Session
+    from fluxrun.models import WeightStore
+    from fluxrun.runner import Prepared
+
+log = logging.getLogger("fluxrun.workbench")
+
+
+class Workbench:
+    """Hands out one session at a time; ``close`` (or leaving the ``with`` block) puts the process back as it was."""
+
+    def __init__(self, store: WeightStore | None = None) -> None:
+        self._store = store
+        self._session: Session | None = None
+        self._key = ""
+
+    def __enter__(self) -> Workbench:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def loads(self) -> list[str]:
+        """Why weights were loaded, one line per load, in order."""
+        return list(self._store.reasons) if self._store is not None else []
+
+    @contextmanager
+    def session(
+        self, prepared: Prepared, *, reporter: Reporter, interrupts: Interrupts, on_change: Callable[[], None]
+    ) -> Iterator[Session]:
+        """A session for this run. One that an error or an interrupt has left is not used again."""
+        shared: dict[str, Any] = {"reporter": reporter, "interrupts": interrupts, "on_change": on_change}
+        try:
+            yield self._take(prepared, shared)
+        except BaseException:
+            self.close()
+            raise
+
+    def _take(self, prepared: Prepared, shared: dict[str, Any]) -> Session:
+        key = build_key(prepared)
+        if self._session is not None and self._session.ready and key == self._key:
+            log.info("options, model and size as before: the pipeline is used as it stands")
+            self._session.carry_on(prepared.plan, **shared)
+            return self._session
+        self.close()
+        self._session, self._key = self._open(prepared, shared), key
+        return self._session
+
+    def _open(self, prepared: Prepared, shared: dict[str, Any]) -> Session:
+        from fluxrun.build import Session
+
+        session = Session(
+            prepared.plan, store=self._store, references=prepared.references, located=prepared.located, **shared
+        )
+        self._store = session.store
+        session.__enter__()
+        return session
+
+    def close(self) -> None:
+        """Drop the pipeline and put every process-wide switch back; the weights stay in the store."""
+        if self._session is None:
+            return
+        session, self._session = self._session, None
+        session.close()
+
+
+def build_key(prepared: Prepared) -> str:
+    """What must agree for a built pipeline to be used again: everything but prompts, seeds, steps and guidance."""
+    config = prepared.config
+    return json.dumps(
+        {
+            "options": {group: [option.name, option.model_dump_json()] for group, option in config.options().items()},
+            "source": prepared.located.source,
+            "size": prepared.plan.size,
+            "batch_size": config.batch_size,
+            "device": prepared.plan.machine.device,
+            "strict": config.strict,
+            "references": [image.size for image in prepared.references],
+        }
+    )
