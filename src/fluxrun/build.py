@@ -150,15 +150,13 @@ class Session:
         self._state.__exit__(kind, error, trace)
 
     def close(self) -> None:
-        """Leave: the shell and its compiled code are dropped, every process-wide switch is put back."""
-        from fluxrun.compiler import Compiler
-        from fluxrun.models import free_memory
-
-        compiled = self.context is not None and self.context.compiler.active
+        """Leave: the shell is dropped, every process-wide switch is put back."""
         self.__exit__(None, None, None)
-        if compiled:
-            Compiler.forget()
-        free_memory()
+
+    @property
+    def compiled(self) -> bool:
+        """Whether torch.compile was asked to work on the pipeline as it stands."""
+        return self.context is not None and self.context.compiler.active
 
     @property
     def ready(self) -> bool:

@@ -32,6 +32,7 @@ class Workbench:
         self._store = store
         self._session: Session | None = None
         self._key = ""
+        self._compiled = False
 
     def __enter__(self) -> Workbench:
         return self
@@ -65,8 +66,22 @@ class Workbench:
             self._session.carry_on(prepared.plan, **shared)
             return self._session
         self.close()
+        self._clear_up()
         self._session, self._key = self._open(prepared, shared), key
         return self._session
+
+    def _clear_up(self) -> None:
+        """Free what the last pipeline left behind, so that a job starts with the weights' memory and nothing more."""
+        if self._compiled:
+            from fluxrun.compiler import Compiler
+
+            # Also keeps a long sweep below the number of recompilations at which dynamo quietly goes eager.
+            Compiler.forget()
+            self._compiled = False
+        if self._store is not None:
+            from fluxrun.models import free_memory
+
+            free_memory()
 
     def _open(self, prepared: Prepared, shared: dict[str, Any]) -> Session:
         from fluxrun.build import Session
@@ -83,6 +98,7 @@ class Workbench:
         if self._session is None:
             return
         session, self._session = self._session, None
+        self._compiled = self._compiled or session.compiled
         session.close()
 
 
