@@ -115,9 +115,24 @@ def _counts() -> dict[str, float]:
         "graph_breaks": sum(counters["graph_break"].values()),
         "cache_hits": inductor["fxgraph_cache_hit"] + autograd["autograd_cache_hit"],
         "cache_misses": inductor["fxgraph_cache_miss"] + autograd["autograd_cache_miss"],
-        "cudagraphs": inductor["cudagraph_recorded_non_static_inputs"],
+        "cudagraphs": _recorded_cudagraphs(),
     }
 
 
 def _compile_seconds() -> float:
     return float(dynamo_utils.calculate_time_spent().get(COMPILE_TIME_KEY, 0.0))
+
+
+def _recorded_cudagraphs() -> int:
+    """CUDA graphs inductor has recorded and still holds, over all devices."""
+    if not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return 0
+    from torch._inductor import cudagraph_trees
+
+    managers = (cudagraph_trees.get_manager(n, create_if_none_exists=False) for n in range(torch.cuda.device_count()))
+    roots = [node for manager in managers if manager is not None for node in manager.get_roots()]
+    return sum(_tree_size(node) for node in roots)
+
+
+def _tree_size(node: Any) -> int:
+    return 1 + sum(_tree_size(child) for children in node.children.values() for child in children)

@@ -37,6 +37,10 @@ class Option(BaseModel):
         """Why this machine cannot use the option, or None. Pure: imports no torch, loads nothing."""
         return None
 
+    def inapplicable(self, plan: Plan) -> str | None:
+        """Why this run leaves the option nothing to do (then it falls back, as at ``requires``), or None. Pure."""
+        return None
+
     def resolve(self, plan: Plan) -> tuple[str, str] | None:
         """For an option that only chooses (``auto``): the option to use and why. Pure, like ``requires``."""
         return None

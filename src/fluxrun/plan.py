@@ -126,7 +126,7 @@ class Plan:
 
     def _follow_requires(self) -> bool:
         for group, choice in self.choices.items():
-            if reason := choice.option.requires(self.machine):
+            if reason := choice.option.requires(self.machine) or choice.option.inapplicable(self):
                 self.fall_back(group, "requires", reason)
                 return True
         return False

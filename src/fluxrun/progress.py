@@ -102,7 +102,8 @@ class _LiveSteps(Steps):
     def __enter__(self) -> Steps:
         columns = (
             SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(),
-            TextColumn("{task.fields[pace]}"), TextColumn("elapsed"), TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn(),
+            TextColumn("{task.fields[pace]}"), TextColumn("elapsed"), TimeElapsedColumn(),
+            TextColumn("eta"), TimeRemainingColumn(),
         )  # fmt: skip
         self._live = Progress(*columns, console=console, transient=True)
         self._live.start()

@@ -49,6 +49,14 @@ class Vae(VaeKnobs):
     decode: Literal["full", "tiled", "sliced"] = "full"
     """How the decoder is called."""
 
+    def inapplicable(self, plan: Plan) -> str | None:
+        height, width = plan.size
+        if self.decode == "tiled" and max(height, width) <= self.tile_size:
+            return f"{width}x{height} fits into one {self.tile_size}-pixel tile (vae.tile_size): nothing to tile"
+        if self.decode == "sliced" and plan.config.batch_size < 2:
+            return "slicing splits a batch, and batch_size is 1: nothing to slice"
+        return None
+
     def unused_knobs(self) -> list[str]:
         fields = type(self).model_fields
         tiling = () if self.decode == "tiled" else ("tile_size", "tile_overlap")
@@ -62,14 +70,8 @@ class Vae(VaeKnobs):
 
     def observe(self, pipeline: Any, context: Context) -> Facts:
         """Decoder calls counted while the pictures were decoded."""
-        count = context.counters.get("vae_decoder_calls", 0)
-        return (
-            {"tiles_decoded": count}
-            if self.decode == "tiled"
-            else {"slices_decoded": count}
-            if self.decode == "sliced"
-            else {}
-        )
+        counted = {"tiled": "tiles_decoded", "sliced": "slices_decoded"}.get(self.decode)
+        return {counted: context.counters["vae_decoder_calls"]} if counted else {}
 
     def _full(self, pipeline: Any, context: Context) -> Facts:
         pipeline.vae.disable_tiling()
@@ -77,11 +79,6 @@ class Vae(VaeKnobs):
         return {}
 
     def _tiled(self, pipeline: Any, context: Context) -> Facts:
-        height, width = context.size
-        if max(height, width) <= self.tile_size:
-            raise ValueError(
-                f"{width}x{height} fits into one {self.tile_size}-pixel tile (vae.tile_size): nothing to tile"
-            )
         vae = pipeline.vae
         vae.enable_tiling()
         # diffusers' default tile is the full training size (1024), so that asking for tiles does nothing there.
@@ -92,8 +89,6 @@ class Vae(VaeKnobs):
         return {"tile_size": self.tile_size, "tile_overlap": self.tile_overlap}
 
     def _sliced(self, pipeline: Any, context: Context) -> Facts:
-        if context.batch_size < 2:
-            raise ValueError("slicing splits a batch, and batch_size is 1: nothing to slice")
         pipeline.vae.enable_slicing()
         _count_decoder_calls(pipeline.vae, context)
         return {}
