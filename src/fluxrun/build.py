@@ -299,12 +299,12 @@ class Session:
         with self.reporter.stage(f"Loading {self.plan.model.name} ({what}, {key.dtype}, {key.placement})"):
             return load(
                 self.plan.model, dtype=key.dtype, device=key.placement, part=part, quantize=self._quantize,
-                progress=log.debug, located=self.located,
+                progress=_say_load, located=self.located,
             )  # fmt: skip
 
     def _quantize(self, component: Any, name: str) -> Facts:
         try:
-            return self._quantization.quantize(component, name)
+            return self._quantization.quantize(component, name, self._key("all").placement)
         except Exception as error:  # a library's failure to convert is this option's failure
             raise _Failed("quantization", error) from error
 
@@ -401,6 +401,11 @@ class _Failed(Exception):
     def __init__(self, group: str, error: BaseException) -> None:
         super().__init__(one_line(error))
         self.group, self.error = group, error
+
+
+def _say_load(text: str) -> None:
+    """A download's lines are for the user; each component's are for the log."""
+    log.log(logging.INFO if text.startswith("download") else logging.DEBUG, "%s", text)
 
 
 def _places(error: BaseException) -> list[str]:

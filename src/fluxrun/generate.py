@@ -134,7 +134,9 @@ class Generation:
     def plan_steps(self) -> int:
         """Denoising steps of this run."""
         model = self.session.plan.model
-        return self.config.steps if self.config.steps is not None else model.steps or 1
+        steps = self.config.steps or model.steps
+        assert steps is not None  # checkpoint.resolve filled it in
+        return steps
 
     def _arguments(self, batch: Sequence[Job]) -> dict[str, Any]:
         """The pipeline call's arguments: the same that a user of plain diffusers would give."""

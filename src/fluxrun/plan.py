@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fluxrun.catalog import Catalog
+from fluxrun.checkpoint import Located, resolve
 from fluxrun.checkpoint import resolve
 from fluxrun.config import GROUPS, Facts, Option, RunConfig
 from fluxrun.conflicts import find_conflicts
@@ -14,8 +15,6 @@ from fluxrun.errors import ConfigError, OptionUnavailable
 from fluxrun.machine import Machine
 from fluxrun.options.model import Flux2Model
 
-if TYPE_CHECKING:
-    from fluxrun.checkpoint import Located
 
 APPLY_ORDER = ("quantization", "memory", "attention", "vae", "compile")
 """The one order in which options touch a pipeline: compile last, so that it captures what the others did."""

@@ -17,8 +17,11 @@ class Quantization(Option):
     components: tuple[Literal["transformer"], ...] = ("transformer",)
     """Pipeline components whose linear layers are converted."""
 
-    def quantize(self, component: Any, name: str) -> Facts:
-        """Convert ``component`` in place, right after it was loaded; returns what was converted."""
+    def quantize(self, component: Any, name: str, device: str) -> Facts:
+        """Convert ``component`` in place, right after it was loaded; returns what was converted.
+
+        ``device`` is where it will lie; a pretrained component is still on the CPU then.
+        """
         return {}
 
     def apply(self, pipeline: Any, context: Context) -> Facts:
@@ -37,8 +40,10 @@ class Fp8(Quantization):
     def requires(self, machine: Machine) -> str | None:
         return machine.needs_cuda((8, 9)) or machine.lacks("torchao", "0.15")
 
-    def quantize(self, component: Any, name: str) -> Facts:
-        """Raises RuntimeError when not one layer was converted: zero converted is a failure, not a success."""
+    def quantize(self, component: Any, name: str, device: str) -> Facts:
+        """Layer by layer on ``device``, so that the unquantized weights never lie there whole.
+
+        Raises RuntimeError when not one layer was converted: zero converted is a failure, not a success."""
         if name not in self.components:
             return {}
         import torch
@@ -49,7 +54,7 @@ class Fp8(Quantization):
         before = {n: type(linears[n].weight.data) for n in chosen}
         # torchao's own default also rewrites global inductor settings: compile then takes minutes (EVIDENCE).
         config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
-        quantize_(component, config, filter_fn=lambda module, fqn: fqn in chosen)
+        quantize_(component, config, filter_fn=lambda module, fqn: fqn in chosen, device=device)
         converted = sum(type(linears[n].weight.data) is not before[n] for n in chosen)
         if not converted:
             raise RuntimeError(f"torchao converted 0 of {len(linears)} linear layers of the {name}")
