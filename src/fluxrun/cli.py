@@ -79,9 +79,12 @@ def run_app(arguments: list[str]) -> int:
     options = get_args_parser().parse_args(arguments)
     dirs = config_dirs(options.config_dir)
     _check_flags(options.config_path, options.config_name)
-    shows = any(getattr(options, flag) for flag in SHOWING_FLAGS)
-    if not shows:
+    if not any(getattr(options, flag) for flag in SHOWING_FLAGS):
         _refuse_early(options.overrides, dirs, multirun=options.multirun)
+    elif not options.shell_completion:
+        # Hydra runs callbacks even when it only shows a config, so the trust rule comes first here too.
+        with hydra_for(dirs) as app:
+            compose_node(app, options.overrides, dirs, RunMode.MULTIRUN if options.multirun else RunMode.RUN)
     codes: list[int] = []
     _run_hydra(arguments, options.overrides, dirs, lambda node: codes.append(_job(node, dirs)))
     return max(codes, default=0)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_automatic_config_search_path
@@ -29,6 +30,14 @@ from fluxrun.trust import check_file
 
 CONFIG_NAME = "config"
 RAW_TEXT_KEYS = ("prompt", "negative_prompt")
+QUOTING = " (quote the value, or escape , = ( ) [ ] { } with a backslash)"
+HINTS = {
+    "Ambiguous value": ": several values are a sweep, which needs --multirun",
+    "no viable alternative": QUOTING,
+    "mismatched input": QUOTING,
+    "extraneous input": QUOTING,
+}
+"""What to do about an error of Hydra's, by a part of its text."""
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException)
 
 
@@ -97,6 +106,8 @@ def compose_node(
         return hydra.compose_config(
             config_name=CONFIG_NAME, overrides=list(overrides), run_mode=mode, with_log_configuration=False
         )
+    except yaml.YAMLError as error:
+        raise ConfigError(f"a config file is not valid YAML: {shorten(error, 300)}") from error
     except (*COMPOSE_ERRORS, ValueError) as error:
         raise ConfigError(explain_composition(error, overrides, dirs)) from error
 
@@ -108,7 +119,7 @@ def check_composed_files(hydra: Hydra, overrides: Sequence[str], dirs: tuple[Pat
     for entry in defaults.defaults:
         path = find_file(str(entry.config_path), dirs)
         if path is not None:
-            check_file(path, str(entry.config_path).partition("/")[0], dirs[-1])
+            check_file(path, str(entry.config_path).partition("/")[0], dirs[-1], package=entry.package)
 
 
 def find_file(config_path: str, dirs: tuple[Path, ...]) -> Path | None:
@@ -119,13 +130,18 @@ def find_file(config_path: str, dirs: tuple[Path, ...]) -> Path | None:
 
 def to_run_config(node: DictConfig, dirs: tuple[Path, ...]) -> RunConfig:
     """A composed node as a validated RunConfig, each option knowing its name."""
+    return RunConfig.from_dict(to_data(node), dirs)
+
+
+def to_data(node: DictConfig) -> dict[str, Any]:
+    """A composed node as plain data, not validated: what RunConfig.from_dict takes. Sweep keys are no run's business."""
     choices = node.hydra.runtime.choices if "hydra" in node else {}
     try:
-        data = OmegaConf.to_container(_without_hydra(node), resolve=True)
+        data = OmegaConf.to_container(_without(node, "hydra", "sweep"), resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(one_line(error)) from error
     assert isinstance(data, dict)
-    return RunConfig.from_dict(name_options(data, dict(choices)), dirs)
+    return name_options(data, dict(choices))
 
 
 def name_options(data: dict[Any, Any], choices: dict[Any, Any]) -> dict[str, Any]:
@@ -142,10 +158,11 @@ def name_options(data: dict[Any, Any], choices: dict[Any, Any]) -> dict[str, Any
     return named
 
 
-def _without_hydra(node: DictConfig) -> DictConfig:
+def _without(node: DictConfig, *keys: str) -> DictConfig:
     copy = node.copy()
     OmegaConf.set_struct(copy, False)
-    copy.pop("hydra", None)
+    for key in keys:
+        copy.pop(key, None)
     return copy
 
 
@@ -162,11 +179,7 @@ def explain_composition(error: BaseException, overrides: Sequence[str], dirs: tu
     for group in GROUPS:
         if f"{group}=null" in overrides or f"{group}=" in overrides:
             return f"{group}=null: an option is needed; allowed: {', '.join(catalog.names(group))}"
-    if "Ambiguous value" in text:
-        return f"{shorten(one_line(error))}: several values are a sweep, which needs --multirun"
-    if "no viable alternative" in text or "mismatched input" in text or "extraneous input" in text:
-        return f"{one_line(error)} (quote the value, or escape , = ( ) [ ] {{ }} with a backslash)"
-    return one_line(error)
+    return one_line(error) + next((hint for part, hint in HINTS.items() if part in text), "")
 
 
 def _unknown_option(catalog: Catalog, group: str, name: str) -> str:
@@ -193,6 +206,10 @@ def _known_keys(parent: str, dirs: tuple[Path, ...], overrides: Sequence[str]) -
         catalog = Catalog(dirs)
         names = [chosen] if chosen in catalog.names(group) else catalog.names(group)
         return list({k for name in names for k in type(catalog.load(group, name)).model_fields} - {"name"})
+    if group == "sweep":
+        from fluxrun.sweep import SweepConfig
+
+        return list(SweepConfig.model_fields)
     return ["warmup", "repeats"] if group == "measure" else []
 
 

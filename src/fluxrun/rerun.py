@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from fluxrun.config import RunConfig
-from fluxrun.errors import ConfigError, FluxrunError
-from fluxrun.record import RunRecord, pixel_hash, read_metadata, read_record
+from fluxrun.errors import ConfigError
+from fluxrun.record import RunRecord, exit_code_of, pixel_hash, read_metadata, read_record
+from fluxrun.trust import check_knobs
 
 log = logging.getLogger("fluxrun.rerun")
 
@@ -22,22 +23,24 @@ def rerun(target: str, overrides: Sequence[str] = ()) -> int:
     The recorded config is under the trust rule like any stranger's file. Raises ConfigError for a target that is
     not one of fluxrun's.
     """
-    from fluxrun.runner import run
+    from fluxrun.runner import prepare, run
 
     path = Path(target).expanduser()
     config, hashes = from_folder(path) if path.is_dir() else from_image(path)
     folder = _output_dir(overrides)
+    prepare(config)
     _log_to(folder)
     try:
         record = run(config, folder, command=["fluxrun", "rerun", target, *overrides])
-    except FluxrunError as error:
-        return error.exit_code
+    except Exception as error:  # already one line on screen and a traceback in the log
+        return exit_code_of(error)
     return 0 if _compare(record, hashes) else 1
 
 
 def from_folder(folder: Path) -> tuple[RunConfig, list[str]]:
     """A whole run's config and its images' pixel hashes."""
     record = read_record(folder)
+    check_knobs(record.config, f"the record in {folder}")
     return RunConfig.from_dict(record.config), [image.sha256 for image in record.images]
 
 
@@ -48,6 +51,7 @@ def from_image(path: Path) -> tuple[RunConfig, list[str]]:
     if not path.exists():
         raise ConfigError(f"{path}: no such image or run folder")
     metadata = read_metadata(path)
+    check_knobs(metadata["config"], f"the config in {path}")
     config: dict[str, Any] = dict(metadata["config"])
     own = {"prompt": metadata.get("prompt"), "seed": metadata.get("seed"), "prompts_file": None, "num_images": 1}
     # A batch is numerically not the same as one image at a time, but the other images are not known here.
@@ -70,6 +74,8 @@ def _log_to(folder: Path) -> None:
     """The same console and log file that Hydra sets up for an ordinary run."""
     from fluxrun.progress import ConsoleHandler
 
+    if (folder / "run.json").exists():
+        raise ConfigError(f"{folder} already holds a run: choose another hydra.run.dir, or remove it")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = logging.FileHandler(folder / "fluxrun.log")

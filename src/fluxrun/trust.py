@@ -15,6 +15,11 @@ TRUST_VARIABLE = "FLUXRUN_TRUST_CONFIG"
 OWN_TARGETS = "fluxrun.options."
 SWEEP_KEYS = {("mode",), ("sweeper", "params")}
 """The only ``hydra.*`` keys a sweep file may set."""
+CODE_KNOBS = {
+    "inductor_options": "inductor's options can name programs that it runs",
+    "cache_dir": "compiled kernels that lie in a cache folder are run",
+}
+"""Knobs that are the command line's alone, and why."""
 HOW_TO_LIFT = f"if you trust it, pass --trust-config or set {TRUST_VARIABLE}=1"
 
 
@@ -32,22 +37,35 @@ def check_target(target: str) -> None:
         )
 
 
-def check_file(path: Path, group: str, own_dir: Path) -> None:
-    """Refuse a config file outside ``own_dir`` that sets ``hydra.*`` or moves itself into the hydra package.
+def check_file(path: Path, group: str, own_dir: Path, package: str | None = None) -> None:
+    """Refuse a config file outside ``own_dir`` that sets ``hydra.*``, lies in the hydra package or names code to run.
 
     Hydra acts on callbacks, logging and run.dir before any of our code runs, so this is looked at in the file's
-    text and before Hydra composes it. Raises TrustError, or ConfigError for YAML that cannot be read.
+    text and before Hydra composes it. ``package`` is where Hydra puts the file's keys: a folder called hydra would
+    shadow Hydra's own files. Raises TrustError, or ConfigError for YAML that cannot be read.
     """
     if trusted() or path.resolve().is_relative_to(own_dir.resolve()):
         return
     text = _read(path)
     content = _parse(path, text)
-    package = re.search(r"^\s*#\s*@package\s+(\S+)", text, re.MULTILINE)
-    steers = [f"package {package.group(1)}"] if package and package.group(1).split(".")[0] == "hydra" else []
+    header = re.search(r"^\s*#\s*@package\s+(\S+)", text, re.MULTILINE)
+    packages = [package or "", header.group(1) if header else ""]
+    steers = [f"package {name}" for name in packages if name.split(".", maxsplit=1)[0] == "hydra"]
     steers += [".".join(("hydra", *keys)) for keys in _hydra_keys(content) if not (group == "sweep" and _allowed(keys))]
     steers += [entry for entry in _defaults(content) if "hydra" in entry]
     if steers:
         raise TrustError(f"{path} sets {steers[0]!r}: a config file may not steer Hydra itself; {HOW_TO_LIFT}")
+    check_knobs(content, str(path))
+
+
+def check_knobs(content: Any, where: str) -> None:
+    """Refuse a stranger's config that sets a knob through which code is run (see ``CODE_KNOBS``)."""
+    if not isinstance(content, dict) or trusted():
+        return
+    for key, value in content.items():
+        if key in CODE_KNOBS and value:
+            raise TrustError(f"{where} sets {key!r}: {CODE_KNOBS[key]}; {HOW_TO_LIFT}")
+        check_knobs(value, where)
 
 
 def _read(path: Path) -> str:

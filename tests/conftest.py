@@ -1,0 +1,42 @@
+"""What the whole suite shares: quiet libraries, one cache folder, one compile cache, nothing outside a temp folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before torch is imported anywhere: two threads on a shared two-core machine are slower than one, and a picture must
+# not depend on how many there are.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+for name in ("FLUXRUN_TRUST_CONFIG", "HYDRA_FULL_ERROR"):
+    os.environ.pop(name, None)
+
+SESSION = Path(tempfile.mkdtemp(prefix="fluxrun-tests-"))
+os.environ["FLUXRUN_CACHE_DIR"] = str(SESSION / "cache")
+# One compile cache for the suite and its child processes: a cold compile costs some twenty seconds.
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(SESSION / "inductor")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _session_folder() -> Iterator[None]:
+    yield
+    shutil.rmtree(SESSION, ignore_errors=True)
+
+
+@pytest.fixture
+def config_dir(tmp_path: Path) -> Path:
+    """An empty ``--config-dir`` folder."""
+    folder = tmp_path / "my_conf"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment lifts the trust rule."""
+    monkeypatch.setenv("FLUXRUN_TRUST_CONFIG", "1")
