@@ -136,6 +136,8 @@ class Session:
         self.pipeline: Any = None
         self.context: Context | None = None
         self._on_change = on_change
+        self.before_staged_load: Callable[[], None] = lambda: None
+        """memory=staged: what must be encoded before everything but the text encoder is loaded."""
         self._staged_counts: Counter[str] = Counter()
         self._state = ProcessState()
 
@@ -219,6 +221,8 @@ class Session:
 
         self.release()
         self._state.restore()
+        if self.staged:
+            self.before_staged_load()
         self.context = Context(self.plan, self._state, Compiler(), self._reference_tokens())
         self.context.counters.update(self._staged_counts)
         base = self._load("image" if self._memory.staged else "all")

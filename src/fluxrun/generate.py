@@ -38,6 +38,7 @@ class Generation:
 
     def __init__(self, session: Session, folder: RunFolder, jobs: Sequence[Job]) -> None:
         self.session = session
+        self.session.before_staged_load = lambda: self.embeds.encode_all()
         self.folder = folder
         self.jobs = list(jobs)
         self.config = session.plan.config
@@ -53,11 +54,10 @@ class Generation:
     def run(self) -> None:
         """Draw every job. Finished images are on disk and in the record whatever ends the loop."""
         reset_peak(self.device)
-        if self.session.ready:
+        if self.session.ready and not self.session.staged:  # staged: new prompts need the text encoder again
             self._fresh = False
         else:
             self._rebuild(None)
-        self._note_memory("start")
         batches = [self.jobs[n : n + self.config.batch_size] for n in range(0, len(self.jobs), self.config.batch_size)]
         for _ in range(self.config.measure.warmup):
             self._note_first_call(self._draw_or_fall_back(batches[0], "warm-up"))
@@ -92,10 +92,10 @@ class Generation:
     def _rebuild(self, error: BaseException | None) -> None:
         self.stage = "load"
         if error is None:
-            self.embeds.encode_all_if_staged()
             self.session.assemble()
         else:
             self.session.recover(error)
+        self._note_memory("load")
         self._fresh = True
 
     # -- one call -----------------------------------------------------------------------------------------------
@@ -206,6 +206,7 @@ class Generation:
         self.folder.write()
 
     def _note_memory(self, stage: str) -> None:
+        """The peak since the last stage's end (on a CPU: since the process began)."""
         used = peak_bytes(self.device)
         self.memory.by_stage[stage] = max(used, self.memory.by_stage.get(stage, 0))
         self.memory.peak_allocated_bytes = max(used, self.memory.peak_allocated_bytes)
@@ -290,21 +291,21 @@ class Embeddings:
         device = self.generation.device
         return torch.cat([self._known[prompt].to(device) for prompt in prompts])
 
-    def encode_all_if_staged(self) -> None:
-        """memory=staged: every prompt before anything else is loaded, then the text encoder goes."""
+    def encode_all(self) -> None:
+        """memory=staged: every prompt that is not known yet, with the text encoder alone, which then goes."""
         session = self.generation.session
-        if not session.staged:
-            return
         prompts = list(dict.fromkeys(job.prompt for job in self.generation.jobs))
         guidance = session.plan.config.guidance or session.plan.model.guidance
         prompts += [session.plan.config.negative_prompt or ""] if self.guided(guidance) else []
+        missing = [prompt for prompt in prompts if prompt not in self._known]
 
         def encode(pipeline: Any) -> None:
-            for prompt in prompts:
+            for prompt in missing:
                 session.interrupts.check()
                 self._known[prompt] = self._encode(pipeline, prompt)
 
-        session.encode_first(encode, len(prompts))
+        if missing:
+            session.encode_first(encode, len(missing))
 
     def forget(self, batch: Sequence[Job]) -> None:
         """Drop what no later image needs, so that ten thousand prompts do not fill the memory."""
@@ -345,11 +346,13 @@ def reset_peak(device: str) -> None:
 
 
 def peak_bytes(device: str) -> int:
-    """Peak memory so far in bytes: allocated on a GPU, resident set size on a CPU."""
+    """Peak memory in bytes: allocated on a GPU since the last call, resident set size of the process on a CPU."""
     import torch
 
     if device.startswith("cuda"):
-        return int(torch.cuda.max_memory_allocated(device))
+        peak = int(torch.cuda.max_memory_allocated(device))
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
     import resource  # not on Windows, where no GPU run needs it
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from fluxrun.catalog import Catalog
 from fluxrun.config import GROUPS, Option, RunConfig
@@ -76,7 +77,7 @@ def knob_table(cls: Any, skip: tuple[str, ...] = ()) -> str:
         if name in skip or field.exclude:
             continue
         default = "required" if field.is_required() else f"`{field.get_default(call_default_factory=True)}`"
-        meaning = " ".join((field.description or "").split())
+        meaning = " ".join((field.description or "").split()).replace("``", "`")
         rows.append(f"| `{name}` | {_type(field.annotation)} | {default} | {meaning} |".replace("None`", "null`"))
     return "\n".join(rows)
 
@@ -110,8 +111,17 @@ def default_choices() -> dict[str, str]:
 
 
 def _type(annotation: Any) -> str:
-    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    return text.replace("typing.", "").replace("pathlib._local.", "").replace("pathlib.", "").replace("|", "or")
+    """A field's type for people: ``int or null``, ``list of str``, the allowed words of a choice."""
+    if get_origin(annotation) in (Union, UnionType):
+        return " or ".join(_type(part) for part in get_args(annotation))
+    if get_origin(annotation) is Literal:
+        return ", ".join(str(word) for word in get_args(annotation))
+    if get_origin(annotation) is tuple:
+        inner = dict.fromkeys(_type(part) for part in get_args(annotation) if part is not Ellipsis)
+        return f"list of {' or '.join(inner)}"
+    if get_origin(annotation) is dict or annotation is dict:
+        return "mapping"
+    return "null" if annotation is NoneType else str(getattr(annotation, "__name__", annotation)).lower()
 
 
 def main() -> None:
