@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -57,9 +58,15 @@ def every_option() -> list[tuple[str, str]]:
     return [(group, name) for group in GROUPS for name in option_names(group)]
 
 
+@functools.cache
+def composed(*overrides: str) -> RunConfig:
+    """A composed config; it is frozen, so that tests can share it."""
+    return compose(list(overrides))
+
+
 def plan_on(machine: Machine, *overrides: str) -> Plan:
     """The plan of a run on a machine that is not here."""
-    return prepare(compose(list(overrides)), machine).plan
+    return prepare(composed(*overrides), machine).plan
 
 
 def effective(plan: Plan) -> dict[str, str]:
@@ -69,7 +76,7 @@ def effective(plan: Plan) -> dict[str, str]:
 
 def small(*overrides: str, config_dir: Path | None = None) -> RunConfig:
     """The config of a tiny run."""
-    return compose([*SMALL, *overrides], config_dir=config_dir)
+    return compose([*SMALL, *overrides], config_dir=config_dir) if config_dir else composed(*SMALL, *overrides)
 
 
 def draw(folder: Path, *overrides: str, config_dir: Path | None = None, **how: Any) -> RunRecord:

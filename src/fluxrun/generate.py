@@ -138,6 +138,11 @@ class Generation:
         assert steps is not None  # checkpoint.resolve filled it in
         return steps
 
+    @property
+    def guidance(self) -> float | None:
+        """Guidance scale of this run; 0 is a value of its own."""
+        return self.session.plan.model.guidance if self.config.guidance is None else self.config.guidance
+
     def _arguments(self, batch: Sequence[Job]) -> dict[str, Any]:
         """The pipeline call's arguments: the same that a user of plain diffusers would give."""
         import torch
@@ -151,10 +156,11 @@ class Generation:
             "num_inference_steps": self.plan_steps,
             "generator": generators[0] if len(generators) == 1 else generators,
         }
-        guidance = self.config.guidance if self.config.guidance is not None else self.session.plan.model.guidance
-        if guidance is not None or self.session.plan.model.distilled:
-            arguments["guidance_scale"] = guidance or 1.0  # a distilled model warns about anything above 1
-        if self.embeds.guided(guidance):
+        if self.session.plan.model.distilled:
+            arguments["guidance_scale"] = 1.0  # a distilled model warns about anything above 1
+        elif self.guidance is not None:
+            arguments["guidance_scale"] = self.guidance
+        if self.embeds.guided():
             arguments["negative_prompt_embeds"] = self.embeds.of([self.config.negative_prompt or ""] * len(batch))
         if self.session.references:
             arguments["image"] = self.session.references
@@ -276,9 +282,9 @@ class Embeddings:
     generation: Generation
     _known: dict[str, Any] = field(default_factory=dict)
 
-    def guided(self, guidance: float | None) -> bool:
+    def guided(self) -> bool:
         """Whether this run uses classifier-free guidance, which needs the negative prompt's embedding too."""
-        model = self.generation.session.plan.model
+        model, guidance = self.generation.session.plan.model, self.generation.guidance
         return model.pipeline == "klein" and model.distilled is False and guidance is not None and guidance > 1
 
     def of(self, prompts: Sequence[str]) -> Any:
@@ -295,8 +301,7 @@ class Embeddings:
         """memory=staged: every prompt that is not known yet, with the text encoder alone, which then goes."""
         session = self.generation.session
         prompts = list(dict.fromkeys(job.prompt for job in self.generation.jobs))
-        guidance = session.plan.config.guidance or session.plan.model.guidance
-        prompts += [session.plan.config.negative_prompt or ""] if self.guided(guidance) else []
+        prompts += [session.plan.config.negative_prompt or ""] if self.guided() else []
         missing = [prompt for prompt in prompts if prompt not in self._known]
 
         def encode(pipeline: Any) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 from fluxrun.catalog import Catalog
 from fluxrun.checkpoint import Located, resolve
-from fluxrun.checkpoint import resolve
 from fluxrun.config import GROUPS, Facts, Option, RunConfig
 from fluxrun.conflicts import find_conflicts
 from fluxrun.errors import ConfigError, OptionUnavailable
@@ -185,6 +184,11 @@ def check_call(plan: Plan) -> None:
         raise ConfigError(
             f"negative_prompt: {model.name} does not use classifier-free guidance, it has no negative prompt; "
             "only the klein base models have one"
+        )
+    guidance = model.guidance if config.guidance is None else config.guidance
+    if config.negative_prompt is not None and guidance is not None and guidance <= 1:
+        raise ConfigError(
+            f"negative_prompt: guidance={guidance:g} switches guidance off, so it is not used; give guidance>1"
         )
 
 
