@@ -210,10 +210,18 @@ def rerun_command(arguments: list[str]) -> int:
     return rerun(arguments[0], arguments[1:])
 
 
+def eval_command(arguments: list[str]) -> int:
+    """``fluxrun eval [--per-set N] [--seeds 0,1,2] [overrides]``: how often the bundled model draws what it is told."""
+    from fluxrun.evaluation import evaluate
+
+    return evaluate(arguments)
+
+
 SUBCOMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plan": plan_command,
     "doctor": doctor_command,
     "rerun": rerun_command,
+    "eval": eval_command,
 }
 
 

@@ -27,9 +27,9 @@ def rerun(target: str, overrides: Sequence[str] = ()) -> int:
 
     path = Path(target).expanduser()
     config, hashes = from_folder(path) if path.is_dir() else from_image(path)
-    folder = _output_dir(overrides)
+    folder = output_dir(overrides)
     prepare(config)
-    _log_to(folder)
+    log_to(folder)
     try:
         record = run(config, folder, command=["fluxrun", "rerun", target, *overrides])
     except Exception as error:  # already one line on screen and a traceback in the log
@@ -60,7 +60,8 @@ def from_image(path: Path) -> tuple[RunConfig, list[str]]:
         return RunConfig.from_dict(config), [pixel_hash(image)]
 
 
-def _output_dir(overrides: Sequence[str]) -> Path:
+def output_dir(overrides: Sequence[str]) -> Path:
+    """The folder of ``hydra.run.dir=FOLDER``, the one override allowed, or a new one under outputs/."""
     for override in overrides:
         key, _, value = override.partition("=")
         if key != "hydra.run.dir" or not value:
@@ -70,7 +71,7 @@ def _output_dir(overrides: Sequence[str]) -> Path:
     return Path("outputs") / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S-%f}"
 
 
-def _log_to(folder: Path) -> None:
+def log_to(folder: Path) -> None:
     """The same console and log file that Hydra sets up for an ordinary run."""
     from fluxrun.progress import ConsoleHandler
 
