@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -159,8 +160,12 @@ def _kernel(backend: str, shape: tuple[int, int, int, int], context: Context) ->
             return func(*args, **(kwargs or {}))
 
     inputs = _inputs(shape, context)
-    with torch.no_grad(), Recorder():
+    # FlexAttention traces itself with dynamo, which refuses to run under a dispatch mode.
+    recorder = contextlib.nullcontext() if backend == "flex" else Recorder()
+    with torch.no_grad(), recorder:
         call_backend(backend, *inputs)
+    if backend == "flex":
+        return "flex_attention"
     named = [name for name in names if "attention" in name or "flash" in name or "sage" in name]
     return named[-1] if named else "composed of plain matmuls"
 
