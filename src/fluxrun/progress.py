@@ -16,7 +16,6 @@ from rich.progress import (
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 
 log = logging.getLogger("fluxrun")
@@ -90,9 +89,10 @@ class Steps:
         """One step is done."""
         self.done += 1
 
-    def seconds_per_step(self) -> float:
-        """Mean seconds per step so far."""
-        return (time.perf_counter() - self.started) / max(self.done, 1)
+    def pace(self) -> str:
+        """Mean seconds per step so far and the seconds still to go."""
+        each = (time.perf_counter() - self.started) / max(self.done, 1)
+        return f"{each:.2f} s/step · eta {each * (self.total - self.done):.0f} s"
 
 
 COMPILING = "Compiling (first run only…)"
@@ -100,11 +100,14 @@ COMPILING = "Compiling (first run only…)"
 
 class _LiveSteps(Steps):
     def __enter__(self) -> Steps:
-        columns = (
-            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(),
-            TextColumn("{task.fields[pace]}"), TextColumn("elapsed"), TimeElapsedColumn(),
-            TextColumn("eta"), TimeRemainingColumn(),
-        )  # fmt: skip
+        columns = (  # narrow on purpose: the timer must be readable in 80 characters, also while compiling
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            BarColumn(bar_width=10),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[pace]}"),
+        )
         self._live = Progress(*columns, console=console, transient=True)
         self._live.start()
         self._task = self._live.add_task(self.text, total=self.total, pace="")
@@ -118,9 +121,7 @@ class _LiveSteps(Steps):
 
     def advance(self) -> None:
         super().advance()
-        self._live.update(
-            self._task, description=self.text, completed=self.done, pace=f"{self.seconds_per_step():.2f} s/step"
-        )
+        self._live.update(self._task, description=self.text, completed=self.done, pace=self.pace())
 
 
 class _PlainSteps(Steps):
@@ -136,6 +137,4 @@ class _PlainSteps(Steps):
         now = time.perf_counter()
         if now - self._last >= PLAIN_STEP_SECONDS and self.done < self.total:
             self._last = now
-            pace = self.seconds_per_step()
-            eta = pace * (self.total - self.done)
-            log.info("%s · step %d/%d · %.2f s/step · eta %.0f s", self.text, self.done, self.total, pace, eta)
+            log.info("%s · step %d/%d · %s", self.text, self.done, self.total, self.pace())
