@@ -62,7 +62,6 @@ class Bench:
 @pytest.fixture(scope="module")
 def benches(tmp_path_factory) -> Iterator[dict[str, Bench]]:
     import_diffusers()
-    import fluxrun.models
 
     # What the libraries keep for good need not be looked through at every collection: half of a tiny run's time.
     gc.collect()

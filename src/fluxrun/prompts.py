@@ -13,6 +13,8 @@ from fluxrun.config import RunConfig
 from fluxrun.errors import ConfigError, one_line
 
 ALLOWED_KEYS = ("prompt", "seed", "num_images")
+SEEDS = 2**63
+"""Seeds are below this: torch's generator takes no larger ones."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,20 @@ def jobs_of(config: RunConfig) -> list[Job]:
     jobs = []
     for entry in entries:
         first = entry.get("seed", config.seed)
-        jobs += [Job(entry["prompt"], first + n) for n in range(entry.get("num_images", config.num_images))]
+        count = entry.get("num_images", config.num_images)
+        if first + count > SEEDS:
+            raise ConfigError(f"seed={first} with num_images={count}: seeds must stay below 2**63")
+        jobs += [Job(_text(entry["prompt"]), first + n) for n in range(count)]
     return jobs
+
+
+def _text(prompt: str) -> str:
+    """The prompt, if it can be written as UTF-8 (half a surrogate pair or a stray byte of a command line cannot)."""
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"the prompt {ascii(prompt)[:60]} is not text: {error.reason}") from error
+    return prompt
 
 
 def _from_command_line(config: RunConfig) -> list[dict[str, Any]]:
@@ -63,7 +77,9 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_lines(path: Path, text: str) -> list[tuple[int, Any]]:
-    return [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    # Not splitlines(): that also breaks at characters such as U+2028, which a prompt may hold.
+    lines = (line.removesuffix("\r") for line in text.split("\n"))
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def _read_json_lines(path: Path, text: str) -> list[tuple[int, Any]]:
