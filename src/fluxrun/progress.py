@@ -74,7 +74,7 @@ class Steps:
 
     def __init__(self, text: str, total: int) -> None:
         self.text, self.total, self.done = text, total, 0
-        self.started = time.perf_counter()
+        self.started = self._first_done = time.perf_counter()
 
     def __enter__(self) -> Steps:
         return self
@@ -88,10 +88,13 @@ class Steps:
     def advance(self) -> None:
         """One step is done."""
         self.done += 1
+        if self.done == 1:
+            self._first_done = time.perf_counter()
 
     def pace(self) -> str:
-        """Mean seconds per step so far and the seconds still to go."""
-        each = (time.perf_counter() - self.started) / max(self.done, 1)
+        """Mean seconds per step and the seconds still to go; the first step, which may compile, counts only alone."""
+        now = time.perf_counter()
+        each = (now - self._first_done) / (self.done - 1) if self.done > 1 else now - self.started
         return f"{each:.2f} s/step · eta {each * (self.total - self.done):.0f} s"
 
 
