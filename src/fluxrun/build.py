@@ -292,7 +292,8 @@ class Session:
                 raise _Failed("memory", error) from error
             raise
         finally:
-            self.timings["load_s"] += time.perf_counter() - started
+            if len(self.store.reasons) > loads:  # else the weights were there
+                self.timings["load_s"] += time.perf_counter() - started
         if 0 < loads < len(self.store.reasons):
             self.plan.note(f"weights loaded again: {self.store.reasons[-1]}")
             log.info("weights loaded again: %s", self.store.reasons[-1])

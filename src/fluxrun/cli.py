@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -30,6 +30,9 @@ from fluxrun.errors import ConfigError, FluxrunError, one_line
 from fluxrun.paths import cache_dir, conf_dir
 from fluxrun.record import exit_code_of
 from fluxrun.trust import TRUST_VARIABLE
+
+if TYPE_CHECKING:
+    from fluxrun.sweep import Sweep
 
 TRUST_FLAG = "--trust-config"
 SHOWING_FLAGS = ("help", "hydra_help", "cfg", "info", "shell_completion")
@@ -80,7 +83,10 @@ def run_app(arguments: list[str]) -> int:
     dirs = config_dirs(options.config_dir)
     _check_flags(options.config_path, options.config_name)
     if not any(getattr(options, flag) for flag in SHOWING_FLAGS):
-        _refuse_early(options.overrides, dirs, multirun=options.multirun)
+        sweep = _refuse_early(options.overrides, dirs, multirun=options.multirun)
+        if sweep is not None:
+            flags = [a for a in arguments if a not in options.overrides and a not in ("-m", "--multirun")]
+            return sweep.run(lambda ours, task: _run_hydra(["--multirun", *flags, *ours], ours, dirs, task))
     elif not options.shell_completion:
         # Hydra runs callbacks even when it only shows a config, so the trust rule comes first here too.
         with hydra_for(dirs) as app:
@@ -97,22 +103,25 @@ def _check_flags(config_path: str | None, config_name: str | None) -> None:
         )
 
 
-def _refuse_early(overrides: Sequence[str], dirs: tuple[Path, ...], *, multirun: bool) -> None:
-    """Everything that can be refused before Hydra makes a folder and before torch is imported.
+def _refuse_early(overrides: Sequence[str], dirs: tuple[Path, ...], *, multirun: bool) -> Sweep | None:
+    """Everything that can be refused before Hydra makes a folder and before torch is imported; the sweep, if it is one.
 
     In a sweep only what is wrong for every job: a value that one job has wrong fails that job.
     """
     from fluxrun.runner import prepare
 
+    multirun = multirun or any(o.lstrip("+").startswith("sweep=") for o in overrides)  # a sweep's file is a multirun
     with hydra_for(dirs) as app:
         node = compose_node(app, overrides, dirs, RunMode.MULTIRUN if multirun else RunMode.RUN)
         if multirun or node.hydra.mode == RunMode.MULTIRUN:
-            from fluxrun.sweep import check_composition
+            from fluxrun.sweep import plan_sweep
 
-            check_composition(app, overrides, dirs)
-            return
+            return plan_sweep(app, node, overrides, dirs)
+    if stray := next((o for o in overrides if o.lstrip("+~").startswith("sweep.")), None):
+        raise ConfigError(f"{stray}: the sweep keys belong to a sweep; add --multirun, or +sweep=NAME")
     prepare(to_run_config(node, dirs))
     _refuse_used_folder(node)
+    return None
 
 
 def _refuse_used_folder(node: DictConfig) -> None:
@@ -122,7 +131,7 @@ def _refuse_used_folder(node: DictConfig) -> None:
 
 
 def _run_hydra(
-    arguments: list[str], overrides: Sequence[str], dirs: tuple[Path, ...], task: Callable[[DictConfig], None]
+    arguments: list[str], overrides: Sequence[str], dirs: tuple[Path, ...], task: Callable[[DictConfig], Any]
 ) -> None:
     """Hand over to Hydra; its own errors come back as one line (HYDRA_FULL_ERROR makes it raise them)."""
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -148,12 +157,10 @@ def _job(node: DictConfig, dirs: tuple[Path, ...]) -> int:
         return 130
     except FluxrunError as error:
         log.debug("refused", exc_info=error)
-        if error.exit_code in (130, 143):
-            _end_sweep(hydra_config, error)
-        elif not _recorded(hydra_config):
+        if error.exit_code not in (130, 143) and not _recorded(hydra_config):
             log.error("%s", error)
-        return 1 if hydra_config.mode == RunMode.MULTIRUN else error.exit_code
-    except Exception as error:  # already one line on screen and a traceback in the log; a sweep goes on
+        return error.exit_code
+    except Exception as error:  # already one line on screen and a traceback in the log
         log.debug("failed", exc_info=error)
         return exit_code_of(error)
     return 0
@@ -166,12 +173,6 @@ def _with_hydra(node: DictConfig, hydra_config: DictConfig) -> DictConfig:
     with open_dict(copy):
         copy.hydra = {"runtime": {"choices": dict(hydra_config.runtime.choices)}}
     return copy
-
-
-def _end_sweep(hydra_config: DictConfig, error: FluxrunError) -> None:
-    """An interrupt ends the whole sweep, not only its job."""
-    if hydra_config.mode == RunMode.MULTIRUN:
-        raise error
 
 
 def _recorded(hydra_config: DictConfig) -> bool:

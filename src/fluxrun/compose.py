@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +133,13 @@ def to_run_config(node: DictConfig, dirs: tuple[Path, ...]) -> RunConfig:
     return RunConfig.from_dict(to_data(node), dirs)
 
 
-def to_data(node: DictConfig) -> dict[str, Any]:
-    """A composed node as plain data, not validated: what RunConfig.from_dict takes. Sweep keys are no run's business."""
-    choices = node.hydra.runtime.choices if "hydra" in node else {}
+def to_data(node: DictConfig, choices: Mapping[Any, Any] | None = None) -> dict[str, Any]:
+    """A composed node as plain data, not validated: what RunConfig.from_dict takes. Sweep keys are no run's business.
+
+    ``choices`` are Hydra's (group to option), where the node does not carry them itself.
+    """
+    if choices is None:
+        choices = node.hydra.runtime.choices if "hydra" in node else {}
     try:
         data = OmegaConf.to_container(_without(node, "hydra", "sweep"), resolve=True)
     except OmegaConfBaseException as error:

@@ -205,6 +205,27 @@ class RunFolder:
         self.write()
 
 
+def write_failure(folder: Path, data: dict[str, Any], error: BaseException) -> bool:
+    """Record a run that failed before it had a record, or whose process died; returns whether there was need to.
+
+    ``data`` is the config as far as it got: it may be what is wrong.
+    """
+    path = folder / "run.json"
+    if path.exists():
+        record = read_record(folder)
+        if record.status != "running":
+            return False
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        record = RunRecord(
+            run_id=uuid.uuid4().hex[:12], started_at=_now(), config=plain(data), config_hash=data_hash(data)
+        )
+    record.status, record.finished_at = status_of(error), _now()
+    record.error = ErrorRecord(type=type(error).__name__, message=one_line(error), stage="prepare")
+    write_atomically(path, record.model_dump_json(indent=1))
+    return True
+
+
 def spread(values: Sequence[float]) -> Spread | None:
     """Median, minimum, maximum and count, or None for no values."""
     if not values:

@@ -1,26 +1,274 @@
-"""What a multirun adds to a run."""
+"""A sweep: many runs from one command, with weights loaded once, each failing alone, and one table at the end.
+
+Hydra expands the grid and calls ``Sweep.job`` for every job, in this process; around that, everything is here, because
+Hydra's own end-of-multirun callback is not called once a job has failed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, Literal
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Quote, QuotedString
+from omegaconf import DictConfig, OmegaConf
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fluxrun.compose import compose_node, parse_overrides
+from fluxrun.compose import to_data
+from fluxrun.config import RunConfig
+from fluxrun.errors import ConfigError, FluxrunError, Interrupted, one_line
+from fluxrun.grid import GridJob, compose_grid, describe_order, is_grid, ordered, shown
+from fluxrun.interrupt import Interrupts
+from fluxrun.live import SweepView
+from fluxrun.record import data_hash, exit_code_of, write_failure
+from fluxrun.results import Row, read_row
+from fluxrun.resume import BASELINE, arrange, locked
+from fluxrun.summary import Progress, Result, finish, pending_row
+from fluxrun.workbench import Workbench
+
+log = logging.getLogger("fluxrun.sweep")
+Task = Callable[[DictConfig], Any]
 
 
-def check_composition(hydra: Hydra, overrides: Sequence[str], dirs: tuple[Path, ...]) -> None:
-    """Compose every combination of options once: an unknown option or key refuses the whole sweep.
+class SweepConfig(BaseModel):
+    """The ``sweep`` node of the config: how a multirun's jobs are run and compared."""
 
-    Values are not looked at here: one that only some jobs have wrong fails those jobs. Raises ConfigError.
-    """
-    for job in expand(overrides):
-        compose_node(hydra, job, dirs)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    isolation: Literal["none", "process"] = "none"
+    """``none``: all jobs in this process, over weights loaded once. ``process``: every job in a process of its own."""
+    resume: Path | None = None
+    """Folder of an earlier sweep: jobs that it has completed (by config hash) are not run again."""
+    baseline: str = "auto"
+    """What others are compared with. ``auto``: the neutral job; ``neutral``: the same, drawn first when the sweep has
+    none; ``key=value key=value``: the job with these; or the folder of an earlier run."""
+    min_psnr: float | None = Field(None, gt=0)
+    """For a sweeper that optimises: settings whose pictures are further from the baseline's are worth nothing (dB)."""
 
 
-def expand(overrides: Sequence[str]) -> list[list[str]]:
-    """The jobs' overrides as Hydra's basic sweeper makes them."""
-    batches = BasicSweeper.split_arguments(parse_overrides(overrides), max_batch_size=None)
-    return [list(job) for batch in batches for job in batch]
+@dataclass
+class Sweep:
+    """A planned sweep: what is known before the first job."""
+
+    config: SweepConfig
+    folder: Path
+    dirs: tuple[Path, ...]
+    overrides: list[str]
+    """What Hydra gets, in the order in which it varies."""
+    grid: list[GridJob] | None
+    """All jobs, or None when a sweeper chooses them as it goes."""
+    order: list[str] = field(default_factory=list)
+    workbench: Workbench = field(default_factory=Workbench)
+    rows: dict[str, Row] = field(default_factory=dict)
+    completed: dict[str, Path] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
+    command: list[str] = field(default_factory=list)
+
+    # -- the whole ----------------------------------------------------------------------------------------------
+
+    def run(self, launch: Callable[[list[str], Task], None]) -> int:
+        """Run every job through Hydra (``launch``), whatever ends it leave a true table; returns the exit code."""
+        global _current  # noqa: PLW0603 - Hydra hands the task function no other way to its sweep
+        self.command = ["fluxrun", *sys.argv[1:]]
+        ended: BaseException | None = None
+        with locked(self.folder):
+            self.completed = arrange(self.folder, [job.config_hash for job in self.grid or ()])
+            self.view = SweepView(self._labels())
+            _current = self
+            try:
+                # Between two jobs a signal ends the sweep at once; a job handles its own.
+                with Interrupts() as interrupts, interrupts.immediate(), self.view:
+                    launch(self.overrides, _task(self.dirs))
+            except (KeyboardInterrupt, Interrupted, _Ended) as error:
+                ended = interrupts.error() if interrupts.requested else error
+            finally:
+                _current = None
+                self.workbench.close()
+                result = self._finish(ended)
+        return _exit_code(result, ended)
+
+    def _finish(self, ended: BaseException | None) -> Result:
+        progress = self._progress("interrupted" if ended else "completed")
+        return finish(self.folder, progress, self.config.baseline)
+
+    def _progress(self, status: str) -> Progress:
+        pending = [pending_row(job) for job in self.grid or () if str(job.number) not in self.rows]
+        return Progress(
+            status=status,
+            command=self.command,
+            started_at=_STARTED_AT,
+            wall_s=time.perf_counter() - self.started,
+            order=self.order,
+            pending=pending,
+            loads=self.workbench.loads,
+        )
+
+    def _labels(self) -> dict[str, str] | None:
+        if self.grid is None:
+            return None
+        common = set.intersection(*(set(job.overrides) for job in self.grid)) if len(self.grid) > 1 else set()
+        return {str(job.number): " ".join(o for o in job.overrides if o not in common) for job in self.grid}
+
+    # -- one job ------------------------------------------------------------------------------------------------
+
+    def job(self, node: DictConfig) -> float:
+        """One job, called by Hydra in the folder it made. Never raises but for an interrupt; returns the objective."""
+        hydra: Any = HydraConfig.get()
+        job = GridJob(
+            int(hydra.job.num),
+            tuple(shown([str(o) for o in hydra.overrides.task])),
+            data := to_data(node, hydra.runtime.choices),
+            data_hash(data),
+        )
+        folder = self.completed.get(job.config_hash)
+        if folder is None:
+            folder = Path(hydra.runtime.output_dir)
+            self.view.begin(str(job.number), " ".join(job.overrides))
+            self._draw(job, folder)
+        row = self._note(job, folder)
+        from fluxrun.objective import objective
+
+        return objective(row, self.folder, self.config)
+
+    def _draw(self, job: GridJob, folder: Path) -> None:
+        """Draw a job's pictures; a failure of any kind is in its record, an interrupt ends the sweep."""
+        try:
+            self._draw_baseline(job)
+            draw(job.data, self.dirs, folder, self)
+        except (KeyboardInterrupt, Interrupted) as error:
+            self._note(job, folder)
+            raise _Ended(exit_code_of(error)) from error
+        except (Exception, SystemExit) as error:  # whatever it is, it is this job's alone; the next one runs
+            if write_failure(folder, job.data, error):
+                log.error("%s", one_line(error), exc_info=error)
+
+    def _draw_baseline(self, job: GridJob) -> None:
+        """With ``sweep.baseline=neutral`` (or a fidelity bound) the neutral pictures come first, once."""
+        from fluxrun.baseline import neutral_data, wanted
+
+        folder = self.folder / BASELINE
+        if not wanted(self.config, self.grid, self.folder):
+            return
+        data = neutral_data(job.data, self.dirs)
+        self.view.begin(BASELINE, "neutral options")
+        try:
+            draw(data, self.dirs, folder, self)
+        finally:
+            if (folder / "run.json").exists():
+                self._note(GridJob(-1, (), data, data_hash(data)), folder)
+
+    def _note(self, job: GridJob, folder: Path) -> Row:
+        """Take over a job's record: into the live table, and into sweep.json, so that a kill loses one job at most."""
+        row = read_row(folder, self.folder)
+        if row.status == "completed":
+            self.completed[job.config_hash] = folder
+        name = BASELINE if job.number < 0 else str(job.number)
+        self.rows[name] = row
+        self.view.end(name, row)
+        self._progress("running").write(self.folder, list(self.rows.values()))
+        return row
+
+
+def draw(data: dict[str, Any], dirs: tuple[Path, ...], folder: Path, sweep: Sweep) -> None:
+    """Validate and run one job's config, in this process or in one of its own."""
+    if sweep.config.isolation == "process":
+        from fluxrun.isolation import run_in_child
+
+        run_in_child(data, dirs, folder, sweep.command)
+        return
+    from fluxrun.runner import run
+
+    config = RunConfig.from_dict(data, dirs)
+    run(config, folder, command=sweep.command, workbench=sweep.workbench, reporter=sweep.view.reporter)
+
+
+# --- planning -------------------------------------------------------------------------------------------------------
+
+
+def plan_sweep(hydra: Hydra, node: DictConfig, overrides: Sequence[str], dirs: tuple[Path, ...]) -> Sweep:
+    """Everything that can be refused before the first job; raises ConfigError. Imports no torch."""
+    config = sweep_config(node)
+    folder = Path(str(config.resume or node.hydra.sweep.dir)).expanduser()
+    if config.resume is not None and not folder.is_dir():
+        raise ConfigError(f"sweep.resume={config.resume}: no such folder")
+    pinned = f"hydra.sweep.dir={QuotedString(str(folder), Quote.single).with_quotes()}"
+    rest = [o for o in overrides if not o.startswith("hydra.sweep.dir=")]
+    if not is_grid(node):
+        return Sweep(config, folder, dirs, [*rest, pinned], None)
+    params = OmegaConf.to_container(node.hydra.sweeper.params) if node.hydra.sweeper.params else None
+    assert params is None or isinstance(params, dict)
+    # Given in full on the command line, so that the order is ours and not the sweep file's.
+    ours = ordered(rest, {str(key): value for key, value in (params or {}).items()})
+    grid = compose_grid(hydra, ours, dirs)
+    _check_baseline(config, grid)
+    order = describe_order(hydra, ours, dirs)
+    return Sweep(config, folder, dirs, [*ours, "hydra.sweeper.params=null", pinned], grid, order)
+
+
+def sweep_config(node: DictConfig) -> SweepConfig:
+    """The validated ``sweep`` node; raises ConfigError in one line."""
+    data = OmegaConf.to_container(node.sweep, resolve=True)
+    try:
+        return SweepConfig.model_validate(data)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        key = ".".join(["sweep", *map(str, problem["loc"])])
+        raise ConfigError(f"{key}={problem['input']}: {problem['msg'].lower()}") from error
+
+
+def _check_baseline(config: SweepConfig, grid: Sequence[GridJob]) -> None:
+    from fluxrun.baseline import describes
+
+    if config.baseline in ("auto", "neutral") or (Path(config.baseline) / "run.json").is_file():
+        return
+    if not any(describes(config.baseline, job.data) for job in grid):
+        raise ConfigError(
+            f"sweep.baseline={config.baseline!r} is neither auto, neutral, the folder of a run, nor the options of a "
+            "job of this sweep ('attention=sdpa compile=none')"
+        )
+
+
+# --- what Hydra calls -----------------------------------------------------------------------------------------------
+
+
+class _Ended(BaseException):
+    """An interrupt on its way through Hydra, which would swallow an ordinary exception and go on with the next job."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("interrupted")
+        self.exit_code = exit_code
+
+
+_current: Sweep | None = None
+_STARTED_AT = datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _task(dirs: tuple[Path, ...]) -> Task:
+    """Hydra's task function; it may travel to another process, where there is no sweep to report to."""
+    return lambda node: _current.job(node) if _current is not None else _job_elsewhere(node, dirs)
+
+
+def _job_elsewhere(node: DictConfig, dirs: tuple[Path, ...]) -> None:
+    """A job in a launcher's own process (joblib, submitit): its record is all it leaves."""
+    from fluxrun.runner import run
+
+    hydra: Any = HydraConfig.get()
+    folder, data = Path(hydra.runtime.output_dir), to_data(node, hydra.runtime.choices)
+    try:
+        run(RunConfig.from_dict(data, dirs), folder, command=["fluxrun", *sys.argv[1:]])
+    except Exception as error:  # as in _draw: the job's own failure
+        if write_failure(folder, data, error):
+            log.error("%s", one_line(error), exc_info=error)
+
+
+def _exit_code(result: Result, ended: BaseException | None) -> int:
+    if ended is not None:
+        return ended.exit_code if isinstance(ended, (FluxrunError, _Ended)) else 130
+    return 0 if all(row.status == "completed" for row in result.jobs) else 1

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from fluxrun.config import GROUPS
 from fluxrun.interrupt import Interrupts
 from fluxrun.progress import Reporter
 
@@ -105,6 +106,7 @@ class Workbench:
 def build_key(prepared: Prepared) -> str:
     """What must agree for a built pipeline to be used again: everything but prompts, seeds, steps and guidance."""
     config = prepared.config
+    cached = config.options()["cache"].name != "none" if "cache" in GROUPS else False
     return json.dumps(
         {
             "options": {group: [option.name, option.model_dump_json()] for group, option in config.options().items()},
@@ -114,5 +116,7 @@ def build_key(prepared: Prepared) -> str:
             "device": prepared.plan.machine.device,
             "strict": config.strict,
             "references": [image.size for image in prepared.references],
+            # A step cache is set up for the steps it will see.
+            "steps": config.steps if cached else None,
         }
     )
