@@ -91,10 +91,14 @@ class Steps:
         if self.done == 1:
             self._first_done = time.perf_counter()
 
-    def pace(self) -> str:
-        """Mean seconds per step and the seconds still to go; the first step, which may compile, counts only alone."""
+    def seconds_per_step(self) -> float:
+        """Mean seconds per step; the first one, which may compile, counts only while it is alone."""
         now = time.perf_counter()
-        each = (now - self._first_done) / (self.done - 1) if self.done > 1 else now - self.started
+        return (now - self._first_done) / (self.done - 1) if self.done > 1 else now - self.started
+
+    def pace(self) -> str:
+        """Seconds per step and seconds still to go."""
+        each = self.seconds_per_step()
         return f"{each:.2f} s/step · eta {each * (self.total - self.done):.0f} s"
 
 
