@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from fluxrun.compose import compose
-from fluxrun.config import RunConfig
+from fluxrun.config import GROUPS, RunConfig
 from fluxrun.machine import GIB, Gpu, Machine
 from fluxrun.plan import Plan
 from fluxrun.record import RunRecord
 from fluxrun.runner import prepare
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
-GROUPS = ("model", "attention", "compile", "vae", "memory", "quantization")
 SMALL = ("height=64", "width=64", "steps=2", "model.max_sequence_length=32")
 """The cheapest picture that still has two denoising steps."""
 

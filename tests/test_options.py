@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import draw, every_option, hashes, option_names
+from helpers import composed, draw, every_option, hashes, option_names
 
 from fluxrun.record import RunRecord
 from fluxrun.state import import_diffusers, snapshot
@@ -15,15 +15,23 @@ from fluxrun.workbench import Workbench
 
 PIPELINES = ("klein", "dev")
 COMPILED = [name for name in option_names("compile") if name != "none"]
-NEUTRAL = {"attention": "sdpa", "vae": "full", "memory": "resident", "quantization": "none", "compile": "none"}
+NEUTRAL = {
+    group: name
+    for group, name in every_option()
+    if group != "model" and composed(f"{group}={name}").options()[group].fallback == "error"
+}
+"""The option of each group that changes nothing, and therefore has no fallback."""
 
 RUNS_ON_CPU = {
     ("attention", "sdpa"), ("attention", "math"), ("attention", "flex"), ("vae", "full"), ("vae", "tiled"),
     ("vae", "sliced"), ("memory", "resident"), ("memory", "staged"), ("quantization", "none"),
-    *(("compile", name) for name in option_names("compile")),
+    ("cache", "none"), *(("compile", name) for name in option_names("compile")),
 }  # fmt: skip
 
-NEEDED = {"sliced": ("batch_size=2", "num_images=2"), "tiled": ("vae.tile_size=64", "height=128", "width=128")}
+NEEDED = {
+    "sliced": ("batch_size=2", "num_images=2"), "tiled": ("vae.tile_size=64", "height=128", "width=128"),
+    "dbcache": ("steps=8",), "fixed": ("steps=8",),
+}  # fmt: skip
 """What an option needs to have anything to do."""
 
 CASES = [

@@ -38,7 +38,7 @@ class Generation:
 
     def __init__(self, session: Session, folder: RunFolder, jobs: Sequence[Job]) -> None:
         self.session = session
-        self.session.before_staged_load = lambda: self.embeds.encode_all()
+        self.session.before_staged_load = lambda: self.embeds.encode_all()  # noqa: PLW0108 - embeds is made below
         self.folder = folder
         self.jobs = list(jobs)
         self.config = session.plan.config
@@ -90,11 +90,16 @@ class Generation:
                 self._rebuild(error)
 
     def _rebuild(self, error: BaseException | None) -> None:
-        self.stage = "load"
+        failed_at, self.stage = self.stage, "load"
         if error is None:
             self.session.assemble()
         else:
-            self.session.recover(error)
+            try:
+                self.session.recover(error)
+            except BaseException as raised:
+                if raised is error:  # nobody to blame: the error is where it was
+                    self.stage = failed_at
+                raise
         self._note_memory("load")
         self._fresh = True
 
