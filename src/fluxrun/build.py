@@ -294,7 +294,7 @@ class Session:
         finally:
             if len(self.store.reasons) > loads:  # else the weights were there
                 self.timings["load_s"] += time.perf_counter() - started
-        if 0 < loads < len(self.store.reasons):
+        if 0 < loads < len(self.store.reasons) and self.store.reasons[-1] != "first load":
             self.plan.note(f"weights loaded again: {self.store.reasons[-1]}")
             log.info("weights loaded again: %s", self.store.reasons[-1])
         return base
@@ -394,6 +394,7 @@ class Session:
 _MARKS = {
     "attention": ("attention_dispatch", "xformers", "flash_attn", "sageattention", "flex_attention"),
     "quantization": ("torchao", "sdnq"),
+    "cache": ("cache_dit",),
     "compile": ("torch/_inductor", "torch/_dynamo", "torch/_functorch", "triton"),
     "vae": ("autoencoder",),
 }
