@@ -55,7 +55,7 @@ def test_the_cards_own_example_on_a_cpu():
     plan = plan_on(CPU, "attention=xformers", "compile=max_autotune")
     assert effective(plan) | {"memory": "resident"} == {
         "model": "tiny", "attention": "sdpa", "compile": "max_autotune", "vae": "full", "memory": "resident",
-        "quantization": "none",
+        "quantization": "none", "cache": "none",
     }  # fmt: skip
     assert reasons(plan, "attention") == [("xformers", "requires", "needs a CUDA GPU; this run is on cpu")]
 

@@ -154,6 +154,7 @@ class RunConfig(BaseModel):
     vae: GroupOption
     memory: GroupOption
     quantization: GroupOption
+    cache: GroupOption
 
     source: dict[str, Any] = Field(default_factory=dict, exclude=True, repr=False)
     """The resolved config as plain data, as it goes into the record."""

@@ -27,6 +27,18 @@ def _blocks(option: Option) -> bool:
     return getattr(option, "scope", None) == "blocks"
 
 
+def _caches_steps(option: Option) -> bool:
+    return option.name != "none"
+
+
+def _one_graph(option: Option) -> bool:
+    return option.name != "none" and not _blocks(option) and bool(getattr(option, "fullgraph", False))
+
+
+def _prefetches(option: Option) -> bool:
+    return option.name == "group" and bool(getattr(option, "use_stream", False))
+
+
 def _named(*names: str) -> Callable[[Option], bool]:
     return lambda option: option.name in names
 
@@ -68,6 +80,23 @@ CONFLICTS = (
         ("compile", lambda o: o.name != "none"), ("memory", _named("sequential")),
         "sequential offload moves weights inside the compiled region, layer by layer: a graph break per layer",
         "compile", "none",
+    ),
+    Conflict(
+        ("cache", _caches_steps), ("compile", _cudagraphs),
+        "CUDA graphs do not go with a step cache: it keeps outputs that the next call overwrites (pytorch#148439)",
+        "compile", "regional", ("mode", "scope"),
+    ),
+    Conflict(
+        ("cache", _caches_steps), ("compile", _one_graph),
+        "a step cache decides between the blocks, so the transformer is no single graph (compile.fullgraph=false runs "
+        "with nine graph breaks, blocks one by one with none)",
+        "compile", "regional", ("mode", "scope"),
+    ),
+    Conflict(
+        ("cache", _caches_steps), ("memory", _prefetches),
+        "group offload with use_stream fetches layers in the order of the first step, which a skipped step does not "
+        "follow (memory.use_stream=false keeps both)",
+        "cache", "none",
     ),
     Conflict(
         ("quantization", lambda o: o.name != "none"), ("compile", _named("none")),

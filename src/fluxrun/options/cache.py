@@ -1,0 +1,263 @@
+"""The ``cache`` group: step caches, which reuse what most transformer blocks added to an earlier step.
+
+cache-dit does the work. It patches the pipeline's class, so each shell gets a class of its own first: nothing outlives
+the shell. Which steps were computed is read from its contexts after every call and never from the knobs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, model_validator
+
+from fluxrun.config import Facts, Option
+from fluxrun.machine import Machine
+
+if TYPE_CHECKING:
+    from fluxrun.build import Context
+    from fluxrun.plan import Plan
+
+FEW_STEPS = 4
+"""Up to so many steps each one counts: nothing that could be skipped."""
+
+CALLS = "cached_calls"
+"""Context counter: pipeline calls whose steps were counted."""
+
+
+class CacheKnobs(Option):
+    """The knobs all step caches share."""
+
+    first_blocks: int = Field(1, ge=0)
+    """Blocks at the start of each block list that always run (cache-dit's Fn)."""
+
+    last_blocks: int = Field(0, ge=0)
+    """Blocks at the end of each block list that always run (cache-dit's Bn)."""
+
+    warmup_steps: int = Field(4, ge=1)
+    """Steps at the start that are always computed."""
+
+    residual_diff_threshold: float = Field(0.08, gt=0)
+    """dbcache: skip a step when the first blocks changed less than this since the last computed one."""
+
+    max_cached_steps: int | None = Field(None, ge=0)
+    """dbcache: the most steps to skip in one image."""
+
+    max_continuous_cached_steps: int | None = Field(None, ge=1)
+    """dbcache: the most steps to skip in a row."""
+
+    compute: float = Field(0.5, gt=0, le=1)
+    """fixed: share of the steps that is computed, the rest is skipped."""
+
+    mask: str | None = Field(None, pattern=r"^1[01]*$")
+    """fixed: the schedule itself, a digit per step (1 computed, 0 skipped), instead of ``compute``."""
+
+    taylor_order: int = Field(0, ge=0, le=4)
+    """Extrapolate a skipped step from so many derivatives (TaylorSeer); 0 reuses the last computed one."""
+
+    force: bool = False
+    """Use it on a few-step model, too."""
+
+
+class NoCache(CacheKnobs):
+    """Every step is computed."""
+
+    def unused_knobs(self) -> list[str]:
+        return _changed(self, set(CacheKnobs.model_fields))
+
+
+class StepCache(CacheKnobs):
+    """What both caches do with cache-dit."""
+
+    def requires(self, machine: Machine) -> str | None:
+        return machine.lacks("cache-dit", "1.5.3")
+
+    def inapplicable(self, plan: Plan) -> str | None:
+        steps = plan.config.steps or plan.model.steps
+        if steps is not None and steps <= FEW_STEPS and not self.force:
+            return f"{steps} steps are too few for a step cache (cache.force=true uses it all the same)"
+        return None
+
+    def schedule(self, steps: int) -> list[int] | None:
+        """1 for every step to compute, 0 for every one to skip; None: decided while drawing."""
+        return None
+
+    def apply(self, pipeline: Any, context: Context) -> Facts:
+        """Wrap the blocks of this shell. Facts: blocks that can be skipped; the steps are counted by ``observe``."""
+        adapter = _cache_dit()
+        blocks = {name: len(blocks) for name, blocks in _block_lists(pipeline).items()}
+        always = self.first_blocks + self.last_blocks
+        skippable = {name: max(0, count - always) for name, count in blocks.items()}
+        if not sum(skippable.values()):
+            raise RuntimeError(f"first_blocks and last_blocks leave none of the {sum(blocks.values())} blocks to skip")
+        _own_class(pipeline, {})
+        adapter.apply(pipeline, **self._configs())
+        _own_class(pipeline, {"__call__": _counted_call(self, type(pipeline), context)})
+        pipeline._fluxrun_steps = []
+        return {"blocks": blocks, "skippable_blocks": skippable}
+
+    def observe(self, pipeline: Any, context: Context) -> Facts:
+        """Steps computed and skipped in each call, and transformer blocks run of all that there were to run."""
+        calls = pipeline._fluxrun_steps[-context.counters[CALLS] :] if context.counters[CALLS] else []
+        totals: Counter[str] = Counter()
+        for call in calls:
+            totals.update(call)
+        lists = {f"{name}_per_image": [call[name] for call in calls] for name in ("steps_computed", "steps_skipped")}
+        return {**lists, **{name: totals[name] for name in COUNTED}}
+
+    def _configs(self) -> dict[str, Any]:
+        """cache-dit's configs. What depends on the call (its steps, its guidance) is filled in by ``prepare``."""
+        from cache_dit import DBCacheConfig, TaylorSeerCalibratorConfig
+
+        unlimited = -1
+        config = DBCacheConfig(
+            Fn_compute_blocks=self.first_blocks,
+            Bn_compute_blocks=self.last_blocks,
+            max_warmup_steps=self.warmup_steps,
+            residual_diff_threshold=self.residual_diff_threshold,
+            max_cached_steps=unlimited if self.max_cached_steps is None else self.max_cached_steps,
+            max_continuous_cached_steps=self.max_continuous_cached_steps or unlimited,
+            enable_separate_cfg=False,
+            steps_computation_policy="static",
+        )
+        if not self.taylor_order:
+            return {"cache_config": config}
+        return {
+            "cache_config": config,
+            "calibrator_config": TaylorSeerCalibratorConfig(taylorseer_order=self.taylor_order),
+        }
+
+    def prepare(self, pipeline: Any, steps: int, guided: bool) -> None:
+        """Before a call: the contexts that cache-dit makes for it follow these configs."""
+        for blocks in _block_lists(pipeline).values():
+            config = blocks._context_kwargs["cache_config"]
+            config.steps_computation_mask = self.schedule(steps)
+            config.enable_separate_cfg = guided
+
+
+class DBCache(StepCache):
+    """cache-dit's DBCache: skips a step when the first blocks' output hardly changed."""
+
+    @model_validator(mode="after")
+    def _looks_at_a_block(self) -> DBCache:
+        if self.first_blocks < 1:
+            raise ValueError("cache.first_blocks=0: dbcache decides by the first blocks' change, it needs at least one")
+        return self
+
+    def unused_knobs(self) -> list[str]:
+        return _changed(self, {"compute", "mask"})
+
+
+class FixedCache(StepCache):
+    """A fixed schedule: the same steps are skipped in every image, so that the time is known beforehand."""
+
+    def unused_knobs(self) -> list[str]:
+        return _changed(self, {"residual_diff_threshold", "max_cached_steps", "max_continuous_cached_steps"})
+
+    def inapplicable(self, plan: Plan) -> str | None:
+        steps = plan.config.steps or plan.model.steps
+        if self.mask and steps and len(self.mask) != steps:
+            return f"cache.mask has {len(self.mask)} digits, the run has {steps} steps"
+        return super().inapplicable(plan)
+
+    def schedule(self, steps: int) -> list[int]:
+        if self.mask and len(self.mask) == steps:
+            return [int(digit) for digit in self.mask]
+        return spread_out(steps, self.compute, self.warmup_steps)
+
+
+def spread_out(steps: int, share: float, warmup: int) -> list[int]:
+    """A schedule that computes ``share`` of the steps: the first ones, the last, and the rest spread evenly."""
+    wanted = max(1, round(share * steps))
+    warmup = min(warmup, max(1, wanted // 2))  # else a short run would skip all its later steps in one go
+    rest = wanted - warmup
+    left = steps - warmup
+    # Counted from the end of the warm-up, the n-th computed step is number n/rest of what is left: the last one is the
+    # picture's last step, which sharpens it.
+    computed = {warmup - 1 + round(n * left / rest) for n in range(1, rest + 1)} | set(range(warmup))
+    return [int(step in computed) for step in range(steps)]
+
+
+COUNTED = ("steps_computed", "steps_skipped", "steps_partly_skipped", "blocks_run", "blocks_of")
+
+
+def count_call(pipeline: Any, always: int) -> dict[str, int]:
+    """What cache-dit's contexts say about the call that has just ended.
+
+    A step of the double blocks and the same step of the single blocks are skipped or computed separately; with
+    classifier-free guidance so are the two calls of a step.
+    """
+    manager, transformer = pipeline._context_manager, pipeline.transformer
+    skipped: list[set[int]] = []
+    run = of = steps = 0
+    for name, blocks in zip(transformer._context_names, _block_lists(pipeline).values(), strict=True):
+        found = manager.get_context(name)
+        parts = [set(found.cached_steps)]
+        if found.cache_config.enable_separate_cfg:
+            parts.append(set(found.cfg_cached_steps))
+        steps = found.executed_steps
+        skipped += parts
+        for part in parts:
+            of += steps * len(blocks)
+            run += steps * len(blocks) - len(part) * max(0, len(blocks) - always)
+    whole, some = set.intersection(*skipped), set.union(*skipped)
+    return {
+        "steps_computed": steps - len(some),
+        "steps_skipped": len(whole),
+        "steps_partly_skipped": len(some - whole),
+        "blocks_run": run,
+        "blocks_of": of,
+    }
+
+
+def _counted_call(option: StepCache, cls: type, context: Context) -> Any:
+    """The pipeline's ``__call__``: tell cache-dit about the call, draw, count what it did."""
+
+    def __call__(self: Any, *args: Any, **arguments: Any) -> Any:
+        guidance = arguments.get("guidance_scale") or 0.0
+        separate = context.plan.model.pipeline == "klein" and not self.config.is_distilled
+        option.prepare(self, arguments["num_inference_steps"], separate and guidance > 1)
+        drawn = cls.__call__(self, *args, **arguments)
+        self._fluxrun_steps.append(count_call(self, option.first_blocks + option.last_blocks))
+        context.counters[CALLS] += 1
+        return drawn
+
+    return __call__
+
+
+def _own_class(pipeline: Any, namespace: dict[str, Any]) -> None:
+    """Give ``pipeline`` a subclass of its own, of the same name (cache-dit finds its adapter by that)."""
+    cls = type(pipeline)
+    pipeline.__class__ = type(cls.__name__, (cls,), {"__module__": cls.__module__, **namespace})
+
+
+def _block_lists(pipeline: Any) -> dict[str, Any]:
+    names = ("transformer_blocks", "single_transformer_blocks")
+    return {name: getattr(pipeline.transformer, name) for name in names}
+
+
+def _cache_dit() -> Any:
+    """cache-dit's adapter, imported without what it does to the process.
+
+    Its own ``enable_cache`` may also set an attention backend, which is another group's business.
+    """
+    before = dict(os.environ)
+    adapter = importlib.import_module("cache_dit.caching").CachedAdapter
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    for name in logging.root.manager.loggerDict:
+        if name.partition(".")[0].lower() == "cache_dit":  # each of its modules prints on stdout
+            logger = logging.getLogger(name)
+            logger.handlers.clear()
+            logger.propagate = True
+    return adapter
+
+
+def _changed(option: Option, names: set[str]) -> list[str]:
+    """Those of the knobs ``names`` that differ from their defaults."""
+    fields = type(option).model_fields
+    own = {"name", "fallback"}
+    return [k for k in fields if k in names - own and getattr(option, k) != fields[k].get_default()]
