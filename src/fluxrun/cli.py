@@ -218,11 +218,28 @@ def eval_command(arguments: list[str]) -> int:
     return evaluate(arguments)
 
 
+def report_command(arguments: list[str]) -> int:
+    """``fluxrun report FOLDER… [--output FOLDER]``: rebuild the table and the page of a sweep, or of several as one."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="fluxrun report", description=report_command.__doc__)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a sweep's folder, or a run's")
+    parser.add_argument("--output", type=Path, help="where to write (one sweep: its own folder; several: ./report)")
+    given = parser.parse_args(arguments)
+    try:
+        from fluxrun.report import report
+    except ImportError as error:
+        raise ConfigError(f"{one_line(error)}: a report needs more libraries (pip install 'fluxrun[report]')") from error
+    report(given.folders, given.output)
+    return 0
+
+
 SUBCOMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plan": plan_command,
     "doctor": doctor_command,
     "rerun": rerun_command,
     "eval": eval_command,
+    "report": report_command,
 }
 
 

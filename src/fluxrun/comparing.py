@@ -163,7 +163,7 @@ def settings(rows: Sequence[Row]) -> list[Setting]:
 def _setting(group: Sequence[Row], rows: Sequence[Row]) -> Setting:
     done = [row for row in group if row.status == "completed"]
     shown = done[0] if done else group[0]
-    fresh = [row for row in done if not row.continued] or done
+    fresh = [row for row in done if not row.continued]
     return Setting(
         label=_setting_label(shown, rows),
         jobs=[row.job for row in group],

@@ -153,15 +153,15 @@ def _earlier(folder: Path) -> Result:
 
 
 def _environments(rows: Sequence[Row], root: Path) -> list[dict[str, Any]]:
-    """The different machines and versions of all jobs."""
-    found: list[dict[str, Any]] = []
+    """The different machines and versions of all jobs; a commit made meanwhile is no other machine."""
+    found: dict[str, dict[str, Any]] = {}
     for row in rows:
         if row.status == "pending" or row.job.startswith(EARLIER):
             continue
         environment = read_record(root / row.folder).environment
-        if environment and environment not in found:
-            found.append(environment)
-    return found
+        if environment:
+            found.setdefault(repr({**environment, "git_commit": None}), environment)
+    return list(found.values())
 
 
 def _now() -> str:
