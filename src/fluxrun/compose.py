@@ -198,6 +198,8 @@ def _unknown_key(key: str, dirs: tuple[Path, ...], overrides: Sequence[str]) -> 
     parent, _, leaf = key.rpartition(".")
     known = sorted(_known_keys(parent, dirs, overrides))
     shown = next((o for o in overrides if o.lstrip("+~").startswith(key)), key)
+    if leaf in known:
+        return f"{key} takes its entries one by one: +{key}.NAME=VALUE"
     return f"unknown key {key!r} (in {shown!r}): {nearest(leaf, known)}"
 
 

@@ -61,6 +61,8 @@ class WeightsKey:
     source: str
     revision: str | None
     variant: str | None
+    distilled: bool | None
+    """Not about the weights, but the pipeline that holds them keeps it: guidance would silently stay off."""
     dtype: str
     quantization: str
     placement: str
@@ -71,7 +73,7 @@ class WeightsKey:
         cls, model: Flux2Model, *, dtype: str, device: str, part: Part = "all", quantization: str = "none"
     ) -> WeightsKey:
         """The key of ``model`` loaded as ``dtype`` onto ``device``; ``quantization``: option and knobs."""
-        return cls(model.source(), model.revision, model.variant, dtype, quantization, device, part)
+        return cls(model.source(), model.revision, model.variant, model.distilled, dtype, quantization, device, part)
 
     def difference(self, other: WeightsKey) -> str:
         """The parts that differ, for example ``dtype bfloat16 → float16``; empty when none does."""
