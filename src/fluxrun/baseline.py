@@ -38,8 +38,15 @@ def neutral_data(data: dict[str, Any], dirs: tuple[Path, ...]) -> dict[str, Any]
     for group in GROUPS:
         name = next((n for n in catalog.names(group) if n in NEUTRAL), None)
         if group != "model" and name is not None and _name(data, group) not in (name, "auto"):
-            changed[group] = {"name": name, **OmegaConf.to_container(OmegaConf.load(catalog.path(group, name)))}  # type: ignore[dict-item]
+            changed[group] = option_data(catalog, group, name)
     return {**data, **changed}
+
+
+def option_data(catalog: Catalog, group: str, name: str) -> dict[str, Any]:
+    """An option's file as it lies in a composed config."""
+    content = OmegaConf.to_container(OmegaConf.load(catalog.path(group, name)))
+    assert isinstance(content, dict)
+    return {"name": name, **{str(key): value for key, value in content.items()}}
 
 
 def describes(wanted: str, data: dict[str, Any]) -> bool:

@@ -219,7 +219,7 @@ def eval_command(arguments: list[str]) -> int:
 
 
 def report_command(arguments: list[str]) -> int:
-    """``fluxrun report FOLDER… [--output FOLDER]``: rebuild the table and the page of a sweep, or of several as one."""
+    """``fluxrun report FOLDER… [--output FOLDER]``: rebuild table and page of a sweep, or of several as one."""
     import argparse
 
     parser = argparse.ArgumentParser(prog="fluxrun report", description=report_command.__doc__)
@@ -234,12 +234,20 @@ def report_command(arguments: list[str]) -> int:
     return 0
 
 
+def tune_command(arguments: list[str]) -> int:
+    """``fluxrun tune [--min-psnr 30] [--output FILE] [overrides]``: measure what is fastest here, write a preset."""
+    from fluxrun.tune import tune
+
+    return tune(arguments)
+
+
 SUBCOMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plan": plan_command,
     "doctor": doctor_command,
     "rerun": rerun_command,
     "eval": eval_command,
     "report": report_command,
+    "tune": tune_command,
 }
 
 

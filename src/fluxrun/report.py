@@ -172,4 +172,4 @@ def _percent(value: float | None) -> str:
 
 
 def _markup(svg: str | None) -> Markup | None:
-    return None if svg is None else Markup(svg)  # noqa: S704 - our own plot
+    return None if svg is None else Markup(svg)
