@@ -18,6 +18,16 @@ MODEL_COMPONENTS = ("text_encoder", "transformer", "vae")
 HIDDEN_STATES_READ: dict[PipelineKind, tuple[int, ...]] = {"klein": (9, 18, 27), "dev": (10, 20, 30)}
 """Text-encoder hidden states that become the prompt embedding: the pipelines' own defaults."""
 
+
+def layers_needed(total: int, read: tuple[int, ...]) -> int:
+    """How many of a text encoder's ``total`` layers it takes to have the hidden states ``read``.
+
+    Hidden state n is the output of the n-th layer. The very last one comes with the final norm, and a negative index
+    counts from it: then all are needed.
+    """
+    return max(1, *read) if all(0 <= index < total for index in read) else total
+
+
 SCHEDULER: Config = {
     "num_train_timesteps": 1000,
     "shift": 3.0,
@@ -53,6 +63,15 @@ class Architecture:
         """Weight bytes of each component in ``dtype`` (float32, bfloat16 or float16)."""
         size = 4 if dtype == "float32" else 2
         return {component: count * size for component, count in self.parameters.items()}
+
+    def unread_text_parameters(self, read: tuple[int, ...]) -> int:
+        """Parameters of the text encoder that no hidden state of ``read`` needs: layers behind, an untied head."""
+        text = {**self.text_encoder, **self.text_encoder.get("text_config", {})}
+        hidden, head = text["hidden_size"], text["head_dim"]
+        heads, shared = text["num_attention_heads"], text["num_key_value_heads"]
+        layer = 2 * hidden * head * (heads + shared) + 3 * hidden * text["intermediate_size"]
+        dropped = text["num_hidden_layers"] - layers_needed(text["num_hidden_layers"], read)
+        return dropped * layer + (0 if text["tie_word_embeddings"] else text["vocab_size"] * hidden)
 
 
 def _qwen3(**sizes: Any) -> Config:

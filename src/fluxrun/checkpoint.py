@@ -18,7 +18,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fluxrun.architectures import MODEL_COMPONENTS, PIPELINE_CLASSES, PipelineKind, architecture
+from fluxrun.architectures import (
+    HIDDEN_STATES_READ,
+    MODEL_COMPONENTS,
+    PIPELINE_CLASSES,
+    PipelineKind,
+    architecture,
+    layers_needed,
+)
 from fluxrun.errors import ConfigError, FluxrunError, one_line
 
 if TYPE_CHECKING:
@@ -38,6 +45,8 @@ WEIGHT_FILE = re.compile(
     r"^(?:model|diffusion_pytorch_model)(?:-\d+-of-\d+)?(?:\.(?P<variant>[^.-]+))?(?:-\d+-of-\d+)?\.safetensors$"
 )
 INDEX_FILE = re.compile(r"^(?:model|diffusion_pytorch_model)\.safetensors\.index(?:\.(?P<variant>[^.]+))?\.json$")
+TEXT_LAYER = re.compile(r"(?:^|\.)(?:model|language_model)\.layers\.(\d+)\.")
+"""A tensor of the language model's layers; a vision tower numbers its own ones."""
 TEXT_FILE = re.compile(r"\.(json|txt|model|jinja)$")
 VOCABULARIES = ("tokenizer.json", "vocab.json", "tekken.json", "tokenizer.model")
 
@@ -121,7 +130,16 @@ def _random(model: Flux2Model, dtype: str) -> Located:
         raise ConfigError("model.weights=random needs sizes: give model.architecture=dev, klein_4b, klein_9b or tiny")
     sizes = architecture(model.architecture, model.pipeline)
     distilled = sizes.pipeline == "klein" and model.distilled is not False
-    return Located("random", model.source(), sizes.pipeline, distilled, component_bytes=sizes.bytes_in(dtype))
+    found = sizes.bytes_in(dtype)
+    if model.text_encoder_layers == "needed":
+        each = found["text_encoder"] // sizes.parameters["text_encoder"]
+        found["text_encoder"] -= each * sizes.unread_text_parameters(_read_layers(model, sizes.pipeline))
+    return Located("random", model.source(), sizes.pipeline, distilled, component_bytes=found)
+
+
+def _read_layers(model: Flux2Model, pipeline: PipelineKind) -> tuple[int, ...]:
+    """The text encoder's hidden states that become the embedding."""
+    return model.text_encoder_out_layers or HIDDEN_STATES_READ[pipeline]
 
 
 # --- a folder -------------------------------------------------------------------------------------
@@ -137,6 +155,9 @@ def _local(model: Flux2Model, folder: Path) -> Located:
 def _of_folder(model: Flux2Model, folder: Path, **fields: Any) -> Located:
     pipeline, distilled = _pipeline_of(_model_index(folder), model)
     sizes = {name: sum(f.stat().st_size for f in _weights(folder, name, model.variant)) for name in MODEL_COMPONENTS}
+    if model.text_encoder_layers == "needed":
+        files = _weights(folder, "text_encoder", model.variant)
+        sizes["text_encoder"] -= _unread_bytes(files, _read_layers(model, pipeline))
     return Located(
         pipeline=pipeline,
         distilled=distilled,
@@ -145,6 +166,30 @@ def _of_folder(model: Flux2Model, folder: Path, **fields: Any) -> Located:
         component_bytes=sizes,
         **fields,
     )
+
+
+def _unread_bytes(files: list[Path], read: tuple[int, ...]) -> int:
+    """Bytes in a text encoder's files that are not loaded: layers behind the last one read, and the head."""
+    layers: dict[int, int] = {}
+    head = 0
+    for file in files:
+        for name, size in _tensor_sizes(file):
+            if match := TEXT_LAYER.search(name):
+                layers[int(match[1])] = layers.get(int(match[1]), 0) + size
+            elif name.startswith("lm_head.") or ".lm_head." in name:
+                head += size
+    kept = layers_needed(len(layers), read)
+    return head + sum(size for number, size in layers.items() if number >= kept)
+
+
+def _tensor_sizes(file: Path) -> Iterator[tuple[str, int]]:
+    """Names and bytes of the tensors in a safetensors file, from its header (it was checked to be whole)."""
+    with file.open("rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, end = entry["data_offsets"]
+            yield name, end - start
 
 
 def _read_json(file: Path) -> dict[str, Any]:

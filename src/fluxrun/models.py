@@ -35,6 +35,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from fluxrun import architectures, checkpoint
+from fluxrun.errors import ConfigError
+from fluxrun.text_encoder import NeededLayers
 
 if TYPE_CHECKING:
     from fluxrun.options.model import Flux2Model
@@ -67,13 +69,18 @@ class WeightsKey:
     quantization: str
     placement: str
     part: Part
+    text_layers: str = "all"
 
     @classmethod
     def of(
         cls, model: Flux2Model, *, dtype: str, device: str, part: Part = "all", quantization: str = "none"
     ) -> WeightsKey:
         """The key of ``model`` loaded as ``dtype`` onto ``device``; ``quantization``: option and knobs."""
-        return cls(model.source(), model.revision, model.variant, model.distilled, dtype, quantization, device, part)
+        read, layers = model.text_encoder_out_layers, str(model.text_encoder_layers)
+        return cls(
+            model.source(), model.revision, model.variant, model.distilled, dtype, quantization, device, part,
+            layers if read is None else f"{layers} for {read}",
+        )  # fmt: skip
 
     def difference(self, other: WeightsKey) -> str:
         """The parts that differ, for example ``dtype bfloat16 → float16``; empty when none does."""
@@ -116,13 +123,16 @@ def load(
     located = located or checkpoint.inspect(model)
     parts: dict[str, Any] = dict.fromkeys(PARTS["all"])
     facts: dict[str, Any] = {"source": located.source, "revision": located.revision, "components": {}}
-    make = _random_source(model, dtype, device) if located.kind == "random" else None
+    needed = _needed_layers(model, located.pipeline)
+    make = _random_source(model, dtype, device, needed) if located.kind == "random" else None
     folder = None if make else checkpoint.download(located, progress)
     for name in PARTS[part]:
         progress(f"{'building' if make else 'loading'} {name}")
-        parts[name] = make(name) if make else _pretrained(folder, name, dtype, model.variant)  # type: ignore[arg-type]
+        parts[name] = make(name) if make else _pretrained(folder, name, dtype, model.variant, needed)  # type: ignore[arg-type]
         if isinstance(parts[name], nn.Module):
             facts["components"][name] = _settle(parts[name], name, device, quantize)
+        if name == "text_encoder" and needed is not None:
+            facts["components"][name] |= needed.facts(getattr(torch, dtype).itemsize)
     pipeline = _assemble(located.pipeline, located.distilled, parts)
     modules = [module for module in parts.values() if isinstance(module, nn.Module)]
     facts["parameters"] = sum(component["parameters"] for component in facts["components"].values())
@@ -155,8 +165,15 @@ def _assemble(kind: architectures.PipelineKind, distilled: bool, parts: dict[str
 # --- pretrained -----------------------------------------------------------------------------------
 
 
-def _pretrained(folder: Path, name: str, dtype: str, variant: str | None) -> Any:
-    """One component of a diffusers folder, on the CPU, in ``dtype``.
+def _needed_layers(model: Flux2Model, pipeline: architectures.PipelineKind) -> NeededLayers | None:
+    """What is cut from the text encoder; None when all of it is wanted."""
+    if model.text_encoder_layers == "all":
+        return None
+    return NeededLayers(model.text_encoder_out_layers or architectures.HIDDEN_STATES_READ[pipeline])
+
+
+def _pretrained(folder: Path, name: str, dtype: str, variant: str | None, needed: NeededLayers | None) -> Any:
+    """One component of a diffusers folder, on the CPU, in ``dtype``; of the text encoder what is ``needed``.
 
     Components are loaded one at a time by their own ``from_pretrained`` and not through the pipeline's: that
     is what lets each be quantized before the next one needs memory.
@@ -168,8 +185,30 @@ def _pretrained(folder: Path, name: str, dtype: str, variant: str | None) -> Any
     # Always said: a folder saved in bfloat16 would otherwise mix a bfloat16 text encoder with a float32 transformer.
     precision = {"dtype" if library == "transformers" else "torch_dtype": getattr(torch, dtype)}
     used = checkpoint.variant_of(folder, name, variant)
+    arguments = {"subfolder": name, "variant": used, "local_files_only": True, **precision}
+    if name == "text_encoder" and needed is not None:
+        return _cut_text_encoder(cls, folder, arguments, needed)
     with _no_bars():
-        return cls.from_pretrained(str(folder), subfolder=name, variant=used, local_files_only=True, **precision)
+        return cls.from_pretrained(str(folder), **arguments)
+
+
+def _cut_text_encoder(cls: Any, folder: Path, arguments: dict[str, Any], needed: NeededLayers) -> nn.Module:
+    """A text encoder without what is never read; tensors of the layers behind are not read from disk either.
+
+    Raises ConfigError when the checkpoint lacks tensors of what remains: transformers would only warn.
+    """
+    config = needed.cut(cls.config_class.from_pretrained(str(folder), subfolder=arguments["subfolder"]))
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it would report every layer that was left out
+    try:
+        with _no_bars():
+            encoder, report = cls.from_pretrained(str(folder), config=config, output_loading_info=True, **arguments)
+    finally:
+        transformers_logging.set_verbosity(level)
+    if missing := sorted(key for key in report["missing_keys"] if not key.startswith("lm_head.")):
+        raise ConfigError(f"{folder}/text_encoder lacks {len(missing)} tensors, {missing[0]} for one")
+    needed.trim(encoder)
+    return encoder
 
 
 @contextmanager
@@ -201,11 +240,11 @@ def builders(sizes: architectures.Architecture) -> dict[str, Callable[[], Any]]:
     }
 
 
-def _random_source(model: Flux2Model, dtype: str, device: str) -> Callable[[str], Any]:
+def _random_source(model: Flux2Model, dtype: str, device: str, needed: NeededLayers | None) -> Callable[[str], Any]:
     """A function that builds one component of ``model``'s architecture by its pipeline name."""
     assert model.architecture is not None  # checkpoint.inspect refused everything else
     sizes = architectures.architecture(model.architecture, model.pipeline)
-    build = builders(sizes)
+    build = builders(sizes) | {"text_encoder": lambda: _text_encoder(sizes, needed)}
 
     def make(name: str) -> Any:
         if name not in architectures.MODEL_COMPONENTS:
@@ -216,17 +255,20 @@ def _random_source(model: Flux2Model, dtype: str, device: str) -> Callable[[str]
             module = build[name]()
         if isinstance(module, PreTrainedModel):
             module.tie_weights()  # a tie made while every assignment made a new meta parameter did not hold
+            if needed is not None:
+                needed.trim(module)
         _fill(module, getattr(torch, dtype), device, sizes.init_std)
         return module
 
     return make
 
 
-def _text_encoder(sizes: architectures.Architecture) -> nn.Module:
-    config = copy.deepcopy(sizes.text_encoder)  # transformers turns the nested dicts into objects in place
+def _text_encoder(sizes: architectures.Architecture, needed: NeededLayers | None = None) -> nn.Module:
+    arguments = copy.deepcopy(sizes.text_encoder)  # transformers turns the nested dicts into objects in place
+    cut = (lambda config: config) if needed is None else needed.cut
     if sizes.pipeline == "klein":
-        return Qwen3ForCausalLM(Qwen3Config(**config))
-    return Mistral3ForConditionalGeneration(Mistral3Config(**config))
+        return Qwen3ForCausalLM(cut(Qwen3Config(**arguments)))
+    return Mistral3ForConditionalGeneration(cut(Mistral3Config(**arguments)))
 
 
 def _fill(module: nn.Module, dtype: torch.dtype, device: str, std: float | None) -> None:
@@ -313,7 +355,9 @@ def save_tiny(
     """
     from fluxrun.options.model import Flux2Model
 
-    model = Flux2Model(weights="random", architecture="tiny", pipeline=pipeline, distilled=distilled)
+    model = Flux2Model(
+        weights="random", architecture="tiny", pipeline=pipeline, distilled=distilled, text_encoder_layers="all"
+    )
     base = load(model, dtype=dtype, device="cpu")
     base.pipeline.save_pretrained(folder, variant=variant, max_shard_size=shard_bytes or "5GB")
     return folder

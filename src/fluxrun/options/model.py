@@ -62,6 +62,10 @@ class Flux2Model(Option):
     text_encoder_out_layers: tuple[int, ...] | None = None
     """Hidden states read from the text encoder; None is the pipeline's own choice."""
 
+    text_encoder_layers: Literal["needed", "all"] = "needed"
+    """``needed`` leaves out what no embedding is made of: the layers behind the last one read, the final norm and the
+    language-model head, none of which is loaded or run; ``all`` keeps them (for diffusers' ``upsample_prompt``)."""
+
     steps: int | None = Field(default=4, ge=1)
     """Denoising steps when the run does not say; None goes by whether the checkpoint is distilled."""
 
