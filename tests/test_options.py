@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,8 @@ NEUTRAL = {
 RUNS_ON_CPU = {
     ("attention", "sdpa"), ("attention", "math"), ("attention", "flex"), ("vae", "full"), ("vae", "tiled"),
     ("vae", "sliced"), ("memory", "resident"), ("memory", "staged"), ("quantization", "none"),
-    ("cache", "none"), *(("compile", name) for name in option_names("compile")),
+    ("cache", "none"), *(("cache", name) for name in ("dbcache", "fixed") if find_spec("cache_dit")),
+    *(("compile", name) for name in option_names("compile")),
 }  # fmt: skip
 
 NEEDED = {
