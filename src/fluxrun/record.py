@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import statistics
 import subprocess
@@ -25,8 +26,12 @@ if TYPE_CHECKING:
     from fluxrun.machine import Machine
     from fluxrun.plan import Plan
 
+log = logging.getLogger("fluxrun.record")
+
 METADATA_KEY = "fluxrun"
 EXIF_IMAGE_DESCRIPTION = 0x010E
+MOST_EXIF_BYTES = 65_000
+"""A JPEG segment holds 65533 bytes."""
 Status = Literal["running", "completed", "failed", "interrupted"]
 
 
@@ -145,10 +150,10 @@ class RunFolder:
 
     def _claim(self) -> None:
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            # The folder for the images first: somebody else's is then refused before anything is written.
+            (self.path / "images").mkdir(parents=True)
             with open(self.path / "run.json", "x", encoding="utf-8") as file:
                 file.write(self.record.model_dump_json(indent=1))
-            (self.path / "images").mkdir()
         except FileExistsError as error:
             raise ConfigError(f"{self.path} already holds a run: choose another hydra.run.dir, or remove it") from error
         except OSError as error:
@@ -257,15 +262,23 @@ def save_image(image: Image, path: Path, metadata: dict[str, Any], output_format
             info.add_itxt(METADATA_KEY, json.dumps(metadata, ensure_ascii=False))
             image.save(temporary, format="PNG", pnginfo=info)
         else:
-            exif = image.getexif()
-            # EXIF text is ASCII: other characters travel as JSON escapes.
-            exif[EXIF_IMAGE_DESCRIPTION] = json.dumps({METADATA_KEY: metadata})
+            exif = _exif(image, metadata)
+            if output_format == "jpeg" and len(exif.tobytes()) > MOST_EXIF_BYTES:
+                log.warning("%s: its config is too long for this format, only run.json has it", path.name)
+                exif = _exif(image, {key: metadata[key] for key in ("run_id", "seed") if key in metadata})
             options: dict[str, Any] = {"quality": 95} if output_format == "jpeg" else {"lossless": True}
             image.save(temporary, format=output_format.upper(), exif=exif, **options)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _exif(image: Image, metadata: dict[str, Any]) -> Any:
+    exif = image.getexif()
+    # EXIF text is ASCII: other characters travel as JSON escapes.
+    exif[EXIF_IMAGE_DESCRIPTION] = json.dumps({METADATA_KEY: metadata})
+    return exif
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

@@ -144,11 +144,15 @@ def _announce(prepared: Prepared) -> None:
 
 def _finish(folder: RunFolder, started: float, error: BaseException | None, stage: str) -> None:
     folder.record.timings.total_s = time.perf_counter() - started
+    try:
+        folder.finish("completed" if error is None else status_of(error), error, stage)
+    except OSError as problem:  # a full disk, a folder that went away: then at least the screen says it
+        log.error("cannot write %s: %s", folder.path / "run.json", one_line(problem))
+        if error is None:
+            raise
     if error is None:
-        folder.finish("completed")
         log.info("%d image(s) in %s (%.1f s)", len(folder.record.images), folder.path, folder.record.timings.total_s)
         return
-    folder.finish(status_of(error), error, stage)
     if exit_code_of(error) in (130, 143):
         log.warning("%s after %d image(s); record and images are in %s", error, len(folder.record.images), folder.path)
     else:
