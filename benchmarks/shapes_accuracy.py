@@ -1,24 +1,32 @@
 """Held-out accuracy of the bundled model with plain diffusers: prompts -> images -> pixel checker -> JSON and a sheet.
 
-    python benchmarks/shapes_accuracy.py                       # 360 prompts, 3 seeds: minutes on a CPU
-    python benchmarks/shapes_accuracy.py --per-set 5 --seeds 0 # a quick look
+python benchmarks/shapes_accuracy.py                       # 360 prompts, 3 seeds: minutes on a CPU
+python benchmarks/shapes_accuracy.py --per-set 5 --seeds 0 # a quick look
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import Flux2KleinPipeline
 from PIL import Image
 
 from fluxrun.shapes import evaluate
 
-CALL = {"text_encoder_out_layers": (2, 4, 6), "max_sequence_length": 64, "guidance_scale": 1.0, "height": 256, "width": 256}
+CALL = {
+    "text_encoder_out_layers": (2, 4, 6),
+    "max_sequence_length": 64,
+    "guidance_scale": 1.0,
+    "height": 256,
+    "width": 256,
+}
 
 
 def draw(pipeline: Flux2KleinPipeline, prompts: list[str], seed: int, steps: int, batch: int) -> list[Image.Image]:
@@ -42,6 +50,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/shapes_accuracy.json"))
     parser.add_argument("--sheet", type=Path, default=None, help="also write a contact sheet (PNG)")
+    parser.add_argument("--dump", type=Path, default=None, help="also keep the first step count's images (npz)")
     options = parser.parse_args()
     pipeline = Flux2KleinPipeline.from_pretrained(options.model, torch_dtype=getattr(torch, options.dtype))
     pipeline.to(options.device).set_progress_bar_config(disable=True)
@@ -53,7 +62,9 @@ def main() -> None:
             images += draw(pipeline, [case.prompt for case in cases], seed, steps, options.batch)
         seconds = time.monotonic() - began
         asked = cases * len(options.seeds)
-        report = evaluate.judge(asked, images, [seed for seed in options.seeds for _ in cases])
+        if options.dump and steps == options.steps[0]:
+            np.savez_compressed(options.dump, images=np.stack([np.asarray(image) for image in images]))
+        report = evaluate.judge(asked, images, [seed for seed in options.seeds for _ in cases], workers=os.cpu_count() or 1)
         header = {"steps": steps, "seeds": options.seeds, "device": options.device, "dtype": options.dtype}
         reports.append(header | {"seconds": round(seconds, 1)} | report)
         print(json.dumps(header | report["accuracy"] | report["pair_all_by_relation"]), flush=True)

@@ -66,11 +66,12 @@ def make_pool(scenes: int, captions: int, length: int, folder: str | Path, seed:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     workers = max(1, (os.cpu_count() or 2) - 1)
     chunk = max(1, min(4096, scenes // workers))
-    jobs = [(seed * 1_000_003 + start, min(chunk, scenes - start), captions, length, str(folder)) for start in range(0, scenes, chunk)]
+    jobs = [
+        (seed * 1_000_003 + start, min(chunk, scenes - start), captions, length, str(folder))
+        for start in range(0, scenes, chunk)
+    ]
     if len(jobs) == 1:
         return _work(jobs[0])
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         parts = pool.map(_work, jobs, chunksize=1)
     return np.concatenate([rows for rows, _ in parts]), np.concatenate([ids for _, ids in parts])
-
-

@@ -1,6 +1,6 @@
 """Stage 0: a byte-level BPE tokenizer of Qwen's kind, trained on captions. Seconds on a CPU.
 
-    python training/make_tokenizer.py            # writes models/shapes/tokenizer
+python training/make_tokenizer.py            # writes models/shapes/tokenizer
 """
 
 from __future__ import annotations

@@ -72,7 +72,9 @@ def render(drawing: Drawing, table: torch.Tensor, size: int = 256, scale: int = 
         radius = drawing.radius[:, index, None, None].clamp(min=1e-6)
         units = (pixels - drawing.centre[:, index, None, None]) / radius[..., None] / EXTENT
         field = F.grid_sample(table[drawing.shape[:, index]], units, padding_mode="border", align_corners=True)
-        coverage = (0.5 - field * radius[:, None] * scale).clamp(0, 1) * (drawing.radius[:, index, None, None, None] > 0)
+        coverage = (0.5 - field * radius[:, None] * scale).clamp(0, 1) * (
+            drawing.radius[:, index, None, None, None] > 0
+        )
         image = torch.lerp(image, drawing.colour[:, index, :, None, None].expand_as(image), coverage)
     return image
 

@@ -1,8 +1,8 @@
 """Stage 2: text encoder and transformer together, by rectified flow, on the latents of stage 1; saves the pipeline.
 
-    python training/train_denoiser.py                      # one GPU, minutes
-    python training/train_denoiser.py start=models/shapes  # goes on from a saved folder
-    python training/train_denoiser.py smoke=true           # a CPU, under a minute: checks the machinery
+python training/train_denoiser.py                      # one GPU, minutes
+python training/train_denoiser.py start=models/shapes  # goes on from a saved folder
+python training/train_denoiser.py smoke=true           # a CPU, under a minute: checks the machinery
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ SIDE = 16  # latent tokens per side of a 256-pixel picture
 class Denoiser(nn.Module):
     """Text encoder and transformer as the pipeline uses them, from token ids to velocity."""
 
-    def __init__(self, text: Qwen3ForCausalLM, transformer: Flux2Transformer2DModel, layers: list[int], length: int) -> None:
+    def __init__(
+        self, text: Qwen3ForCausalLM, transformer: Flux2Transformer2DModel, layers: list[int], length: int
+    ) -> None:
         super().__init__()
         self.text, self.transformer, self.layers = text, transformer, layers
         self.pad = text.config.pad_token_id
@@ -39,7 +41,9 @@ class Denoiser(nn.Module):
     def forward(self, x: torch.Tensor, timestep: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Velocity [b, tokens, channels] of noisy latents `x` at `timestep` in [0, 1] for prompts `ids` [b, length]."""
         mask = (ids != self.pad).long()
-        states = self.text.model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states
+        states = self.text.model(
+            input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False
+        ).hidden_states
         embeds = torch.cat([states[layer] for layer in self.layers], dim=-1)
         return self.transformer(
             hidden_states=x,
@@ -149,7 +153,12 @@ def save(model: Denoiser, vae: AutoencoderKLFlux2, tokenizer: Qwen2Tokenizer, fo
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     text, transformer = model.text.half().eval(), model.transformer.half().eval()
     pipeline = Flux2KleinPipeline(
-        scheduler=scheduler, vae=vae.half(), text_encoder=text, tokenizer=tokenizer, transformer=transformer, is_distilled=True
+        scheduler=scheduler,
+        vae=vae.half(),
+        text_encoder=text,
+        tokenizer=tokenizer,
+        transformer=transformer,
+        is_distilled=True,
     )
     pipeline.save_pretrained(folder, max_shard_size="14MB")
     path = folder / "text_encoder" / "config.json"
@@ -169,10 +178,15 @@ def main(config: DictConfig) -> None:
     rows, ids = make_pool(config.scenes, config.captions, config.length, stage1 / "tokenizer", config.seed)
     print(f"{time.monotonic() - began:.0f} s: {len(rows)} scenes with {ids.shape[1]} captions each", flush=True)
     latents = encode_pool(vae, torch.from_numpy(rows), device, config.encode_batch)
-    print(f"{time.monotonic() - began:.0f} s: latents {list(latents.shape)}, spread {latents[:1000].float().std():.3f}", flush=True)
+    print(
+        f"{time.monotonic() - began:.0f} s: latents {list(latents.shape)}, spread {latents[:1000].float().std():.3f}",
+        flush=True,
+    )
     if config.start:
         text = Qwen3ForCausalLM.from_pretrained(Path(config.start) / "text_encoder", dtype=torch.float32)
-        transformer = Flux2Transformer2DModel.from_pretrained(config.start, subfolder="transformer", torch_dtype=torch.float32)
+        transformer = Flux2Transformer2DModel.from_pretrained(
+            config.start, subfolder="transformer", torch_dtype=torch.float32
+        )
     else:
         text, transformer = build(config, tokenizer)
     counts = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (text, transformer, vae)]

@@ -1,7 +1,7 @@
 """Stage 1: the autoencoder, on scenes drawn while it trains.
 
-    python training/train_vae.py                 # one GPU, minutes
-    python training/train_vae.py smoke=true      # a CPU, seconds: checks the machinery, learns nothing
+python training/train_vae.py                 # one GPU, minutes
+python training/train_vae.py smoke=true      # a CPU, seconds: checks the machinery, learns nothing
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def edges(image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def loss_of(vae: AutoencoderKLFlux2, image: torch.Tensor, config: DictConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss, mean absolute error). The decoder sees noisy latents, so that a denoiser's small errors do not show."""
-    posterior = vae.encode(image).latent_dist
-    z = posterior.mean
+    with torch.set_grad_enabled(not config.decoder_only):
+        z = vae.encode(image).latent_dist.mode()
     spread = z.detach().float().std(dim=(0, 2, 3), keepdim=True)
     amount = config.latent_noise * torch.rand(len(z), 1, 1, 1, device=z.device)
     decoded = vae.decode(z + amount * spread * torch.randn_like(z)).sample.float()
@@ -49,11 +49,10 @@ def set_statistics(vae: AutoencoderKLFlux2, images: torch.Tensor) -> None:
     vae.bn.running_var.copy_(latents.var(dim=(0, 2, 3)))
 
 
-def scenes(count: int, seed: int, device: torch.device, table: torch.Tensor) -> torch.Tensor:
-    """Images of random scenes from the training side of the split."""
+def scene_pool(count: int, seed: int) -> torch.Tensor:
+    """Random scenes from the training side of the split, as rows."""
     rng = random.Random(seed)
-    rows = torch.stack([torch.tensor(scene_rows(random_scene(rng), rng)) for _ in range(count)]).to(device)
-    return torch.cat([render(from_rows(chunk), table) for chunk in rows.split(64)])
+    return torch.stack([torch.from_numpy(scene_rows(random_scene(rng), rng)) for _ in range(count)])
 
 
 def comparison(images: torch.Tensor, decoded: torch.Tensor) -> Image.Image:
@@ -68,7 +67,15 @@ def main(config: DictConfig) -> None:
         config = OmegaConf.merge(config, config.smoke_overrides)
     device = setup(config.seed)
     table = distance_table(device)
-    vae = AutoencoderKLFlux2(**OmegaConf.to_container(config.model)).to(device, memory_format=torch.channels_last)
+    if config.start:
+        vae = AutoencoderKLFlux2.from_pretrained(config.start, subfolder="vae", torch_dtype=torch.float32)
+    else:
+        vae = AutoencoderKLFlux2(**OmegaConf.to_container(config.model))
+    vae = vae.to(device, memory_format=torch.channels_last)
+    if config.decoder_only:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+    rows = scene_pool(config.pool, 3).to(device)
     print(f"autoencoder: {sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters on {device}", flush=True)
     average, adam, clock = Average(vae, config.ema), optimizer([vae], config.rate, 0.0), Clock(config.seconds)
     step = 0
@@ -76,6 +83,9 @@ def main(config: DictConfig) -> None:
         small = clock.progress < config.crop_until  # crops first, then whole pictures
         size, batch = (config.crop, config.crop_batch) if small else (256, config.batch)
         image = render(random_drawing(batch, size, 256, device), table, size=size)
+        if not small:  # half of the whole pictures are what the model will draw
+            picked = rows[torch.randint(len(rows), (batch // 2,), device=device)]
+            image = torch.cat([image[: batch - batch // 2], render(from_rows(picked), table)])
         for group in adam.param_groups:
             group["lr"] = config.rate * rate(clock.progress, step)
         with autocast(device):
@@ -86,15 +96,22 @@ def main(config: DictConfig) -> None:
         adam.step()
         average.update(vae)
         if step % config.log_every == 0:
-            print(f"{clock.elapsed:5.0f} s step {step} loss {loss.item():.4f} error {error.item() * 127.5:.2f}/255", flush=True)
+            print(
+                f"{clock.elapsed:5.0f} s step {step} loss {loss.item():.4f} error {error.item() * 127.5:.2f}/255",
+                flush=True,
+            )
         step += 1
     finish(average.module, config, device, table, step)
 
 
 def finish(vae: AutoencoderKLFlux2, config: DictConfig, device: torch.device, table: torch.Tensor, steps: int) -> None:
     """Statistics, figures, the file."""
-    set_statistics(vae, scenes(config.statistics, 1, device, table))
-    images = scenes(config.checked, 2, device, table)
+    def images_of(count: int, seed: int) -> torch.Tensor:
+        return torch.cat([render(from_rows(rows.to(device)), table) for rows in scene_pool(count, seed).split(64)])
+
+    if not config.decoder_only:
+        set_statistics(vae, images_of(config.statistics, 1))
+    images = images_of(config.checked, 2)
     with torch.no_grad():
         decoded = torch.cat([vae(chunk).sample for chunk in images.split(16)])
     error = (decoded - images).abs() * 127.5

@@ -14,13 +14,14 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from fluxrun.shapes.scenes import PAIR_RADIUS, RADIUS, Object, Placed, Scene, _coverage
+from fluxrun.shapes.scenes import PAIR_RADIUS, RADIUS, Object, Placed, Scene, coverage, outlines
 from fluxrun.shapes.vocabulary import COLOURS, SHAPES, place_direction
 
-MAX_COLOUR_DISTANCE = 60.0  # in RGB units; the two closest colours of the palette are 78 apart
+MAX_DISTANCE = 60.0  # in RGB units; the two closest colours of the palette are 78 apart
+MAX_BLEND = 160.0  # the same for blended pixels along an edge, which go to the nearer side
 MIN_AREA = 0.004  # of the image; the smallest shape covers 0.01
 MIN_MATCH = 0.82  # intersection over union with the canonical shape
-SIDE_THRESHOLD = 0.08  # how far from the centre a place begins
+SIDE_THRESHOLD = 0.11  # how far from the centre a place begins; drawn at 0.16 or more, and within 0.07 of the centre
 TEMPLATE = 64
 
 
@@ -55,11 +56,13 @@ class Seen:
     objects: tuple[Found, ...]
 
 
-def nearest_colours(pixels: np.ndarray) -> np.ndarray:
-    """Index into the palette for each pixel [..., 3]; -1 where no colour is near."""
-    palette = np.array(list(COLOURS.values()), dtype=np.float32)
-    distance = np.linalg.norm(pixels[..., None, :].astype(np.float32) - palette, axis=-1)
-    return np.where(distance.min(-1) < MAX_COLOUR_DISTANCE, distance.argmin(-1), -1)
+def nearest_colours(pixels: np.ndarray, among: list[int] | None = None, limit: float = MAX_DISTANCE) -> np.ndarray:
+    """Index into the palette for each pixel [..., 3], of all colours or `among` these; -1 beyond `limit`."""
+    chosen = list(range(len(COLOURS))) if among is None else among
+    palette = np.array(list(COLOURS.values()), dtype=np.float32)[chosen]
+    values = pixels.astype(np.float32)
+    distance = np.stack([np.square(values - colour).sum(-1) for colour in palette])
+    return np.where(distance.min(0) < limit**2, np.array(chosen)[distance.argmin(0)], -1)
 
 
 def look(image: np.ndarray) -> Seen:
@@ -67,7 +70,9 @@ def look(image: np.ndarray) -> Seen:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"expected a uint8 image [height, width, 3], got {image.dtype} {list(image.shape)}")
     names = list(COLOURS)
-    labels = nearest_colours(image)
+    flat = nearest_colours(image)
+    present = [colour for colour in range(len(names)) if _regions(flat == colour)]
+    labels = nearest_colours(image, present, MAX_BLEND) if present else flat
     border = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
     background = int(np.bincount(border + 1, minlength=len(names) + 1).argmax()) - 1
     regions = [
@@ -123,12 +128,14 @@ def _describe(colour: str, region: np.ndarray, outside: np.ndarray) -> Found:
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
     shape, match = _classify(solid[top:bottom, left:right])
     height, width = region.shape
+    radius = float(max((right - left) / width, (bottom - top) / height)) / 2
+    dx, dy = _middle_of_box(shape)
     return Found(
         colour=colour,
         shape=shape,
-        x=float(left + right) / 2 / width,
-        y=float(top + bottom) / 2 / height,
-        radius=float(max((right - left) / width, (bottom - top) / height)) / 2,
+        x=float(left + right) / 2 / width - dx * radius,
+        y=float(top + bottom) / 2 / height - dy * radius,
+        radius=radius,
         bbox=(int(left), int(top), int(right), int(bottom)),
         match=match,
     )
@@ -149,10 +156,21 @@ def _fill_covered(region: np.ndarray, outside: np.ndarray) -> np.ndarray:
 def _template(shape: str) -> tuple[np.ndarray, float]:
     """(mask on a TEMPLATE x TEMPLATE grid stretched to its bounding box, width / height)."""
     thing = Placed(colour="black", shape=shape, x=0.5, y=0.5, radius=0.35)
-    mask = np.asarray(_coverage(thing, 256)) > 127
+    mask = np.asarray(coverage(thing, 256)) > 127
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     crop = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     return _stretch(crop), crop.shape[1] / crop.shape[0]
+
+
+@functools.cache
+def _middle_of_box(shape: str) -> tuple[float, float]:
+    """Where the bounding box's middle lies from the shape's centre, in halves of the box's longer side."""
+    if shape not in SHAPES:
+        return 0.0, 0.0
+    points = outlines(shape)[0]
+    low, high = points.min(0), points.max(0)
+    x, y = (low + high) / max(high - low)
+    return float(x), float(y)
 
 
 def _stretch(mask: np.ndarray) -> np.ndarray:

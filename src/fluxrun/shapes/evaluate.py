@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -58,14 +59,25 @@ def _random_scene(set_name: str, rng: random.Random) -> Scene:
     return random_related(rng) if set_name == "pair" else random_placed_pair(rng)
 
 
-def judge(cases: Sequence[Case], images: Sequence[Image.Image], seeds: Sequence[int] | None = None) -> dict[str, Any]:
+def _score(case: Case, image: np.ndarray) -> dict[str, bool]:
+    return score(case.scene, image)
+
+
+def judge(
+    cases: Sequence[Case], images: Sequence[Image.Image], seeds: Sequence[int] | None = None, *, workers: int = 1
+) -> dict[str, Any]:
     """The share of images that show what was asked, by set and attribute, and every failure.
 
     `images[i]` answers `cases[i]`; ask with several seeds by repeating the cases. JSON-able. ValueError: lengths differ.
     """
     if len(cases) != len(images) or (seeds is not None and len(seeds) != len(cases)):
         raise ValueError(f"{len(cases)} cases, {len(images)} images, {len(seeds or cases)} seeds: must be as many")
-    scores = [score(case.scene, np.asarray(image.convert("RGB"))) for case, image in zip(cases, images, strict=True)]
+    arrays = [np.asarray(image.convert("RGB")) for image in images]
+    if workers > 1:
+        with ProcessPoolExecutor(workers) as pool:
+            scores = list(pool.map(_score, cases, arrays, chunksize=8))
+    else:
+        scores = list(map(_score, cases, arrays))
     failures = [
         {
             "set": case.set_name,

@@ -22,8 +22,7 @@ CONTAINER_RADIUS = 0.35
 INSIDE_RADIUS = 0.125
 RING_HOLE = 0.6
 MARGIN = 0.06
-POSITION_JITTER = 0.02
-SIZE_JITTER = 0.05
+SHIFT = 16 / 256  # what a seed may move an object whose place was not said: one token of the model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,7 +72,7 @@ def _star() -> np.ndarray:
     angles = np.arange(10) * np.pi / 5 - np.pi / 2
     radii = np.where(np.arange(10) % 2 == 0, 1.1, 0.47)
     points = radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    return points + [0.0, 0.07]  # the optical centre of a star is below its circumcentre
+    return points + np.array([0.0, 0.07])  # the optical centre of a star is below its circumcentre
 
 
 def _heart() -> np.ndarray:
@@ -109,45 +108,43 @@ def outlines(shape: str) -> tuple[np.ndarray, ...]:
     return table[shape]
 
 
-def _jitter(rng: random.Random | None, amount: float) -> float:
-    return 0.0 if rng is None else rng.uniform(-amount, amount)
+def _shift(rng: random.Random | None) -> float:
+    return 0.0 if rng is None else rng.choice((-SHIFT, 0.0, SHIFT))
 
 
 def _at_place(thing: Object, radii: dict[str, float], rng: random.Random | None) -> Placed:
-    radius = radii[thing.size or "medium"] * (1 + _jitter(rng, SIZE_JITTER))
+    radius = radii[thing.size or "medium"]
     column, row = place_direction(thing.place or "center")
-    shift = 0.5 - max(radius + MARGIN, 0.22)
-    x = 0.5 + column * shift + _jitter(rng, POSITION_JITTER)
-    y = 0.5 + row * shift + _jitter(rng, POSITION_JITTER)
+    reach = 0.5 - max(radius + MARGIN, 0.22)
+    x, y = 0.5 + column * reach, 0.5 + row * reach
+    if thing.place is None:
+        x, y = x + _shift(rng), y + _shift(rng)
     return Placed(colour=thing.colour, shape=thing.shape, x=x, y=y, radius=radius)
 
 
 def _side_by_side(scene: Scene, rng: random.Random | None) -> list[Placed]:
-    first, second = (_at_place(thing, PAIR_RADIUS, rng) for thing in scene.objects)
-    sign = -1 if scene.relation in ("left of", "above") else 1
-    offset = 0.235 + _jitter(rng, 0.01)
-    drift = _jitter(rng, 0.03)
-    along, across = (0.5 + sign * offset, 0.5 - sign * offset), (0.5 + drift, 0.5 + drift)
+    first, second = (_at_place(thing, PAIR_RADIUS, None) for thing in scene.objects)
+    offset = -0.235 if scene.relation in ("left of", "above") else 0.235
+    shift = _shift(rng)
+    along, across = (0.5 + offset, 0.5 - offset), (0.5 + shift, 0.5 + shift)
     xs, ys = (along, across) if scene.relation in ("left of", "right of") else (across, along)
     return [dataclasses.replace(placed, x=x, y=y) for placed, x, y in zip((first, second), xs, ys, strict=True)]
 
 
-def _nested(scene: Scene, rng: random.Random | None) -> list[Placed]:
+def _nested(scene: Scene) -> list[Placed]:
     inner, outer = scene.objects
-    x, y = 0.5 + _jitter(rng, POSITION_JITTER), 0.5 + _jitter(rng, POSITION_JITTER)
-    scale = 1 + _jitter(rng, SIZE_JITTER)
     return [
-        Placed(colour=inner.colour, shape=inner.shape, x=x, y=y, radius=INSIDE_RADIUS * scale),
-        Placed(colour=outer.colour, shape=outer.shape, x=x, y=y, radius=CONTAINER_RADIUS * scale),
+        Placed(colour=inner.colour, shape=inner.shape, x=0.5, y=0.5, radius=INSIDE_RADIUS),
+        Placed(colour=outer.colour, shape=outer.shape, x=0.5, y=0.5, radius=CONTAINER_RADIUS),
     ]
 
 
 def layout(scene: Scene, rng: random.Random | None = None) -> list[Placed]:
-    """Where each object of the scene goes, in the scene's order; `rng` varies place and size a little."""
+    """Where each object of the scene goes, in the scene's order; `rng` moves what was given no place a little."""
     if len(scene.objects) == 1:
         return [_at_place(scene.objects[0], RADIUS, rng)]
     if scene.relation == "inside":
-        return _nested(scene, rng)
+        return _nested(scene)
     if scene.relation is None:
         return [_at_place(thing, PAIR_RADIUS, rng) for thing in scene.objects]
     return _side_by_side(scene, rng)
@@ -162,11 +159,12 @@ def draw_placed(things: list[Placed], background: tuple[int, int, int], size: in
     """Draw laid-out objects, the first one topmost."""
     image = Image.new("RGB", (size, size), background)
     for thing in reversed(things):
-        image.paste(COLOURS[thing.colour], mask=_coverage(thing, size))
+        image.paste(COLOURS[thing.colour], mask=coverage(thing, size))
     return image
 
 
-def _coverage(thing: Placed, size: int) -> Image.Image:
+def coverage(thing: Placed, size: int) -> Image.Image:
+    """How much of each pixel an object covers, as a mask ("L") of size x size pixels."""
     big = size * SUPERSAMPLING
     mask = Image.new("L", (big, big), 0)
     pen = ImageDraw.Draw(mask)
