@@ -146,8 +146,8 @@ def test_while_compiling(start, tmp_path):
 
 def test_the_second_signal_ends_at_once(start):
     """The first one would wait for a step, and a step of a picture this large takes seconds; the second does not."""
-    child = start("height=1024", "width=1024", "steps=50", "num_images=2")
-    child.wait_for(lambda: "Loading" in child.said())
+    child = start("height=1024", "width=1024", "steps=200", "num_images=2")
+    child.wait_for(lambda: "s/step" in child.said())  # while loading, the first one would end it already
     child.signal(signal.SIGINT)
     child.wait_for(lambda: "stopping at the next step" in child.said())
     child.signal(signal.SIGINT)

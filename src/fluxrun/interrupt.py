@@ -44,9 +44,11 @@ class Interrupts:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested is not None:
-            self._on_second()
-            end_children()
-            os._exit(EXIT_CODES[signal.Signals(number)])
+            try:
+                self._on_second()
+                end_children()
+            finally:  # whatever goes wrong in here: the second signal ends the process
+                os._exit(EXIT_CODES[signal.Signals(number)])
         self.requested = signal.Signals(number)
         self._on_first()
         if self._immediate:

@@ -209,6 +209,12 @@ class RunFolder:
             self.record.error = ErrorRecord(type=type(error).__name__, message=one_line(error), stage=stage)
         self.write()
 
+    def abandon(self, error: BaseException, stage: str) -> None:
+        """Close the record from within a signal handler: what was being written at that moment is taken away."""
+        self.finish("interrupted", error, stage)
+        for unfinished in (*self.path.glob(".run.json.*"), *self.path.glob("images/.*.part")):
+            unfinished.unlink(missing_ok=True)
+
 
 def write_failure(folder: Path, data: dict[str, Any], error: BaseException) -> bool:
     """Record a run that failed before it had a record, or whose process died; returns whether there was need to.

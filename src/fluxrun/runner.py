@@ -65,7 +65,7 @@ def run(
     stage = _Stage()
     interrupts = Interrupts(
         on_first=lambda: log.warning("stopping at the next step; Ctrl+C again ends at once"),
-        on_second=lambda: folder.finish("interrupted", interrupts.error(), stage.name),
+        on_second=lambda: folder.abandon(interrupts.error(), stage.name),
     )
     try:
         with interrupts, _borrowed(workbench) as bench:
