@@ -106,7 +106,9 @@ def test_a_target_must_be_an_option_class(config_dir, target):
         compose(["attention=odd"], config_dir=config_dir)
 
 
-@pytest.mark.parametrize("knob", ["inductor_options: {cpp.cxx: [/tmp/evil]}", "cache_dir: /tmp/evil"])
+@pytest.mark.parametrize(
+    "knob", ["inductor_options: {cpp.cxx: [/tmp/evil]}", "cache_dir: /tmp/evil", "cache_artifacts: /tmp/evil"]
+)
 def test_knobs_that_run_code_are_the_command_lines(config_dir, knob, monkeypatch):
     preset(config_dir, GLOBAL + f"compile: {{{knob}}}\n")
     with pytest.raises(TrustError, match="--trust-config"):

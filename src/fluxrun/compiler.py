@@ -12,7 +12,9 @@ from typing import Any
 import torch
 import torch._dynamo.utils as dynamo_utils
 
+from fluxrun.artifacts import Artifacts, made_with
 from fluxrun.config import Facts
+from fluxrun.machine import Machine
 from fluxrun.paths import cache_dir
 
 COMPILE_TIME_KEY = "entire_frame_compile"
@@ -63,6 +65,7 @@ class Compiler:
 
     def __init__(self) -> None:
         self.active = False
+        self.artifacts: Artifacts | None = None
         self._start = _counts()
 
     def backend(self, mode: str | None, options: dict[str, Any]) -> CountingBackend:
@@ -84,6 +87,11 @@ class Compiler:
         if folder is not None or "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str((folder or cache_dir() / "inductor").expanduser())
 
+    def share(self, file: Path, machine: Machine) -> str | None:
+        """Use compiled code from ``file``, and add to it what is compiled new; returns a note for the user, or None."""
+        self.artifacts = Artifacts(file.expanduser(), made_with(machine), saved_at=_counts()["cache_misses"])
+        return self.artifacts.load()
+
     def start_counting(self) -> None:
         """Count from here on: another run carries on with the same compiled pipeline."""
         self._start = _counts()
@@ -98,6 +106,13 @@ class Compiler:
         """Counts since the backend was made, or since ``start_counting``; times in seconds."""
         now = _counts()
         return {key: round(now[key] - self._start.get(key, 0), 3) for key in now}
+
+    def shared(self) -> Facts:
+        """Write the shared file if anything was compiled since; what was loaded from and saved to it."""
+        if self.artifacts is None:
+            return {}
+        self.artifacts.save(_counts()["cache_misses"])
+        return {"artifacts": dict(self.artifacts.facts)}
 
     def seconds(self) -> float:
         """Seconds spent compiling since the backend was made."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,6 +13,8 @@ from fluxrun.machine import Machine
 
 if TYPE_CHECKING:
     from fluxrun.build import Context
+
+log = logging.getLogger("fluxrun.compile")
 
 Target = Literal["transformer", "vae_decoder", "text_encoder"]
 
@@ -42,6 +45,9 @@ class CompileKnobs(Option):
 
     cache_dir: Path | None = None
     """Folder for compiled kernels; None is fluxrun's cache folder."""
+
+    cache_artifacts: Path | None = None
+    """File of compiled code to share between machines: used when it is there, written when something was compiled."""
 
     @property
     def cudagraphs(self) -> bool:
@@ -75,6 +81,9 @@ class Compile(CompileKnobs):
     def apply(self, pipeline: Any, context: Context) -> Facts:
         """Mark the regions to compile; the first call compiles them. Facts: ``regions`` by target."""
         context.compiler.use_cache(self.cache_dir)
+        if self.cache_artifacts and (note := context.compiler.share(self.cache_artifacts, context.machine)):
+            log.warning("%s", note)
+            context.plan.note(note)
         backend = context.compiler.backend(self.mode, self._options())
         regions = {target: self._compile(pipeline, target, backend) for target in self.targets}
         if not sum(regions.values()):
@@ -85,7 +94,11 @@ class Compile(CompileKnobs):
         """Dynamo's own counters since the option was applied, and how many graphs ran compiled per forward call."""
         counts = context.compiler.counted()
         steps = context.counters["steps"]
-        return {**counts, "graphs_run_per_step": round(counts["graph_calls"] / steps, 2) if steps else 0}
+        return {
+            **counts,
+            **context.compiler.shared(),
+            "graphs_run_per_step": round(counts["graph_calls"] / steps, 2) if steps else 0,
+        }
 
     def _options(self) -> dict[str, Any]:
         emulate = {"emulate_precision_casts": True} if self.match_eager else {}
