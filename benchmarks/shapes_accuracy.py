@@ -64,7 +64,9 @@ def main() -> None:
         asked = cases * len(options.seeds)
         if options.dump and steps == options.steps[0]:
             np.savez_compressed(options.dump, images=np.stack([np.asarray(image) for image in images]))
-        report = evaluate.judge(asked, images, [seed for seed in options.seeds for _ in cases], workers=os.cpu_count() or 1)
+        report = evaluate.judge(
+            asked, images, [seed for seed in options.seeds for _ in cases], workers=os.cpu_count() or 1
+        )
         header = {"steps": steps, "seeds": options.seeds, "device": options.device, "dtype": options.dtype}
         reports.append(header | {"seconds": round(seconds, 1)} | report)
         print(json.dumps(header | report["accuracy"] | report["pair_all_by_relation"]), flush=True)

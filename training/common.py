@@ -46,7 +46,7 @@ class Average:
     def update(self, module: nn.Module) -> None:
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        mine = [p for p in self.module.parameters()]
+        mine = list(self.module.parameters())
         torch._foreach_lerp_(mine, [p.detach() for p in module.parameters()], 1 - decay)
 
 

@@ -27,12 +27,14 @@ CHAT_TEMPLATE = (
     "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
 # A little everyday English, so that prompts outside the captions do not fall apart into single letters.
-ENGLISH = """a an the of and with in on at by for from to is are it its this that there two three some many very small big
-cat dog bird horse fish tree flower house mountain river sea ocean lake sky sun moon night day light dark city street car
-boat ship train plane bridge lighthouse castle forest garden beach desert snow rain storm cloud fire water man woman child
-person people face portrait painting photo photograph picture image drawing sketch watercolor oil digital art style realistic
-cinematic beautiful highly detailed sharp focus soft dramatic lighting golden hour sunset sunrise dusk dawn background old new
-happy sad running sitting standing flying holding looking wearing red-haired robot dragon wizard astronaut space planet"""
+ENGLISH = """a an the of and with in on at by for from to is are it its this that there two three some many very
+small big cat dog bird horse fish tree flower house mountain river sea ocean lake sky sun moon night
+day light dark city street car boat ship train plane bridge lighthouse castle forest garden beach
+desert snow rain storm cloud fire water man woman child person people face portrait painting photo
+photograph picture image drawing sketch watercolor oil digital art style realistic cinematic
+beautiful highly detailed sharp focus soft dramatic lighting golden hour sunset sunrise dusk dawn
+background old new happy sad running sitting standing flying holding looking wearing red-haired
+robot dragon wizard astronaut space planet"""
 
 
 def corpus(count: int) -> list[str]:

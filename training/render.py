@@ -63,7 +63,7 @@ class Drawing:
 
 def render(drawing: Drawing, table: torch.Tensor, size: int = 256, scale: int = 256) -> torch.Tensor:
     """Images [b, 3, size, size] in [-1, 1]; `size` below `scale` draws only the top left part (a crop)."""
-    batch, count = drawing.shape.shape
+    count = drawing.shape.shape[1]
     background = drawing.background
     image = background[..., None, None].expand(-1, -1, size, size) if background.ndim == 2 else background
     axis = (torch.arange(size, device=table.device) + 0.5) / scale

@@ -15,7 +15,7 @@ import hydra
 import torch
 from common import Average, Clock, autocast, optimizer, rate, setup
 from data import make_pool
-from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
 from omegaconf import DictConfig, OmegaConf
 from render import distance_table, from_rows, render
 from torch import nn
@@ -148,6 +148,11 @@ def train(
     return average.module
 
 
+def edit(path: Path, **changes: object) -> None:
+    """Change keys of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes, indent=2, sort_keys=True) + "\n")
+
+
 def save(model: Denoiser, vae: AutoencoderKLFlux2, tokenizer: Qwen2Tokenizer, folder: Path) -> Flux2KleinPipeline:
     """The pipeline in diffusers' layout, float16 on disk; returned in float32."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
@@ -161,9 +166,10 @@ def save(model: Denoiser, vae: AutoencoderKLFlux2, tokenizer: Qwen2Tokenizer, fo
         is_distilled=True,
     )
     pipeline.save_pretrained(folder, max_shard_size="14MB")
-    path = folder / "text_encoder" / "config.json"
-    config = json.loads(path.read_text()) | {"dtype": "float32"}  # so that loading without a dtype fits the other parts
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    edit(
+        folder / "text_encoder" / "config.json", dtype="float32"
+    )  # so that loading without a dtype fits the other parts
+    edit(folder / "model_index.json", tokenizer=["transformers", "Qwen2TokenizerFast"])  # the name FLUX.2 klein has
     return pipeline.to(torch.float32)
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import hydra
 import torch
-import torch.nn.functional as F
 from common import Average, Clock, autocast, optimizer, rate, setup
 from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline
 from omegaconf import DictConfig, OmegaConf
@@ -106,6 +105,7 @@ def main(config: DictConfig) -> None:
 
 def finish(vae: AutoencoderKLFlux2, config: DictConfig, device: torch.device, table: torch.Tensor, steps: int) -> None:
     """Statistics, figures, the file."""
+
     def images_of(count: int, seed: int) -> torch.Tensor:
         return torch.cat([render(from_rows(rows.to(device)), table) for rows in scene_pool(count, seed).split(64)])
 
@@ -116,10 +116,9 @@ def finish(vae: AutoencoderKLFlux2, config: DictConfig, device: torch.device, ta
         decoded = torch.cat([vae(chunk).sample for chunk in images.split(16)])
     error = (decoded - images).abs() * 127.5
     variance = vae.bn.running_var
-    print(
-        f"{steps} steps; reconstruction error mean {error.mean():.3f}, 99.9 % below {error.flatten()[:4_000_000].sort().values[-4000]:.1f}"
-        f" of 255; latent variance {variance.min():.4f} to {variance.max():.3f}"
-    )
+    tail = error.flatten()[:4_000_000].sort().values[-4000]
+    print(f"{steps} steps; reconstruction error of 255: mean {error.mean():.3f}, 99.9 % below {tail:.1f}")
+    print(f"latent variance {variance.min():.4f} to {variance.max():.3f}")
     folder = Path(config.output)
     vae.half().save_pretrained(folder / "vae")
     comparison(images[:8], decoded[:8]).save(folder / "vae_check.png")

@@ -20,7 +20,8 @@ from fluxrun.shapes.vocabulary import COLOURS, SHAPES, place_direction
 MAX_DISTANCE = 60.0  # in RGB units; the two closest colours of the palette are 78 apart
 MAX_BLEND = 160.0  # the same for blended pixels along an edge, which go to the nearer side
 MIN_AREA = 0.004  # of the image; the smallest shape covers 0.01
-MIN_MATCH = 0.82  # intersection over union with the canonical shape
+MIN_MATCH = 0.6  # intersection over union with the best canonical shape: below, it is no shape
+CRISP_MATCH = 0.82  # from here on it is well drawn, too: true edges, pointed tips
 SIDE_THRESHOLD = 0.11  # how far from the centre a place begins; drawn at 0.16 or more, and within 0.07 of the centre
 TEMPLATE = 64
 
@@ -196,8 +197,9 @@ def _classify(mask: np.ndarray) -> tuple[str, float]:
 def score(scene: Scene, image: np.ndarray) -> dict[str, bool]:
     """Which attributes of the scene the image shows.
 
-    Keys: `count`, `colour`, `shape`, `size`, `position` (places, or for related objects the relation), `background`, and
-    `all`. An attribute is true if every object has it. Sizes of nested objects follow from the nesting and are true.
+    Keys: `count`, `colour`, `shape`, `size`, `position` (places, or for related objects the relation), `background`; `all`
+    of these; and beside them `crisp`: every object is well drawn, which `shape` does not ask. An attribute is true if
+    every object has it. Sizes of nested objects follow from the nesting and are true.
     """
     seen = look(image)
     count = len(seen.objects) == len(scene.objects)
@@ -211,7 +213,8 @@ def score(scene: Scene, image: np.ndarray) -> dict[str, bool]:
         "position": complete and _positions_right(scene, [found for _, found in pairs]),
         "background": seen.background == scene.background_colour,
     }
-    return result | {"all": all(result.values())}
+    crisp = complete and all(found.match >= CRISP_MATCH for _, found in pairs)
+    return result | {"all": all(result.values()), "crisp": crisp}
 
 
 def _assign(scene: Scene, found: tuple[Found, ...]) -> list[tuple[Object, Found]]:

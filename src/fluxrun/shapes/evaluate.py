@@ -38,8 +38,8 @@ class Case:
 def prompts(set_name: str, n: int, seed: int = 0, *, as_typed: bool = True) -> list[Case]:
     """`n` held-out cases of a set (`single`, `pair`, `placed_pair`), the same for the same seed.
 
-    `as_typed` adds what people type around a sentence (capitals, full stops, "a picture of"). Singles always say a place,
-    so that there is one to judge. ValueError: no such set.
+    `as_typed` adds what people type around a sentence (capitals, full stops, "a picture of"). Singles always say a
+    place, so that there is one to judge. ValueError: no such set.
     """
     if set_name not in SETS:
         raise ValueError(f"no prompt set {set_name!r}; there are {', '.join(SETS)}")
@@ -68,7 +68,8 @@ def judge(
 ) -> dict[str, Any]:
     """The share of images that show what was asked, by set and attribute, and every failure.
 
-    `images[i]` answers `cases[i]`; ask with several seeds by repeating the cases. JSON-able. ValueError: lengths differ.
+    `images[i]` answers `cases[i]`; ask with several seeds by repeating the cases. JSON-able. `workers` processes check.
+    ValueError: lengths differ.
     """
     if len(cases) != len(images) or (seeds is not None and len(seeds) != len(cases)):
         raise ValueError(f"{len(cases)} cases, {len(images)} images, {len(seeds or cases)} seeds: must be as many")

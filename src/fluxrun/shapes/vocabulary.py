@@ -1,6 +1,6 @@
 """The words of the shapes world: colours, shapes, sizes, places, relations, and the ways people say them.
 
-Every table maps a canonical name to the phrases that mean it; the first phrase is the commonest. Phrases are lower case.
+Every table maps a canonical name to the phrases that mean it, all lower case; the first phrase is the commonest.
 """
 
 from __future__ import annotations
