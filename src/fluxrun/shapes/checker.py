@@ -197,9 +197,9 @@ def _classify(mask: np.ndarray) -> tuple[str, float]:
 def score(scene: Scene, image: np.ndarray) -> dict[str, bool]:
     """Which attributes of the scene the image shows.
 
-    Keys: `count`, `colour`, `shape`, `size`, `position` (places, or for related objects the relation), `background`; `all`
-    of these; and beside them `crisp`: every object is well drawn, which `shape` does not ask. An attribute is true if
-    every object has it. Sizes of nested objects follow from the nesting and are true.
+    Keys: `count`, `colour`, `shape`, `size`, `position` (places, or for related objects the relation), `background`;
+    `all` of these; and beside them `crisp`: every object is well drawn, which `shape` does not ask. An attribute is
+    true if every object has it. Sizes of nested objects follow from the nesting and are true.
     """
     seen = look(image)
     count = len(seen.objects) == len(scene.objects)
