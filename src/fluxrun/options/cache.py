@@ -7,12 +7,13 @@ the shell. Which steps were computed is read from its contexts after every call 
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import os
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from fluxrun.config import Facts, Option
 from fluxrun.machine import Machine
@@ -31,8 +32,8 @@ CALLS = "cached_calls"
 class CacheKnobs(Option):
     """The knobs all step caches share."""
 
-    first_blocks: int = Field(1, ge=0)
-    """Blocks at the start of each block list that always run (cache-dit's Fn)."""
+    first_blocks: int = Field(1, ge=1)
+    """Blocks at the start of each block list that always run (cache-dit's Fn, which is at least one)."""
 
     last_blocks: int = Field(0, ge=0)
     """Blocks at the end of each block list that always run (cache-dit's Bn)."""
@@ -55,8 +56,8 @@ class CacheKnobs(Option):
     mask: str | None = Field(None, pattern=r"^1[01]*$")
     """fixed: the schedule itself, a digit per step (1 computed, 0 skipped), instead of ``compute``."""
 
-    taylor_order: int = Field(0, ge=0, le=4)
-    """Extrapolate a skipped step from so many derivatives (TaylorSeer); 0 reuses the last computed one."""
+    taylor_order: int = Field(1, ge=0, le=4)
+    """Extrapolate a skipped step from so many differences of the last ones (TaylorSeer); 0 reuses the last as it is."""
 
     force: bool = False
     """Use it on a few-step model, too."""
@@ -141,12 +142,6 @@ class StepCache(CacheKnobs):
 class DBCache(StepCache):
     """cache-dit's DBCache: skips a step when the first blocks' output hardly changed."""
 
-    @model_validator(mode="after")
-    def _looks_at_a_block(self) -> DBCache:
-        if self.first_blocks < 1:
-            raise ValueError("cache.first_blocks=0: dbcache decides by the first blocks' change, it needs at least one")
-        return self
-
     def unused_knobs(self) -> list[str]:
         return _changed(self, {"compute", "mask"})
 
@@ -213,13 +208,18 @@ def count_call(pipeline: Any, always: int) -> dict[str, int]:
     }
 
 
-def _counted_call(option: StepCache, cls: type, context: Context) -> Any:
+def _counted_call(option: StepCache, cls: Any, context: Context) -> Any:
     """The pipeline's ``__call__``: tell cache-dit about the call, draw, count what it did."""
 
+    signature = inspect.signature(cls.__call__)
+
     def __call__(self: Any, *args: Any, **arguments: Any) -> Any:
-        guidance = arguments.get("guidance_scale") or 0.0
-        separate = context.plan.model.pipeline == "klein" and not self.config.is_distilled
-        option.prepare(self, arguments["num_inference_steps"], separate and guidance > 1)
+        given = signature.bind(self, *args, **arguments)
+        given.apply_defaults()
+        # Only klein's base models call the transformer twice a step, once with the prompt and once without.
+        twice = not self.config.get("is_distilled", True) and (given.arguments["guidance_scale"] or 0) > 1
+        steps = len(given.arguments["sigmas"] or ()) or given.arguments["num_inference_steps"]
+        option.prepare(self, steps, twice)
         drawn = cls.__call__(self, *args, **arguments)
         self._fluxrun_steps.append(count_call(self, option.first_blocks + option.last_blocks))
         context.counters[CALLS] += 1
