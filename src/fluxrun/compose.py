@@ -29,7 +29,7 @@ from fluxrun.suggest import nearest
 from fluxrun.trust import check_file
 
 CONFIG_NAME = "config"
-RAW_TEXT_KEYS = ("prompt", "negative_prompt")
+RAW_TEXT_KEYS = ("prompt", "negative_prompt", "sweep.baseline")
 QUOTING = " (quote the value, or escape , = ( ) [ ] { } with a backslash)"
 HINTS = {
     "Ambiguous value": ": several values are a sweep, which needs --multirun",
