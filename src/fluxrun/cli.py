@@ -80,6 +80,8 @@ def dispatch(arguments: list[str]) -> int:
 def run_app(arguments: list[str]) -> int:
     """The Hydra app: ``--cfg``, ``--help``, ``--multirun``, completion and runs. Bad input is refused first."""
     options = get_args_parser().parse_args(arguments)
+    if options.shell_completion and not options.config_dir:
+        arguments = [*arguments, *_config_dir_of_line(os.environ.get("COMP_LINE", "").split())]
     dirs = config_dirs(options.config_dir)
     _check_flags(options.config_path, options.config_name)
     if not any(getattr(options, flag) for flag in SHOWING_FLAGS):
@@ -94,6 +96,13 @@ def run_app(arguments: list[str]) -> int:
     codes: list[int] = []
     _run_hydra(arguments, options.overrides, dirs, lambda node: codes.append(_job(node, dirs)))
     return max(codes, default=0)
+
+
+def _config_dir_of_line(words: list[str]) -> list[str]:
+    """``--config-dir`` of the line that is being completed: Hydra's shell script does not hand it on."""
+    pairs = zip(words, words[1:], strict=False)
+    folder = next((value for flag, value in pairs if flag in ("--config-dir", "-cd")), "")
+    return ["--config-dir", str(Path(folder).expanduser())] if folder and Path(folder).expanduser().is_dir() else []
 
 
 def _check_flags(config_path: str | None, config_name: str | None) -> None:
