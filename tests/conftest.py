@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,15 +17,10 @@ for name in ("FLUXRUN_TRUST_CONFIG", "HYDRA_FULL_ERROR"):
     os.environ.pop(name, None)
 
 SESSION = Path(tempfile.mkdtemp(prefix="fluxrun-tests-"))
+atexit.register(shutil.rmtree, SESSION, ignore_errors=True)  # also when only collecting, where no fixture runs
 os.environ["FLUXRUN_CACHE_DIR"] = str(SESSION / "cache")
 # One compile cache for the suite and its child processes: a cold compile costs some twenty seconds.
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(SESSION / "inductor")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _session_folder() -> Iterator[None]:
-    yield
-    shutil.rmtree(SESSION, ignore_errors=True)
 
 
 @pytest.fixture
