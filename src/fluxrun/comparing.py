@@ -156,6 +156,7 @@ def settings(rows: Sequence[Row]) -> list[Setting]:
         if row.config:
             groups.setdefault(_setting_key(row), []).append(row)
     found = [_setting(group, rows) for group in groups.values()]
+    _pay_settings(found, [_context(group[0]) for group in groups.values()])
     mark_front(found)
     return sorted(found, key=lambda s: (s.image_s is None, s.image_s or 0.0))
 
@@ -178,9 +179,18 @@ def _setting(group: Sequence[Row], rows: Sequence[Row]) -> Setting:
         accuracy=_mean(row.accuracy for row in done),
         peak_memory_bytes=max((row.peak_memory_bytes for row in done if row.peak_memory_bytes), default=None),
         speedup=_median(row.speedup for row in done),
-        pays_after=max((row.pays_after for row in done if row.pays_after is not None), default=None),
         is_baseline=any(row.is_baseline for row in done),
     )  # fmt: skip
+
+
+def _pay_settings(found: Sequence[Setting], contexts: Sequence[tuple[Any, ...]]) -> None:
+    """The same for settings as for jobs, from the settings' own medians."""
+    bases = [(s, context) for s, context in zip(found, contexts, strict=True) if s.is_baseline]
+    for setting, context in zip(found, contexts, strict=True):
+        base = next((s for s, theirs in bases if theirs == context), bases[0][0] if bases else None)
+        if base is not None and not setting.is_baseline and setting.speedup is not None:
+            firsts = setting.first_image_s, base.first_image_s
+            setting.pays_after = pays_after(firsts[0], setting.image_s, firsts[1], base.image_s)
 
 
 def _status(group: Sequence[Row], done: int) -> str:
