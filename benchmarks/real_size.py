@@ -32,7 +32,9 @@ def main(arguments: list[str]) -> int:
         for name, overrides in settings:
             rows.append(measure(name, [*common, *overrides], Path(folder) / name))
             out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps({"command": ["python", "benchmarks/real_size.py", *arguments], "rows": rows}, indent=1))
+            out.write_text(
+                json.dumps({"command": ["python", "benchmarks/real_size.py", *arguments], "rows": rows}, indent=1)
+            )
             print(line(rows[-1]), flush=True)
     return int(any(row["record"] is None for row in rows))
 
@@ -59,7 +61,12 @@ def measure(name: str, overrides: list[str], folder: Path) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         code, output = -1, f"no end within {TIMEOUT_S} s"
     record = folder / "run.json"
-    row: dict[str, Any] = {"name": name, "overrides": overrides, "exit": code, "process_s": time.perf_counter() - started}
+    row: dict[str, Any] = {
+        "name": name,
+        "overrides": overrides,
+        "exit": code,
+        "process_s": time.perf_counter() - started,
+    }
     return {**row, "output": output, "record": json.loads(record.read_text()) if record.exists() else None}
 
 
@@ -70,7 +77,9 @@ def line(row: dict[str, Any]) -> str:
         return f"{row['name']}: exit {row['exit']} {row['output'][-300:]}"
     timings = record["timings"]
     steady = timings["steady_step_s"]
-    in_effect = " ".join(f"{g}={o['effective']}" for g, o in record["options"].items() if o["effective"] != o["requested"])
+    in_effect = " ".join(
+        f"{g}={o['effective']}" for g, o in record["options"].items() if o["effective"] != o["requested"]
+    )
     return (
         f"{row['name']:24} {steady['median'] * 1e3:8.2f} ms/step [{steady['min'] * 1e3:.2f}-{steady['max'] * 1e3:.2f}] "
         f"first {timings['first_call_s']:.1f} s, decode {min(timings['decode_s']) * 1e3:.0f} ms, "

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -77,9 +79,21 @@ def dispatch(arguments: list[str]) -> int:
 # --- the Hydra app ------------------------------------------------------------------------------------------------
 
 
+def flags_parser(prog: str) -> argparse.ArgumentParser:
+    """Hydra's own parser of flags; an unknown one is one line instead of argparse's usage."""
+
+    def refuse(message: str) -> NoReturn:
+        raise ConfigError(f"{message} ({prog} --help lists what there is)")
+
+    parser = get_args_parser()
+    parser.prog = prog
+    parser.error = refuse  # type: ignore[method-assign]
+    return parser
+
+
 def run_app(arguments: list[str]) -> int:
     """The Hydra app: ``--cfg``, ``--help``, ``--multirun``, completion and runs. Bad input is refused first."""
-    options = get_args_parser().parse_args(arguments)
+    options = flags_parser("fluxrun").parse_args(arguments)
     if options.shell_completion and not options.config_dir:
         arguments = [*arguments, *_config_dir_of_line(os.environ.get("COMP_LINE", "").split())]
     dirs = config_dirs(options.config_dir)
@@ -100,7 +114,7 @@ def run_app(arguments: list[str]) -> int:
 
 def _config_dir_of_line(words: list[str]) -> list[str]:
     """``--config-dir`` of the line that is being completed: Hydra's shell script does not hand it on."""
-    pairs = zip(words, words[1:], strict=False)
+    pairs = pairwise(words)
     folder = next((value for flag, value in pairs if flag in ("--config-dir", "-cd")), "")
     return ["--config-dir", str(Path(folder).expanduser())] if folder and Path(folder).expanduser().is_dir() else []
 
@@ -238,7 +252,7 @@ def report_command(arguments: list[str]) -> int:
     try:
         from fluxrun.report import report
     except ImportError as error:
-        raise ConfigError(f"{one_line(error)}: a report needs more libraries (pip install 'fluxrun[report]')") from error
+        raise ConfigError(f"{one_line(error)}: a report needs more (pip install 'fluxrun[report]')") from error
     report(given.folders, given.output)
     return 0
 
@@ -261,9 +275,7 @@ SUBCOMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 
 def _overrides_of(name: str, command: Callable[[list[str]], int], arguments: list[str]) -> tuple[list[str], str | None]:
-    parser = get_args_parser()
-    parser.prog = f"fluxrun {name}"
-    options = parser.parse_args(arguments)
+    options = flags_parser(f"fluxrun {name}").parse_args(arguments)
     if options.help:
         print(command.__doc__)
         sys.exit(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,9 +86,15 @@ def _borrowed(workbench: Workbench | None) -> AbstractContextManager[Workbench]:
 
 
 class _Stage:
-    """Where the run is, for the record of an error."""
+    """Where the run is, for the record of an error: read when it is needed, a second signal may come at any time."""
 
-    name = "prepare"
+    def __init__(self) -> None:
+        self.read: Callable[[], str] = lambda: "prepare"
+
+    @property
+    def name(self) -> str:
+        """The stage right now."""
+        return self.read()
 
 
 def _run(
@@ -105,7 +111,7 @@ def _run(
     folder.plan(prepared.plan)
     folder.write()
     _announce(prepared)
-    stage.name = "load"
+    stage.read = lambda: "load"
     with interrupts.immediate():
         from fluxrun.generate import Generation
     plan = prepared.plan
@@ -116,10 +122,10 @@ def _run(
     with workbench.session(prepared, reporter=reporter, interrupts=interrupts, on_change=on_change) as session:
         plan = session.plan
         generation = Generation(session, folder, prepared.jobs)
+        stage.read = lambda: generation.stage
         try:
             generation.run()
         finally:
-            stage.name = generation.stage
             folder.plan(plan)
 
 

@@ -18,6 +18,7 @@ SWEEP_KEYS = {("mode",), ("sweeper", "params")}
 CODE_KNOBS = {
     "inductor_options": "inductor's options can name programs that it runs",
     "cache_dir": "compiled kernels that lie in a cache folder are run",
+    "hub": "a kernel from the kernels hub is code that is downloaded and run",
     "cache_artifacts": "compiled code that lies in the file is run",
 }
 """Knobs that are the command line's alone, and why."""

@@ -49,6 +49,8 @@ def test_regional_compile_runs_compiled_with_offloading(tmp_path: Path) -> None:
 
 
 def test_decoder_compiles_with_channels_last(tmp_path: Path) -> None:
-    record = draw(tmp_path / "run", "compile=regional", "compile.targets=[transformer,vae_decoder]", "vae.channels_last=true")
+    record = draw(
+        tmp_path / "run", "compile=regional", "compile.targets=[transformer,vae_decoder]", "vae.channels_last=true"
+    )
     assert record.options["vae"].facts["channels_last"] == "applied"
     assert record.options["compile"].facts["regions"]["vae_decoder"] == 1
