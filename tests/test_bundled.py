@@ -1,0 +1,63 @@
+"""The bundled model: it is the default, it draws what it is told, and plain diffusers draws the same."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from helpers import composed
+from PIL import Image
+
+from fluxrun.record import RunRecord, pixel_hash
+from fluxrun.runner import run
+from fluxrun.shapes.captions import parse
+from fluxrun.shapes.checker import score
+
+STEPS = "steps=4"
+PROMPTS = (
+    "a large red circle on a white background",
+    "a small blue star in the top left corner, on a yellow background",
+    "a red circle left of a green square",
+)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunRecord, list[Image.Image]]:
+    """One run of all prompts with everything neutral."""
+    folder = tmp_path_factory.mktemp("bundled") / "run"
+    record = run(composed(f"prompt=[{', '.join(repr(p) for p in PROMPTS)}]", STEPS), folder)
+    return record, [Image.open(folder / image.path) for image in record.images]
+
+
+def test_it_is_the_default_and_loads_without_a_network(drawn):
+    record, images = drawn
+    assert record.options["model"].effective == "shapes"
+    assert [image.size for image in images] == [(256, 256)] * len(PROMPTS)
+
+
+@pytest.mark.parametrize("number", range(len(PROMPTS)))
+def test_it_draws_what_it_is_told(drawn, number):
+    scene = parse(PROMPTS[number])
+    assert scene is not None
+    result = score(scene, np.asarray(drawn[1][number].convert("RGB")))
+    assert {name: result[name] for name in ("count", "colour", "position", "background")} == dict.fromkeys(
+        ("count", "colour", "position", "background"), True
+    )
+
+
+def test_plain_diffusers_draws_the_same_pixels(drawn):
+    model = composed(STEPS).model
+    pipeline = DiffusionPipeline.from_pretrained(model.folder(), dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline(
+        prompt=PROMPTS[0],
+        height=256,
+        width=256,
+        num_inference_steps=4,
+        guidance_scale=1.0,
+        generator=torch.Generator("cpu").manual_seed(0),
+        max_sequence_length=model.max_sequence_length,
+        text_encoder_out_layers=model.text_encoder_out_layers,
+    ).images[0]
+    assert pixel_hash(image) == drawn[0].images[0].sha256
