@@ -29,6 +29,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         one = sweep(grid, Path(folder) / "one")
         each = sweep([*grid, "sweep.isolation=process"], Path(folder) / "each")
+    if not one["completed"] or one["completed"] != each["completed"]:
+        raise SystemExit(f"nothing to compare: {one['completed']} and {each['completed']} jobs completed")
     result = {
         "grid": grid,
         "one_process": one,
