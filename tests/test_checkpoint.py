@@ -20,6 +20,7 @@ from hub import COMMIT, REPO, Hub, serve
 
 from fluxrun import checkpoint
 from fluxrun.errors import ConfigError, FluxrunError
+from fluxrun.hub import download
 from fluxrun.machine import Machine
 from fluxrun.options.model import Flux2Model
 
@@ -291,16 +292,16 @@ def test_hub_variant(hub):
 def test_download_fetches_only_what_is_wanted_and_only_once(hub):
     model, lines = Flux2Model(id=REPO), []
     before = checkpoint.inspect(model)
-    folder = checkpoint.download(before, lines.append)
+    folder = download(before, lines.append)
     assert lines[0].startswith("download: ")
     assert set(hub.fetched()) == WANTED
     hub.requests.clear()
-    assert checkpoint.download(before) == folder  # what was known before the download serves as well
+    assert download(before) == folder  # what was known before the download serves as well
     located = checkpoint.inspect(model)
     assert located.kind == "hub"
     assert located.folder == folder
     assert located.revision == COMMIT
-    assert checkpoint.download(located) == folder
+    assert download(located) == folder
     assert hub.requests == []
 
 
@@ -308,7 +309,7 @@ def test_offline_after_a_download(hub, monkeypatch):
     from huggingface_hub import constants
 
     assert "and model.offline=true" in refusal(Flux2Model(id=REPO, offline=True))
-    checkpoint.download(checkpoint.inspect(Flux2Model(id=REPO)))
+    download(checkpoint.inspect(Flux2Model(id=REPO)))
     hub.requests.clear()
     assert checkpoint.inspect(Flux2Model(id=REPO, offline=True)).download_bytes == 0
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -337,14 +338,14 @@ def test_broken_off_download_goes_on(hub, cache):
 
     threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.download(located)
+        download(located)
     assert list(cache.rglob("*.incomplete")) == []
     hub.stall = None
     hub.release.set()
     hub.requests.clear()
     again = checkpoint.inspect(model)
     assert again.cached_bytes > located.cached_bytes
-    folder = checkpoint.download(again)
+    folder = download(again)
     assert [name for name in hub.fetched() if name.endswith(".safetensors")] == [
         "vae/diffusion_pytorch_model.safetensors"
     ]
@@ -355,7 +356,7 @@ def test_download_that_fails_says_so(hub):
     located = checkpoint.inspect(Flux2Model(id=REPO))
     hub.gated = True
     with pytest.raises(FluxrunError, match=r"broke off \(.*run again") as caught:
-        checkpoint.download(located)
+        download(located)
     assert caught.value.exit_code == 1
     assert "\n" not in str(caught.value)
 
@@ -392,7 +393,7 @@ def test_unreachable(cache, hub, monkeypatch):
 
 
 def test_disk_too_small(hub, monkeypatch):
-    monkeypatch.setattr(checkpoint, "free_disk", lambda path: 100)
+    monkeypatch.setattr("fluxrun.hub.free_disk", lambda path: 100)
     text = refusal(Flux2Model(id=REPO))
     assert "0.1 kB free" in text
     assert "HF_HOME" in text
@@ -401,9 +402,10 @@ def test_disk_too_small(hub, monkeypatch):
 def test_environment_of_a_real_process(hub, tmp_path):
     """The same through the environment only, as users set it."""
     code = (
-        "from fluxrun import checkpoint; from fluxrun.options.model import Flux2Model\n"
+        "from fluxrun import checkpoint\nfrom fluxrun.hub import download\n"
+        "from fluxrun.options.model import Flux2Model\n"
         f"located = checkpoint.inspect(Flux2Model(id={REPO!r}))\n"
-        "print(located.announcement())\nprint(checkpoint.download(located))"
+        "print(located.announcement())\nprint(download(located))"
     )
     env = environment(HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path / "home"))
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)

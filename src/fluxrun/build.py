@@ -4,104 +4,27 @@ from __future__ import annotations
 
 import logging
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from fluxrun.catalog import Catalog
-from fluxrun.config import Facts, Option, RunConfig
+from fluxrun.blame import blame, is_out_of_memory
+from fluxrun.config import Facts, RunConfig
+from fluxrun.context import PATCH_PIXELS, Context
 from fluxrun.errors import Interrupted, OptionUnavailable, OutOfMemory, one_line
 from fluxrun.interrupt import Interrupts
-from fluxrun.machine import GIB, Machine
+from fluxrun.machine import GIB
 from fluxrun.plan import APPLY_ORDER, BLAME_ORDER, Fallback, Plan
 from fluxrun.progress import Reporter
 
 if TYPE_CHECKING:
     from fluxrun.checkpoint import Located
-    from fluxrun.compiler import Compiler
     from fluxrun.models import Base, Part, WeightsKey, WeightStore
     from fluxrun.options.memory import MemoryKnobs
     from fluxrun.options.quantization import Quantization
-    from fluxrun.state import ProcessState
 
 log = logging.getLogger("fluxrun.build")
-
-PATCH_PIXELS = 16
-"""Edge in pixels of the square that becomes one image token."""
-
-
-class Context:
-    """What an option may look at while it is applied: the run, the machine, and places to count in."""
-
-    def __init__(self, plan: Plan, state: ProcessState, compiler: Compiler, reference_tokens: int = 0) -> None:
-        self.plan = plan
-        self.state = state
-        self.compiler = compiler
-        self.counters: Counter[str] = Counter()
-        self.weight_facts: Facts = {}
-        self._reference_tokens = reference_tokens
-
-    @property
-    def config(self) -> RunConfig:
-        """The run's config."""
-        return self.plan.config
-
-    @property
-    def machine(self) -> Machine:
-        """The machine, with the run's device."""
-        return self.plan.machine
-
-    @property
-    def catalog(self) -> Catalog:
-        """Where other options can be loaded from."""
-        return self.plan.catalog
-
-    @property
-    def options(self) -> dict[str, Option]:
-        """The options in use, by group."""
-        return self.plan.options
-
-    @property
-    def device(self) -> str:
-        """torch device string."""
-        return self.machine.device
-
-    @property
-    def dtype(self) -> str:
-        """Name of the weights' torch dtype."""
-        return self.plan.dtype
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width in pixels."""
-        return self.plan.size
-
-    @property
-    def batch_size(self) -> int:
-        """Images per pipeline call."""
-        return self.config.batch_size
-
-    @property
-    def tokens(self) -> int:
-        """Sequence length of the transformer: image, reference and text tokens."""
-        height, width = self.size
-        image = (height // PATCH_PIXELS) * (width // PATCH_PIXELS)
-        return image + self._reference_tokens + self.plan.model.max_sequence_length
-
-    def start_counting(self) -> None:
-        """Count from here on: another run carries on with this pipeline."""
-        self.counters.clear()
-        self.compiler.start_counting()
-
-    def timed(self, call: Callable[[], Any]) -> float:
-        """Seconds ``call`` takes, the device synchronised at both ends."""
-        synchronize(self.device)
-        started = time.perf_counter()
-        call()
-        synchronize(self.device)
-        return time.perf_counter() - started
 
 
 class Session:
@@ -199,11 +122,15 @@ class Session:
         self.interrupts.check()
         if isinstance(error, (Interrupted, KeyboardInterrupt)):
             raise error
-        group = "memory" if is_out_of_memory(error) else self._blame(error)
+        group = "memory" if is_out_of_memory(error) else blame(error, self._suspects())
         if group is None:
             raise error
         self._fall_back(group, "first_call", error)
         self.assemble()
+
+    def _suspects(self) -> list[str]:
+        """Groups whose option can fall back, the likeliest culprit first."""
+        return [group for group in BLAME_ORDER if self.plan.choices[group].option.fallback != "error"]
 
     def release(self) -> None:
         """Let go of the shell; the weights stay in the store."""
@@ -381,25 +308,6 @@ class Session:
         ideas += [f"height={height // 32 * 16} width={width // 32 * 16}"] if min(height, width) >= 64 else []
         return f"out of memory on {where} with memory={self._memory.name}; try {' or '.join(ideas[:3])}"
 
-    def _blame(self, error: BaseException) -> str | None:
-        """The group whose code the error comes from; else the likeliest that has a fallback; None for neither."""
-        suspects = [g for g in BLAME_ORDER if self.plan.choices[g].option.fallback != "error"]
-        places = _places(error)
-        for group, marks in _MARKS.items():
-            if group in suspects and any(mark in place for place in places for mark in marks):
-                return group
-        return suspects[0] if suspects else None
-
-
-_MARKS = {
-    "attention": ("attention_dispatch", "xformers", "flash_attn", "sageattention", "flex_attention"),
-    "quantization": ("torchao", "sdnq"),
-    "cache": ("cache_dit",),
-    "compile": ("torch/_inductor", "torch/_dynamo", "torch/_functorch", "triton"),
-    "vae": ("autoencoder",),
-}
-"""Where in a traceback each group's libraries show up."""
-
 
 class _Failed(Exception):
     """An option's failure, with the group it belongs to."""
@@ -412,37 +320,6 @@ class _Failed(Exception):
 def _say_load(text: str) -> None:
     """A download's lines are for the user; each component's are for the log."""
     log.log(logging.INFO if text.startswith("download") else logging.DEBUG, "%s", text)
-
-
-def _places(error: BaseException) -> list[str]:
-    """Files and error types along the whole chain of causes, innermost frames included."""
-    places: list[str] = []
-    seen: BaseException | None = error
-    while seen is not None:
-        places += [frame.filename for frame in traceback.extract_tb(seen.__traceback__)]
-        places.append(type(seen).__module__.replace(".", "/"))
-        seen = seen.__cause__ or seen.__context__
-    return places
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator gave up, on a GPU or on the CPU."""
-    import torch
-
-    cpu = isinstance(error, (RuntimeError, MemoryError)) and (
-        "can't allocate memory" in str(error) or isinstance(error, MemoryError)
-    )
-    return isinstance(error, torch.OutOfMemoryError) or cpu
-
-
-def synchronize(device: str) -> None:
-    """Wait for the device; a CPU has nothing to wait for."""
-    import torch
-
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-    elif device == "mps":
-        torch.mps.synchronize()
 
 
 def build(config: RunConfig) -> Session:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from fluxrun.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fluxrun.build import Context
+    from fluxrun.context import Context
     from fluxrun.machine import Machine
     from fluxrun.plan import Plan
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxrun.build import Session, synchronize
+from fluxrun.build import Session
+from fluxrun.context import synchronize
 from fluxrun.errors import Interrupted
 from fluxrun.progress import Steps
 from fluxrun.prompts import Job

@@ -17,25 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from accelerate import init_empty_weights
-from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
 from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
 from diffusers.pipelines.flux2.pipeline_flux2_klein import Flux2KleinPipeline
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
-from transformers import (
-    Mistral3Config,
-    Mistral3ForConditionalGeneration,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 from transformers.utils import logging as transformers_logging
 
-from fluxrun import architectures, checkpoint
+from fluxrun import architectures, checkpoint, hub
 from fluxrun.errors import ConfigError
+from fluxrun.random_weights import random_source
 from fluxrun.text_encoder import NeededLayers
 
 if TYPE_CHECKING:
@@ -51,9 +42,6 @@ PARTS: dict[Part, tuple[str, ...]] = {
     "all": ("text_encoder", "tokenizer", "transformer", "vae", "scheduler"),
 }
 """Pipeline components of each part, in the order in which they are loaded."""
-
-SEED = 0
-"""Seed of random weights: two builds are bit-identical."""
 
 
 @dataclass(frozen=True)
@@ -124,8 +112,8 @@ def load(
     parts: dict[str, Any] = dict.fromkeys(PARTS["all"])
     facts: dict[str, Any] = {"source": located.source, "revision": located.revision, "components": {}}
     needed = _needed_layers(model, located.pipeline)
-    make = _random_source(model, dtype, device, needed) if located.kind == "random" else None
-    folder = None if make else checkpoint.download(located, progress)
+    make = random_source(model, dtype, device, needed) if located.kind == "random" else None
+    folder = None if make else hub.download(located, progress)
     for name in PARTS[part]:
         progress(f"{'building' if make else 'loading'} {name}")
         parts[name] = make(name) if make else _pretrained(folder, name, dtype, model.variant, needed)  # type: ignore[arg-type]
@@ -224,120 +212,6 @@ def _no_bars() -> Iterator[None]:
         for switch, was in zip(switches, shown, strict=True):
             if was:
                 switch.enable_progress_bar()
-
-
-# --- random ---------------------------------------------------------------------------------------
-
-
-def builders(sizes: architectures.Architecture) -> dict[str, Callable[[], Any]]:
-    """For each pipeline component, a function that makes it with ``sizes`` (on whatever device is the default)."""
-    return {
-        "transformer": lambda: Flux2Transformer2DModel(**sizes.transformer),
-        "vae": lambda: AutoencoderKLFlux2(**sizes.vae),
-        "text_encoder": lambda: _text_encoder(sizes),
-        "tokenizer": byte_tokenizer,
-        "scheduler": lambda: FlowMatchEulerDiscreteScheduler(**architectures.SCHEDULER),
-    }
-
-
-def _random_source(model: Flux2Model, dtype: str, device: str, needed: NeededLayers | None) -> Callable[[str], Any]:
-    """A function that builds one component of ``model``'s architecture by its pipeline name."""
-    assert model.architecture is not None  # checkpoint.inspect refused everything else
-    sizes = architectures.architecture(model.architecture, model.pipeline)
-    build = builders(sizes) | {"text_encoder": lambda: _text_encoder(sizes, needed)}
-
-    def make(name: str) -> Any:
-        if name not in architectures.MODEL_COMPONENTS:
-            return build[name]()
-        # include_buffers=False: parameters are created on meta, in no time and no memory; buffers are real, as
-        # rotary frequencies, which are in no state dict, could not be filled in later.
-        with init_empty_weights(include_buffers=False):
-            module = build[name]()
-        if isinstance(module, PreTrainedModel):
-            module.tie_weights()  # a tie made while every assignment made a new meta parameter did not hold
-            if needed is not None:
-                needed.trim(module)
-        _fill(module, getattr(torch, dtype), device, sizes.init_std)
-        return module
-
-    return make
-
-
-def _text_encoder(sizes: architectures.Architecture, needed: NeededLayers | None = None) -> nn.Module:
-    arguments = copy.deepcopy(sizes.text_encoder)  # transformers turns the nested dicts into objects in place
-    cut = (lambda config: config) if needed is None else needed.cut
-    if sizes.pipeline == "klein":
-        return Qwen3ForCausalLM(cut(Qwen3Config(**arguments)))
-    return Mistral3ForConditionalGeneration(cut(Mistral3Config(**arguments)))
-
-
-def _fill(module: nn.Module, dtype: torch.dtype, device: str, std: float | None) -> None:
-    """Give a module built on meta its parameters: norms 1, biases 0, matrices normal; ties are kept.
-
-    With a ``std`` the numbers are drawn in ``dtype`` on the accelerator, tensor by tensor: a 32-billion-parameter
-    transformer never passes through the CPU, and is the same one wherever it is placed. Without one (small models)
-    they are drawn in float32 on the CPU, so that every device gets the same model, with ``1 / sqrt(fan_in)`` as
-    standard deviation.
-    """
-    where, number = (_drawing_device(device), dtype) if std else ("cpu", torch.float32)
-    generator = torch.Generator(where).manual_seed(SEED)
-    made: dict[int, nn.Parameter] = {}
-    for owner in module.modules():
-        for name, old in list(owner._parameters.items()):
-            if old is None:
-                continue
-            if id(old) not in made:
-                value = torch.empty(old.shape, dtype=number, device=where)
-                _initialise(value, name, std, generator)
-                made[id(old)] = nn.Parameter(value.to(device, dtype), requires_grad=False)
-            owner._parameters[name] = made[id(old)]
-        for name, buffer in list(owner._buffers.items()):
-            if buffer is not None:
-                # As from_pretrained leaves them: saved statistics in the model's dtype, rotary tables float32.
-                saved = buffer.is_floating_point() and name not in owner._non_persistent_buffers_set
-                owner._buffers[name] = buffer.to(device, dtype if saved else buffer.dtype)
-
-
-def _drawing_device(device: str) -> str:
-    """``device``, but a GPU for weights that are placed on the CPU to be offloaded: it draws them far faster."""
-    return "cuda" if device == "cpu" and torch.cuda.is_available() else device
-
-
-@torch.no_grad()
-def _initialise(value: torch.Tensor, name: str, std: float | None, generator: torch.Generator) -> None:
-    if value.ndim < 2:
-        value.fill_(0.0 if name == "bias" else 1.0)
-    else:
-        fan_in = value[0].numel()
-        value.normal_(0.0, std or fan_in**-0.5, generator=generator)
-
-
-CHAT_TEMPLATE = (
-    # Only what the user says: the dev pipeline's long system message would fill a short context by itself.
-    # dev sends content as a list of typed entries, klein as a string.
-    "{% for message in messages %}{% if message['role'] == 'user' %}"
-    "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for entry in message['content'] %}{{ entry.get('text', '') }}{% endfor %}{% endif %}"
-    "{{ '<|end|>' }}{% endif %}{% endfor %}"
-)
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer without any file: one token per UTF-8 byte, padded on the left."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {symbol: index for index, symbol in enumerate(["<|pad|>", "<|end|>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<|pad|>",
-        eos_token="<|end|>",
-        padding_side="left",
-        chat_template=CHAT_TEMPLATE,
-    )
 
 
 def save_tiny(

@@ -19,7 +19,7 @@ from fluxrun.config import Facts, Option
 from fluxrun.machine import Machine
 
 if TYPE_CHECKING:
-    from fluxrun.build import Context
+    from fluxrun.context import Context
     from fluxrun.plan import Plan
 
 FEW_STEPS = 4

@@ -12,7 +12,7 @@ from fluxrun.config import Facts, Option
 from fluxrun.machine import Machine
 
 if TYPE_CHECKING:
-    from fluxrun.build import Context
+    from fluxrun.context import Context
 
 log = logging.getLogger("fluxrun.compile")
 

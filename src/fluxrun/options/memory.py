@@ -10,7 +10,7 @@ from fluxrun.config import Facts, Option
 from fluxrun.machine import GIB, Machine
 
 if TYPE_CHECKING:
-    from fluxrun.build import Context
+    from fluxrun.context import Context
     from fluxrun.plan import Plan
 
 LADDER = ("resident", "staged", "balanced", "group", "sequential")

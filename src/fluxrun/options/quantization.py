@@ -8,7 +8,7 @@ from fluxrun.config import Facts, Option
 from fluxrun.machine import Machine
 
 if TYPE_CHECKING:
-    from fluxrun.build import Context
+    from fluxrun.context import Context
 
 
 class Quantization(Option):

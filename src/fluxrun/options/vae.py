@@ -9,7 +9,7 @@ from pydantic import Field
 from fluxrun.config import Facts, Option
 
 if TYPE_CHECKING:
-    from fluxrun.build import Context
+    from fluxrun.context import Context
     from fluxrun.plan import Plan
 
 AUTO_TILING_PIXELS = 1536 * 1536

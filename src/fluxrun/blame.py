@@ -1,0 +1,45 @@
+"""Whose failure was it? Reads an exception's chain for the option that is to fall back."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Sequence
+
+MARKS = {
+    "attention": ("attention_dispatch", "xformers", "flash_attn", "sageattention", "flex_attention"),
+    "quantization": ("torchao", "sdnq"),
+    "cache": ("cache_dit",),
+    "compile": ("torch/_inductor", "torch/_dynamo", "torch/_functorch", "triton"),
+    "vae": ("autoencoder",),
+}
+"""Where in a traceback each group's libraries show up."""
+
+
+def blame(error: BaseException, suspects: Sequence[str]) -> str | None:
+    """The group among ``suspects`` whose code the error comes from; else the first, the likeliest; None for none."""
+    places = _places(error)
+    for group, marks in MARKS.items():
+        if group in suspects and any(mark in place for place in places for mark in marks):
+            return group
+    return suspects[0] if suspects else None
+
+
+def _places(error: BaseException) -> list[str]:
+    """Files and error types along the whole chain of causes, innermost frames included."""
+    places: list[str] = []
+    seen: BaseException | None = error
+    while seen is not None:
+        places += [frame.filename for frame in traceback.extract_tb(seen.__traceback__)]
+        places.append(type(seen).__module__.replace(".", "/"))
+        seen = seen.__cause__ or seen.__context__
+    return places
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator gave up, on a GPU or on the CPU."""
+    import torch
+
+    cpu = isinstance(error, (RuntimeError, MemoryError)) and (
+        "can't allocate memory" in str(error) or isinstance(error, MemoryError)
+    )
+    return isinstance(error, torch.OutOfMemoryError) or cpu
