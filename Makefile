@@ -9,7 +9,7 @@ run: $(VENV)/.installed
 	$(BIN)/fluxrun $(ARGS)
 
 test: $(VENV)/.installed lint
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n 2 --dist loadfile
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check src tests benchmarks training

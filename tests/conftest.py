@@ -16,8 +16,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 for name in ("FLUXRUN_TRUST_CONFIG", "HYDRA_FULL_ERROR"):
     os.environ.pop(name, None)
 
-SESSION = Path(tempfile.mkdtemp(prefix="fluxrun-tests-"))
-atexit.register(shutil.rmtree, SESSION, ignore_errors=True)  # also when only collecting, where no fixture runs
+# pytest-xdist's workers inherit the environment, and with it the folder of the process that started them.
+if "FLUXRUN_TEST_SESSION" not in os.environ:
+    os.environ["FLUXRUN_TEST_SESSION"] = tempfile.mkdtemp(prefix="fluxrun-tests-")
+    atexit.register(shutil.rmtree, os.environ["FLUXRUN_TEST_SESSION"], ignore_errors=True)
+SESSION = Path(os.environ["FLUXRUN_TEST_SESSION"])
 os.environ["FLUXRUN_CACHE_DIR"] = str(SESSION / "cache")
 # One compile cache for the suite and its child processes: a cold compile costs some twenty seconds.
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(SESSION / "inductor")

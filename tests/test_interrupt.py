@@ -23,7 +23,7 @@ pytestmark = [
 PATIENCE_S = 240
 """How long to wait for something on a busy machine before a test gives up; nothing is timed."""
 
-MANY_STEPS = ("num_images=3", "steps=400", "height=64", "width=64", "model.max_sequence_length=32")
+MANY_STEPS = ("model=tiny", "num_images=3", "steps=400", "height=64", "width=64", "model.max_sequence_length=32")
 
 
 class Child:
@@ -146,7 +146,7 @@ def test_while_compiling(start, tmp_path):
 
 def test_the_second_signal_ends_at_once(start):
     """The first one would wait for a step, and a step of a picture this large takes seconds; the second does not."""
-    child = start("height=1024", "width=1024", "steps=200", "num_images=2")
+    child = start("model=tiny", "height=1024", "width=1024", "steps=200", "num_images=2")
     child.wait_for(lambda: "s/step" in child.said())  # while loading, the first one would end it already
     child.signal(signal.SIGINT)
     child.wait_for(lambda: "stopping at the next step" in child.said())
