@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 from fluxrun.compose import (
     COMPOSE_ERRORS,
     CONFIG_NAME,
+    HYDRA_BASE,
     compose,
     compose_node,
     config_dirs,
@@ -159,7 +160,7 @@ def _run_hydra(
     """Hand over to Hydra; its own errors come back as one line (HYDRA_FULL_ERROR makes it raise them)."""
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv = [sys.argv[0], *arguments]
-    app = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=CONFIG_NAME)(task)
+    app = hydra.main(version_base=HYDRA_BASE, config_path=str(conf_dir()), config_name=CONFIG_NAME)(task)
     try:
         app()
     except COMPOSE_ERRORS as error:

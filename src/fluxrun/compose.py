@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra import version
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_automatic_config_search_path
@@ -29,6 +30,8 @@ from fluxrun.suggest import nearest
 from fluxrun.trust import check_file
 
 CONFIG_NAME = "config"
+HYDRA_BASE = "1.3"
+"""Hydra's ``version_base``."""
 RAW_TEXT_KEYS = ("prompt", "negative_prompt", "sweep.baseline")
 QUOTING = " (quote the value, or escape , = ( ) [ ] { } with a backslash)"
 HINTS = {
@@ -83,6 +86,7 @@ def config_dirs(config_dir: Path | str | None = None) -> tuple[Path, ...]:
 @contextlib.contextmanager
 def hydra_for(dirs: tuple[Path, ...]) -> Iterator[Hydra]:
     """A Hydra over these config folders; the one that was active before is active again afterwards."""
+    version.setbase(HYDRA_BASE)  # as the app does: else a composition would mean something else outside of it
     before = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     search_path = create_automatic_config_search_path(None, None, str(dirs[-1]))
