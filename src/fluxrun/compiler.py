@@ -83,8 +83,12 @@ class Compiler:
         return backend
 
     def use_cache(self, folder: Path | None) -> None:
-        """Keep compiled kernels in ``folder`` (None: fluxrun's cache folder; the environment wins)."""
-        if folder is not None or "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        """Keep compiled kernels in ``folder`` (None: fluxrun's cache folder; the user's environment wins)."""
+        from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+        # torch writes its own default, a temporary folder, into the environment as soon as inductor is imported.
+        given = os.environ.get("TORCHINDUCTOR_CACHE_DIR") not in (None, default_cache_dir())
+        if folder is not None or not given:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str((folder or cache_dir() / "inductor").expanduser())
 
     def share(self, file: Path, machine: Machine) -> str | None:
