@@ -1,4 +1,4 @@
-"""Where compiled kernels are kept: fluxrun's cache folder, unless the option or the user's environment says otherwise."""
+"""Where compiled kernels are kept: fluxrun's cache folder, unless the option or the environment says otherwise."""
 
 from __future__ import annotations
 
