@@ -9,8 +9,9 @@ from diffusers import DiffusionPipeline
 from helpers import composed
 from PIL import Image
 
+from fluxrun.errors import ConfigError
 from fluxrun.record import RunRecord, pixel_hash
-from fluxrun.runner import run
+from fluxrun.runner import prepare, run
 from fluxrun.shapes.captions import parse
 from fluxrun.shapes.checker import score
 
@@ -44,6 +45,12 @@ def test_it_draws_what_it_is_told(drawn, number):
     assert {name: result[name] for name in ("count", "colour", "position", "background")} == dict.fromkeys(
         ("count", "colour", "position", "background"), True
     )
+
+
+def test_hidden_states_it_does_not_have_are_refused_before_loading():
+    folder = composed(STEPS).model.folder()
+    with pytest.raises(ConfigError, match=r"has 6 layers, hidden state 27 would be read"):
+        prepare(composed("model=local", f"model.path={folder}"))
 
 
 def test_plain_diffusers_draws_the_same_pixels(drawn):

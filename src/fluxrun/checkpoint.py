@@ -132,6 +132,20 @@ def _read_layers(model: Flux2Model, pipeline: PipelineKind) -> tuple[int, ...]:
     return model.text_encoder_out_layers or HIDDEN_STATES_READ[pipeline]
 
 
+def check_layers(model: Flux2Model, located: Located) -> None:
+    """Refuse hidden states that a checkpoint's text encoder does not have, before anything is loaded."""
+    if located.folder is None:
+        return
+    config = read_json(located.folder / "text_encoder" / "config.json")
+    layers = config.get("num_hidden_layers") or config.get("text_config", {}).get("num_hidden_layers")
+    last = max(_read_layers(model, located.pipeline))
+    if layers is not None and last > layers:
+        raise ConfigError(
+            f"the text encoder of {located.source} has {layers} layers, hidden state {last} would be read: "
+            f"give model.text_encoder_out_layers=[…] with numbers up to {layers}"
+        )
+
+
 # --- a folder -------------------------------------------------------------------------------------
 
 

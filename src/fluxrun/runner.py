@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fluxrun.checkpoint import Located, inspect
+from fluxrun.checkpoint import Located, check_layers, inspect
 from fluxrun.config import RunConfig
 from fluxrun.errors import FluxrunError, one_line
 from fluxrun.interrupt import Interrupts
@@ -42,6 +42,7 @@ def prepare(config: RunConfig, machine: Machine | None = None) -> Prepared:
     machine = machine or detect()
     located = inspect(config.model, machine)  # type: ignore[arg-type]
     plan = make_plan(config, machine, located)
+    check_layers(plan.model, located)
     return Prepared(config, jobs, references, located, plan)
 
 
