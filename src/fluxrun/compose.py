@@ -16,7 +16,6 @@ from hydra._internal.utils import create_automatic_config_search_path
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
-from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -229,8 +228,3 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
         return OverridesParser.create(config_loader=None).parse_overrides(list(overrides))
     except HydraException as error:
         raise ConfigError(explain_composition(error, overrides, (conf_dir(),))) from error
-
-
-def initialize_plugins() -> None:
-    """Load Hydra's plugins (sweepers, launchers) once."""
-    Plugins.instance()

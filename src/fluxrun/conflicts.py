@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from fluxrun.config import Option
 
@@ -113,8 +112,3 @@ CONFLICTS = (
 def find_conflicts(options: Options) -> list[Conflict]:
     """The rows of the table that hold for these options."""
     return [conflict for conflict in CONFLICTS if conflict.holds(options)]
-
-
-def describe(conflict: Conflict) -> dict[str, Any]:
-    """A row as plain data, for the generated reference."""
-    return {"why": conflict.why, "group": conflict.group, "instead": conflict.instead}
