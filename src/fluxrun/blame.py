@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Sequence
 
 MARKS = {
+    "kernels": ("fluxrun/kernels/",),
     "attention": ("attention_dispatch", "xformers", "flash_attn", "sageattention", "flex_attention"),
     "quantization": ("torchao", "sdnq"),
     "cache": ("cache_dit",),
@@ -18,6 +19,8 @@ MARKS = {
 def blame(error: BaseException, suspects: Sequence[str]) -> str | None:
     """The group among ``suspects`` whose code the error comes from; else the first, the likeliest; None for none."""
     places = _places(error)
+    if "compile" in suspects and any("RecordingFailed" in place for place in places):
+        return "compile"
     for group, marks in MARKS.items():
         if group in suspects and any(mark in place for place in places for mark in marks):
             return group
@@ -30,7 +33,7 @@ def _places(error: BaseException) -> list[str]:
     seen: BaseException | None = error
     while seen is not None:
         places += [frame.filename for frame in traceback.extract_tb(seen.__traceback__)]
-        places.append(type(seen).__module__.replace(".", "/"))
+        places.append(f"{type(seen).__module__.replace('.', '/')}/{type(seen).__qualname__}")
         seen = seen.__cause__ or seen.__context__
     return places
 

@@ -134,6 +134,8 @@ class Session:
 
     def release(self) -> None:
         """Let go of the shell; the weights stay in the store."""
+        if self.context is not None:
+            self.context.graphs.clear()
         self.pipeline = None
         self.context = None
 

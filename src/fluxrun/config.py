@@ -150,6 +150,7 @@ class RunConfig(BaseModel):
 
     model: GroupOption
     attention: GroupOption
+    kernels: GroupOption
     compile: GroupOption
     vae: GroupOption
     memory: GroupOption

@@ -26,6 +26,15 @@ def _blocks(option: Option) -> bool:
     return getattr(option, "scope", None) == "blocks"
 
 
+def _compiles_and_records(option: Option) -> bool:
+    """Whether a compiled forward is to be recorded as a CUDA graph."""
+    return bool(getattr(option, "cuda_graph", False)) and option.name not in ("none", "cudagraphs")
+
+
+def _compiles_transformer(option: Option) -> bool:
+    return option.name not in ("none", "cudagraphs") and "transformer" in getattr(option, "targets", ())
+
+
 def _caches_steps(option: Option) -> bool:
     return option.name != "none"
 
@@ -53,13 +62,34 @@ class Conflict:
     instead: str | None = None
     drop: tuple[str, ...] = ()
     """Knobs of the replaced option that are not handed on."""
+    unless: tuple[str, Callable[[Option], bool]] | None = None
+    """A third option that settles it."""
 
     def holds(self, options: Options) -> bool:
-        """Whether both sides are chosen."""
-        return all(test(options[group]) for group, test in (self.a, self.b))
+        """Whether both sides are chosen, and nothing settles it."""
+        settled = self.unless is not None and self.unless[1](options[self.unless[0]])
+        return not settled and all(test(options[group]) for group, test in (self.a, self.b))
 
 
 CONFLICTS = (
+    Conflict(
+        ("kernels", _named("fused")), ("memory", _offloads),
+        "the fused kernels keep the weights where they were found, offloading moves them",
+        "kernels", "diffusers",
+    ),
+    Conflict(
+        ("kernels", _named("fused")), ("compile", _compiles_transformer),
+        "kernels=fused leaves the compiler nothing to fuse in the transformer",
+        "compile", "cudagraphs", ("mode", "scope", "fullgraph", "dynamic", "inductor_options", "cuda_graph"),
+    ),
+    *(
+        Conflict(("compile", recorded), other, why, "compile", instead, ("cuda_graph",))
+        for recorded, instead in ((_named("cudagraphs"), "none"), (_compiles_and_records, "regional"))
+        for other, why in (
+            (("memory", _offloads), "CUDA graphs need weights that stay where they are, offloading moves them"),
+            (("cache", _caches_steps), "a CUDA graph replays every block, a step cache decides which ones run"),
+        )
+    ),
     Conflict(
         ("compile", _cudagraphs), ("compile", _blocks),
         "CUDA graphs do not go with regional compile: one block's output is overwritten by the next (pytorch#148439)",
@@ -98,9 +128,10 @@ CONFLICTS = (
         "cache", "none",
     ),
     Conflict(
-        ("quantization", lambda o: o.name != "none"), ("compile", _named("none")),
+        ("quantization", lambda o: o.name != "none"), ("compile", _named("none", "cudagraphs")),
         "dynamic quantization without compile is slower than no quantization (diffusers-torchao: 130 s against 6.6 s); "
-        "add compile=regional",
+        "add kernels=fused or compile=regional",
+        unless=("kernels", _named("fused")),
     ),
     Conflict(
         ("attention", _named("flex")), ("compile", _named("none")),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fluxrun.catalog import Catalog
@@ -14,6 +14,7 @@ from fluxrun.plan import Plan
 
 if TYPE_CHECKING:
     from fluxrun.compiler import Compiler
+    from fluxrun.cuda_graphs import GraphedForward
     from fluxrun.state import ProcessState
 
 PATCH_PIXELS = 16
@@ -27,6 +28,7 @@ class Context:
         self.plan = plan
         self.state = state
         self.compiler = compiler
+        self.graphs = Graphs()
         self.counters: Counter[str] = Counter()
         self.weight_facts: Facts = {}
         self._reference_tokens = reference_tokens
@@ -82,6 +84,7 @@ class Context:
         """Count from here on: another run carries on with this pipeline."""
         self.counters.clear()
         self.compiler.start_counting()
+        self.graphs.start_counting()
 
     def timed(self, call: Callable[[], Any]) -> float:
         """Seconds ``call`` takes, the device synchronised at both ends."""
@@ -90,6 +93,45 @@ class Context:
         call()
         synchronize(self.device)
         return time.perf_counter() - started
+
+
+class Graphs:
+    """The CUDA graphs of one build: what was wrapped, and what came of it."""
+
+    def __init__(self) -> None:
+        self.forwards: dict[str, GraphedForward] = {}
+        self._replays_before = 0
+
+    def wrap(self, pipeline: Any, targets: Sequence[str]) -> list[str]:
+        """Record the forward of each target from its second call on; returns the targets found in the pipeline."""
+        from fluxrun.cuda_graphs import GraphedForward
+
+        modules = {
+            "transformer": pipeline.transformer,
+            "vae_decoder": pipeline.vae.decoder,
+            "text_encoder": pipeline.text_encoder,
+        }
+        for target in targets:
+            if (module := modules[target]) is not None:
+                module.forward = self.forwards[target] = GraphedForward(module.forward)
+        return list(self.forwards)
+
+    def counted(self) -> Facts:
+        """Graphs recorded by target, and replays since the build or ``start_counting``."""
+        recorded = {target: forward.graphs for target, forward in self.forwards.items()}
+        return {"cuda_graphs": recorded, "cuda_graph_replays": self._replays() - self._replays_before}
+
+    def start_counting(self) -> None:
+        """Count replays from here on."""
+        self._replays_before = self._replays()
+
+    def clear(self) -> None:
+        """Give the graphs' memory back; a module and its wrapped forward refer to each other."""
+        for forward in self.forwards.values():
+            forward.clear()
+
+    def _replays(self) -> int:
+        return sum(forward.replays for forward in self.forwards.values())
 
 
 def synchronize(device: str) -> None:

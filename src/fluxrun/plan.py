@@ -14,10 +14,10 @@ from fluxrun.errors import ConfigError, OptionUnavailable
 from fluxrun.machine import Machine
 from fluxrun.options.model import Flux2Model
 
-APPLY_ORDER = ("quantization", "memory", "attention", "vae", "cache", "compile")
+APPLY_ORDER = ("quantization", "memory", "attention", "kernels", "vae", "cache", "compile")
 """The one order in which options touch a pipeline: compile last, so that it captures what the others did."""
 
-BLAME_ORDER = ("compile", "cache", "attention", "quantization", "vae")
+BLAME_ORDER = ("compile", "cache", "kernels", "attention", "quantization", "vae")
 """Which option falls back first when the first call fails and the error does not say who failed."""
 
 

@@ -43,6 +43,9 @@ class CompileKnobs(Option):
     match_eager: bool = True
     """Round to bf16 where eager does (inductor's emulate_precision_casts): the picture stays the same."""
 
+    cuda_graph: bool = False
+    """Record the whole forward of each target as one CUDA graph and replay it: no gaps between kernels."""
+
     cache_dir: Path | None = None
     """Folder for compiled kernels; None is fluxrun's cache folder."""
 
@@ -54,24 +57,51 @@ class CompileKnobs(Option):
         """Whether the mode records CUDA graphs."""
         return self.mode in ("reduce-overhead", "max-autotune")
 
+    def set_apart_from_default(self, *used: str) -> list[str]:
+        """Knobs that were given another value than their default, ``used`` ones left out."""
+        fields = type(self).model_fields
+        return [
+            k
+            for k in fields
+            if k not in {"name", "fallback", *used}
+            and getattr(self, k) != fields[k].get_default(call_default_factory=True)
+        ]
+
 
 class NoCompile(CompileKnobs):
     """Eager mode."""
 
     def unused_knobs(self) -> list[str]:
-        ignored = {"name", "fallback"}
-        fields = type(self).model_fields
-        return [
-            k
-            for k in fields
-            if k not in ignored and getattr(self, k) != fields[k].get_default(call_default_factory=True)
-        ]
+        return self.set_apart_from_default()
+
+
+class CudaGraphs(CompileKnobs):
+    """No compiler: each target's forward runs once as it is, is then recorded as a CUDA graph, and replayed."""
+
+    cuda_graph: bool = True
+    """What this option is; setting it has no effect."""
+
+    def requires(self, machine: Machine) -> str | None:
+        return machine.needs_cuda()
+
+    def unused_knobs(self) -> list[str]:
+        return self.set_apart_from_default("targets", "cuda_graph")
+
+    def apply(self, pipeline: Any, context: Context) -> Facts:
+        """Wrap the targets' forward; the second call of a shape records it."""
+        return {"cuda_graphs_of": context.graphs.wrap(pipeline, self.targets)}
+
+    def observe(self, pipeline: Any, context: Context) -> Facts:
+        """Graphs recorded and replayed."""
+        return context.graphs.counted()
 
 
 class Compile(CompileKnobs):
     """torch.compile, in place, so that hooks and offloading keep working."""
 
     def requires(self, machine: Machine) -> str | None:
+        if self.cuda_graph and (reason := machine.needs_cuda()):
+            return f"compile.cuda_graph {reason}"
         if machine.accelerated:
             return None if "triton" in machine.packages else "triton is not installed; inductor needs it on a GPU"
         if machine.cxx_compiler is None:
@@ -88,7 +118,8 @@ class Compile(CompileKnobs):
         regions = {target: self._compile(pipeline, target, backend) for target in self.targets}
         if not sum(regions.values()):
             raise RuntimeError(f"nothing to compile in {', '.join(self.targets)}")
-        return {"regions": regions, "scope": self.scope, "mode": self.mode or "default"}
+        graphs = {"cuda_graphs_of": context.graphs.wrap(pipeline, self.targets)} if self.cuda_graph else {}
+        return {"regions": regions, "scope": self.scope, "mode": self.mode or "default", **graphs}
 
     def observe(self, pipeline: Any, context: Context) -> Facts:
         """Dynamo's own counters since the option was applied, and how many graphs ran compiled per forward call."""
@@ -97,6 +128,7 @@ class Compile(CompileKnobs):
         return {
             **counts,
             **context.compiler.shared(),
+            **(context.graphs.counted() if self.cuda_graph else {}),
             "graphs_run_per_step": round(counts["graph_calls"] / steps, 2) if steps else 0,
         }
 

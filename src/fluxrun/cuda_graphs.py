@@ -1,0 +1,134 @@
+"""A module's forward recorded as CUDA graphs, one for each shape of its inputs, and replayed.
+
+A FLUX.2 step is hundreds of short kernels: launching them one by one leaves the GPU idle between them. A graph is
+launched at once. Recording needs no compiler, so it costs one step's launches and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+log = logging.getLogger("fluxrun.compile")
+
+MOST_GRAPHS = 8
+"""Shapes kept per module; further ones run without a graph, so that a sweep over sizes cannot fill the memory."""
+
+
+class RecordingFailed(RuntimeError):
+    """A forward that runs as it is but cannot be recorded (it waits for the device, or decides on its values)."""
+
+
+@dataclass
+class _Recorded:
+    """One graph with the tensors it reads from and writes to."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: list[torch.Tensor]
+    output: Any
+
+
+class GraphedForward:
+    """Stands in for a module's ``forward``: the first call of a shape runs as ever, the second is recorded.
+
+    The first call is where kernels are compiled, tuned and fail; only what has run once is recorded. Tensor arguments
+    are copied into the graph's own before each replay and its outputs copied out, so callers see ordinary values.
+    Arguments that are not tensors must be equal for a graph to be reused.
+    """
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.forward = forward
+        self.graphs = 0
+        self.replays = 0
+        self._seen: set[Any] = set()
+        self._recorded: dict[Any, _Recorded] = {}
+        self._pool: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        key, tensors = _signature(args, kwargs)
+        if key is None or not all(tensor.is_cuda for tensor in tensors):
+            return self.forward(*args, **kwargs)
+        if key in self._recorded:
+            return self._replay(self._recorded[key], tensors)
+        if key in self._seen and self.graphs < MOST_GRAPHS:
+            self._recorded[key] = self._record(args, kwargs, tensors)
+            self.graphs += 1
+            return self._replay(self._recorded[key], tensors)
+        self._seen.add(key)
+        return self.forward(*args, **kwargs)
+
+    def clear(self) -> None:
+        """Forget every graph and free what they hold."""
+        self._recorded.clear()
+        self._seen.clear()
+        self._pool = None
+
+    def _record(self, args: Any, kwargs: Any, tensors: list[torch.Tensor]) -> _Recorded:
+        """Record one call over copies of its tensors; nothing is computed yet."""
+        inputs = [tensor.clone() for tensor in tensors]
+        fresh = iter(inputs)
+        args, kwargs = _map_tensors((args, kwargs), lambda _: next(fresh))
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        try:
+            # thread_local: another thread (a progress display, a data loader) may call CUDA meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                output = self.forward(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever cannot be recorded is the graph's failure, not the kernel's
+            raise RecordingFailed(f"this forward cannot be recorded as a CUDA graph: {error}") from error
+        log.debug("recorded a CUDA graph for inputs %s", [tuple(tensor.shape) for tensor in inputs])
+        return _Recorded(graph, inputs, output)
+
+    def _replay(self, recorded: _Recorded, tensors: list[torch.Tensor]) -> Any:
+        for mine, given in zip(recorded.inputs, tensors, strict=True):
+            mine.copy_(given)
+        recorded.graph.replay()
+        self.replays += 1
+        return _map_tensors(recorded.output, torch.Tensor.clone)
+
+
+def _signature(args: Any, kwargs: Any) -> tuple[Any, list[torch.Tensor]]:
+    """(what must be equal for a graph to be reused, the tensors in order); (None, []) if that cannot be told."""
+    tensors: list[torch.Tensor] = []
+
+    def place(tensor: torch.Tensor) -> Any:
+        tensors.append(tensor)
+        return (tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+
+    described = _map_tensors((args, kwargs), place)
+    try:
+        key = _frozen(described)
+        hash(key)
+    except TypeError:
+        return None, []
+    return key, tensors
+
+
+def _map_tensors(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
+    """``value`` with every tensor in its tuples, lists, dicts and model outputs changed."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        changed = {key: _map_tensors(item, change) for key, item in value.items()}
+        return changed if type(value) is dict else type(value)(**changed)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_map_tensors(item, change) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(_map_tensors(item, change) for item in value)
+    return value
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, dict):
+        return tuple(sorted((key, _frozen(item)) for key, item in value.items()))
+    if isinstance(value, (tuple, list)):
+        return tuple(_frozen(item) for item in value)
+    return value

@@ -1,0 +1,207 @@
+"""FLUX.2's transformer blocks with fused kernels: the same modules and weights, another ``forward``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import nn
+
+Rotary = tuple[torch.Tensor, torch.Tensor]
+
+
+class Projection:
+    """One matmul for one or more Linear layers over the same input, in their dtype or in torchao's row-wise float8.
+
+    Several layers' weights are put side by side once (a copy); a single layer's are used where they lie.
+    Raises ValueError for layers it cannot stand in for.
+    """
+
+    def __init__(self, *linears: nn.Linear) -> None:
+        if any(type(linear) is not nn.Linear or linear.bias is not None for linear in linears):
+            raise ValueError("only plain torch.nn.Linear layers without bias are supported")
+        weights: list[Any] = [linear.weight.data for linear in linears]
+        self.quantized = all(hasattr(weight, "qdata") for weight in weights)
+        if self.quantized:
+            self.weight = _joined([weight.qdata for weight in weights])
+            scale = _joined([weight.scale.float().reshape(-1, 1) for weight in weights])
+            self.scale = scale.reshape(1, -1)
+            if self.weight.dtype != torch.float8_e4m3fn or self.scale.shape[1] != self.weight.shape[0]:
+                raise ValueError("of the quantized formats only float8 e4m3 with one scale per row is supported")
+        elif any(type(weight) is not torch.Tensor for weight in weights):
+            raise ValueError(f"weights of type {type(weights[0]).__name__} are not supported")
+        else:
+            self.weight = _joined(weights)
+
+    def __call__(self, rows: Any, dtype: torch.dtype) -> torch.Tensor:
+        """rows [n, in] (or float8 with scales) -> [n, out] in ``dtype``."""
+        if not self.quantized:
+            return F.linear(rows, self.weight)
+        return torch._scaled_mm(
+            rows.data, self.weight.t(), scale_a=rows.scale, scale_b=self.scale, out_dtype=dtype, use_fast_accum=True
+        )
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class FusedSingleBlock:
+    """The forward of a ``Flux2SingleTransformerBlock``: three fused kernels, attention and two matmuls."""
+
+    def __init__(self, block: Any, ops: Any, counters: Counter[str]) -> None:
+        self.ops, self.counters = ops, counters
+        self.attn = block.attn  # not the block itself: a reference cycle would keep the derived weights alive
+        self.eps = block.norm.eps
+        self.project_in = Projection(block.attn.to_qkv_mlp_proj)
+        self.project_out = Projection(block.attn.to_out)
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None,
+        temb_mod: torch.Tensor,
+        image_rotary_emb: Rotary | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        split_hidden_states: bool = False,
+        text_seq_len: int | None = None,
+    ) -> Any:
+        """As the original; [batch, tokens, width] in and out."""
+        _check(joint_attention_kwargs, image_rotary_emb, temb_mod)
+        self.counters["fused_block_calls"] += 1
+        assert image_rotary_emb is not None
+        if encoder_hidden_states is not None:
+            text_seq_len = encoder_hidden_states.shape[1]
+            hidden_states = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        x = hidden_states.contiguous()
+        shift, scale, gate = _chunks(temb_mod, 3)
+        _, rows = self.ops.norm_modulate(x, shift, scale, self.eps, quantize=self.project_in.quantized)
+        projected = self.project_in(rows, x.dtype)
+        q, k, v = _room_for_qkv(x, x.shape[1], self.attn)
+        tokens = x.shape[1]
+        self.ops.split_qkv(
+            projected, _norms(self.attn), image_rotary_emb, (q, k, v), self.attn.norm_q.eps, tokens=tokens, offset=0
+        )
+        attended = _attention(self.attn, q, k, v)
+        gate_up = projected[:, 3 * self.attn.inner_dim :]
+        y = self.project_out(self.ops.pack(attended, gate_up, quantize=self.project_out.quantized), x.dtype)
+        x = self.ops.gated_add(x, y.view_as(x), gate)
+        return (x[:, :text_seq_len], x[:, text_seq_len:]) if split_hidden_states else x
+
+
+class FusedDoubleBlock:
+    """The forward of a ``Flux2TransformerBlock``, each stream's three projections in one matmul."""
+
+    def __init__(self, block: Any, ops: Any, counters: Counter[str]) -> None:
+        self.ops, self.counters = ops, counters
+        self.attn = attn = block.attn
+        self.eps = block.norm1.eps
+        self.image = _Stream(
+            Projection(attn.to_q, attn.to_k, attn.to_v), Projection(attn.to_out[0]), block.ff, _norms(attn)
+        )
+        self.text = _Stream(
+            Projection(attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), Projection(attn.to_add_out),
+            block.ff_context, (attn.norm_added_q.weight, attn.norm_added_k.weight),
+        )  # fmt: skip
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        temb_mod_img: torch.Tensor,
+        temb_mod_txt: torch.Tensor,
+        image_rotary_emb: Rotary | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As the original: (text stream, image stream), [batch, tokens, width]."""
+        _check(joint_attention_kwargs, image_rotary_emb, temb_mod_img)
+        self.counters["fused_block_calls"] += 1
+        assert image_rotary_emb is not None
+        streams = (
+            (self.text, encoder_hidden_states.contiguous(), _chunks(temb_mod_txt, 6)),
+            (self.image, hidden_states.contiguous(), _chunks(temb_mod_img, 6)),
+        )
+        total = encoder_hidden_states.shape[1] + hidden_states.shape[1]
+        q, k, v = _room_for_qkv(hidden_states, total, self.attn)
+        offset = 0
+        for stream, x, (shift, scale, *_) in streams:
+            _, rows = self.ops.norm_modulate(x, shift, scale, self.eps, quantize=stream.qkv.quantized)
+            self.ops.split_qkv(
+                stream.qkv(rows, x.dtype), stream.norms, image_rotary_emb, (q, k, v), self.attn.norm_q.eps,
+                tokens=x.shape[1], offset=offset,
+            )  # fmt: skip
+            offset += x.shape[1]
+        attended = _attention(self.attn, q, k, v)
+        parts = attended.split([x.shape[1] for _, x, _ in streams], dim=1)
+        text, image = (
+            self._after_attention(stream, x, part, modulation)
+            for (stream, x, modulation), part in zip(streams, parts, strict=True)
+        )
+        return text, image
+
+    def _after_attention(
+        self, stream: _Stream, x: torch.Tensor, attended: torch.Tensor, modulation: tuple[torch.Tensor, ...]
+    ) -> torch.Tensor:
+        _, _, gate, shift, scale, gate_mlp = modulation
+        y = stream.out(self.ops.pack(attended, None, quantize=stream.out.quantized), x.dtype).view_as(x)
+        x, rows = self.ops.norm_modulate(x, shift, scale, self.eps, quantize=stream.linear_in.quantized, add=(gate, y))
+        gate_up = stream.linear_in(rows, x.dtype)
+        y = stream.linear_out(self.ops.pack(None, gate_up, quantize=stream.linear_out.quantized), x.dtype)
+        return self.ops.gated_add(x, y.view_as(x), gate_mlp)
+
+
+class _Stream:
+    """The weights of one of a double block's two streams."""
+
+    def __init__(self, qkv: Projection, out: Projection, ff: Any, norms: Rotary) -> None:
+        self.qkv, self.out, self.norms = qkv, out, norms
+        self.linear_in, self.linear_out = Projection(ff.linear_in), Projection(ff.linear_out)
+
+
+def fuse(transformer: Any, ops: Any, counters: Counter[str]) -> dict[str, int]:
+    """Give every block of a ``Flux2Transformer2DModel`` its fused forward; returns how many of each kind.
+
+    ``ops`` has the kernels (``triton_ops``); ``counters["fused_block_calls"]`` is counted up with every call.
+
+    Raises ValueError, with nothing changed, when a block's layers are not what the kernels expect.
+    """
+    double = [FusedDoubleBlock(block, ops, counters) for block in transformer.transformer_blocks]
+    single = [FusedSingleBlock(block, ops, counters) for block in transformer.single_transformer_blocks]
+    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    for block, forward in zip(blocks, [*double, *single], strict=True):
+        block.forward = forward
+    return {"double_blocks": len(double), "single_blocks": len(single)}
+
+
+def _room_for_qkv(like: torch.Tensor, tokens: int, attn: Any) -> list[torch.Tensor]:
+    """Three empty [batch, tokens, heads, size]."""
+    shape = (like.shape[0], tokens, attn.heads, attn.head_dim)
+    return [torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(3)]
+
+
+def _attention(attn: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Whatever the ``attention`` group set on the block's processor, [batch, tokens, heads, size]."""
+    processor = attn.processor
+    return dispatch_attention_fn(
+        q, k, v, backend=processor._attention_backend, parallel_config=processor._parallel_config
+    )
+
+
+def _norms(attn: Any) -> Rotary:
+    return attn.norm_q.weight, attn.norm_k.weight
+
+
+def _chunks(modulation: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+    """Each [batch, 1, width]."""
+    return (modulation.unsqueeze(1) if modulation.ndim == 2 else modulation).chunk(count, dim=-1)
+
+
+def _check(kwargs: dict[str, Any] | None, rotary: Rotary | None, modulation: torch.Tensor) -> None:
+    """NotImplementedError for what the kernels do not cover: then the option falls back."""
+    if kwargs:
+        raise NotImplementedError(f"kernels=fused does not take joint_attention_kwargs ({', '.join(kwargs)})")
+    if rotary is None or (modulation.ndim == 3 and modulation.shape[1] != 1):
+        raise NotImplementedError("kernels=fused needs rotary tables, and one modulation for all tokens")

@@ -1,0 +1,255 @@
+"""The fused kernels themselves. Each rounds to the tensors' dtype wherever diffusers' eager code does.
+
+Between two matmuls a FLUX.2 block reads and writes the same rows several times (norm, modulation, rotary, SwiGLU,
+concatenation, and with float8 the row maximum and the cast). Each kernel here does one such stretch in one pass: a
+program holds a row in registers, so every byte is read once and written once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+FP8_MAX: tl.constexpr = tl.constexpr(448.0)  # largest float8_e4m3fn
+TINY: tl.constexpr = tl.constexpr(1e-12)  # keeps the scale of an all-zero row finite; torchao's value
+HEADS_PER_PROGRAM = 8
+
+
+class Scaled(NamedTuple):
+    """Rows in float8 with one scale each: what a float8 matmul with row-wise scaling takes."""
+
+    data: torch.Tensor
+    """float8_e4m3fn [rows, features]"""
+    scale: torch.Tensor
+    """float32 [rows, 1]"""
+
+
+Rows = torch.Tensor | Scaled
+
+
+@triton.jit
+def _rounded(value, like):
+    """``value`` as it would be after a store to and a load from a tensor of ``like``'s dtype."""
+    return value.to(like.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def _store(value, out, scales, row, columns, mask, width, QUANTIZE: tl.constexpr):
+    """Store one row: as it is, or as float8 with its scale. Masked-out values must be 0."""
+    if QUANTIZE:
+        scale = tl.maximum(tl.max(tl.abs(value)), TINY) / FP8_MAX
+        tl.store(scales + row, scale)
+        value = tl.minimum(tl.maximum(value / scale, -FP8_MAX), FP8_MAX)
+    tl.store(out + row.to(tl.int64) * width + columns, value.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _norm_modulate_kernel(
+    x, y, gate, shift, scale, summed, out, scales, tokens, gate_stride, mod_stride,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr, ADD: tl.constexpr, QUANTIZE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    sample = row // tokens
+    start = row.to(tl.int64) * WIDTH
+    columns = tl.arange(0, BLOCK)
+    mask = columns < WIDTH
+    value = tl.load(x + start + columns, mask=mask, other=0.0).to(tl.float32)
+    if ADD:
+        update = tl.load(y + start + columns, mask=mask, other=0.0).to(tl.float32)
+        amount = tl.load(gate + sample * gate_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        value = _rounded(value + _rounded(amount * update, x), x)
+        tl.store(summed + start + columns, value.to(summed.dtype.element_ty), mask=mask)
+    mean = tl.sum(value, 0) / WIDTH
+    centred = tl.where(mask, value - mean, 0.0)
+    variance = tl.sum(centred * centred, 0) / WIDTH
+    normed = _rounded(centred * (1.0 / tl.sqrt(variance + EPS)), x)
+    factor = _rounded(1.0 + tl.load(scale + sample * mod_stride + columns, mask=mask, other=0.0).to(tl.float32), x)
+    offset = tl.load(shift + sample * mod_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    result = _rounded(_rounded(factor * normed, x) + offset, x)
+    _store(result, out, scales, row, columns, mask, WIDTH, QUANTIZE)
+
+
+@triton.jit
+def _gated_add_kernel(x, y, gate, out, tokens, gate_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    start = row.to(tl.int64) * WIDTH
+    columns = tl.arange(0, BLOCK)
+    mask = columns < WIDTH
+    value = tl.load(x + start + columns, mask=mask).to(tl.float32)
+    update = tl.load(y + start + columns, mask=mask).to(tl.float32)
+    amount = tl.load(gate + (row // tokens) * gate_stride + columns, mask=mask).to(tl.float32)
+    result = value + _rounded(amount * update, x)
+    tl.store(out + start + columns, result.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _qkv_kernel(
+    projected, weight_q, weight_k, cos, sin, q, k, v, tokens, row_stride, offset, heads,
+    batch_stride, token_stride, head_stride,
+    SIZE: tl.constexpr, HEADS: tl.constexpr, EPS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    which = tl.program_id(2)
+    sample, token = row // tokens, row % tokens + offset
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    channel = tl.arange(0, SIZE)[None, :]
+    mask = (head < heads) & (channel < SIZE)
+    source = projected + row.to(tl.int64) * row_stride + (which * heads + head) * SIZE + channel
+    target = sample.to(tl.int64) * batch_stride + token.to(tl.int64) * token_stride + head * head_stride + channel
+    value = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    if which == 2:
+        tl.store(v + target, value.to(v.dtype.element_ty), mask=mask)
+    else:
+        if which == 0:
+            weight = tl.load(weight_q + channel).to(tl.float32)
+        else:
+            weight = tl.load(weight_k + channel).to(tl.float32)
+        power = tl.sum(value * value, 1)[:, None] / SIZE
+        normed = _rounded(value * (1.0 / tl.sqrt(power + EPS)) * weight, projected)
+        even, odd = tl.split(tl.reshape(normed, (HEADS, SIZE // 2, 2)))
+        turned = tl.reshape(tl.join(-odd, even), (HEADS, SIZE))
+        angle = token * SIZE + channel
+        result = normed * tl.load(cos + angle) + turned * tl.load(sin + angle)
+        if which == 0:
+            tl.store(q + target, result.to(q.dtype.element_ty), mask=mask)
+        else:
+            tl.store(k + target, result.to(k.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _pack_kernel(
+    attended, gate_up, out, scales, tokens, batch_stride, token_stride, head_stride, row_stride,
+    SIZE: tl.constexpr, HIDDEN: tl.constexpr, CHUNK: tl.constexpr,
+    FIRST: tl.constexpr, SECOND: tl.constexpr, CHUNKS: tl.constexpr, QUANTIZE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    chunk = tl.arange(0, CHUNKS)[:, None]
+    column = chunk * CHUNK + tl.arange(0, CHUNK)[None, :]
+    result = tl.zeros((CHUNKS, CHUNK), tl.float32)
+    if SECOND > 0:
+        mask = (chunk >= FIRST) & (chunk < FIRST + SECOND)
+        source = gate_up + row.to(tl.int64) * row_stride + (column - FIRST * CHUNK)
+        gate = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+        up = tl.load(source + HIDDEN, mask=mask, other=0.0).to(tl.float32)
+        result = _rounded(_rounded(gate / (1.0 + tl.exp(-gate)), gate_up) * up, gate_up)
+    if FIRST > 0:
+        mask = (chunk < FIRST) & (column >= 0)
+        start = (row // tokens).to(tl.int64) * batch_stride + (row % tokens).to(tl.int64) * token_stride
+        source = attended + start + (column // SIZE) * head_stride + column % SIZE
+        result = tl.where(chunk < FIRST, tl.load(source, mask=mask, other=0.0).to(tl.float32), result)
+    width = (FIRST + SECOND) * CHUNK
+    _store(result, out, scales, row, column, (chunk < FIRST + SECOND) & (column >= 0), width, QUANTIZE)
+
+
+# -- what the blocks call --------------------------------------------------------------------------------------------
+
+
+def norm_modulate(
+    x: torch.Tensor,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    eps: float,
+    *,
+    quantize: bool,
+    add: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, Rows]:
+    """(``x + gate * y``, LayerNorm of it times ``1 + scale`` plus ``shift``); ``add`` is (gate, y).
+
+    ``x`` and ``y`` are contiguous [batch, tokens, width]; gate, shift and scale [batch or 1, 1, width]. The second
+    result has [batch * tokens, width], in float8 with row scales if ``quantize``.
+    """
+    batch, tokens, width = x.shape
+    gate, y = add if add is not None else (shift, x)
+    summed = torch.empty_like(x) if add is not None else x
+    out, scales = _rows(x, batch * tokens, width, quantize)
+    _norm_modulate_kernel[(batch * tokens,)](
+        x, y, gate, shift, scale, summed, out, scales, tokens, _stride(gate), _stride(shift),
+        WIDTH=width, BLOCK=triton.next_power_of_2(width), EPS=eps, ADD=add is not None, QUANTIZE=quantize,
+        num_warps=_warps(width),
+    )  # fmt: skip
+    return summed, Scaled(out, scales) if quantize else out
+
+
+def gated_add(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """``x + gate * y``; x and y contiguous [batch, tokens, width], gate [batch or 1, 1, width]."""
+    batch, tokens, width = x.shape
+    out = torch.empty_like(x)
+    _gated_add_kernel[(batch * tokens,)](
+        x, y, gate, out, tokens, _stride(gate),
+        WIDTH=width, BLOCK=triton.next_power_of_2(width), num_warps=_warps(width),
+    )  # fmt: skip
+    return out
+
+
+def split_qkv(
+    projected: torch.Tensor,
+    norms: tuple[torch.Tensor, torch.Tensor],
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    into: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    eps: float,
+    *,
+    tokens: int,
+    offset: int,
+) -> None:
+    """Write RMS-normed and rotated queries and keys, and the values, of ``projected`` into ``into`` from ``offset`` on.
+
+    ``projected``: [batch * tokens, ≥ 3 * heads * size], queries, keys and values side by side; ``norms``: the RMSNorm
+    weights [size] of queries and keys; ``rotary``: float32 cos and sin [all tokens, size], each value twice in a row;
+    ``into``: q, k and v [batch, all tokens, heads, size] with equal strides, the last one 1.
+    """
+    q, k, v = into
+    heads, size = q.shape[2:]
+    grid = (projected.shape[0], triton.cdiv(heads, HEADS_PER_PROGRAM), 3)
+    _qkv_kernel[grid](
+        projected, *norms, *rotary, q, k, v, tokens, projected.stride(0), offset, heads,
+        q.stride(0), q.stride(1), q.stride(2), SIZE=size, HEADS=HEADS_PER_PROGRAM, EPS=eps, num_warps=4,
+    )  # fmt: skip
+
+
+def pack(attended: torch.Tensor | None, gate_up: torch.Tensor | None, *, quantize: bool) -> Rows:
+    """[attention's output | SwiGLU of ``gate_up``] as rows [batch * tokens, width], the input of the next matmul.
+
+    ``attended``: [batch, tokens, heads, size], any strides but 1 for the last; ``gate_up``: rows
+    [batch * tokens, 2 * hidden], gate first, any row stride. Either may be None.
+    """
+    source = attended if attended is not None else gate_up
+    assert source is not None
+    hidden = gate_up.shape[1] // 2 if gate_up is not None else 0
+    batch, tokens, heads, size = attended.shape if attended is not None else (len(source), 1, 0, 1)
+    strides = attended.stride()[:3] if attended is not None else (0, 0, 0)
+    first = heads * size
+    chunk = _chunk(first, hidden)
+    chunks = triton.next_power_of_2((first + hidden) // chunk)
+    out, scales = _rows(source, batch * tokens, first + hidden, quantize)
+    _pack_kernel[(batch * tokens,)](
+        attended if attended is not None else source, gate_up if gate_up is not None else source, out, scales,
+        tokens, *strides, gate_up.stride(0) if gate_up is not None else 0,
+        SIZE=size, HIDDEN=hidden, CHUNK=chunk, FIRST=first // chunk, SECOND=hidden // chunk, CHUNKS=chunks,
+        QUANTIZE=quantize, num_warps=_warps(chunk * chunks),
+    )  # fmt: skip
+    return Scaled(out, scales) if quantize else out
+
+
+def _rows(like: torch.Tensor, rows: int, width: int, quantize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for the result, and for its scales (a stand-in when there are none)."""
+    dtype = torch.float8_e4m3fn if quantize else like.dtype
+    out = torch.empty((rows, width), dtype=dtype, device=like.device)
+    return out, torch.empty((rows, 1), dtype=torch.float32, device=like.device) if quantize else out
+
+
+def _stride(modulation: torch.Tensor) -> int:
+    """Elements from one sample's modulation to the next; 0 where all samples share it."""
+    return modulation.stride(0) if modulation.shape[0] > 1 else 0
+
+
+def _chunk(first: int, hidden: int) -> int:
+    """The largest power of two up to 1024 that divides both widths."""
+    return min(1024, (first | hidden) & -(first | hidden))
+
+
+def _warps(elements: int) -> int:
+    """Warps for a row: 16 elements a thread keep enough loads in flight without spilling registers."""
+    return min(16, max(1, triton.next_power_of_2(elements) // 512))

@@ -1,0 +1,127 @@
+"""The fused kernels and the CUDA graphs on a GPU, against plain torch and plain diffusers."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import fluxrun
+from fluxrun.record import RunRecord
+
+torch = pytest.importorskip("torch")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+
+BATCH, TOKENS, HEADS, SIZE, HIDDEN = 2, 37, 3, 128, 1152
+WIDTH = HEADS * SIZE
+
+
+def error(result, wanted) -> float:
+    """Relative L2."""
+    result, wanted = (x if isinstance(x, torch.Tensor) else x.data.float() * x.scale for x in (result, wanted))
+    return ((result.float() - wanted.float()).norm() / wanted.float().norm()).item()
+
+
+@pytest.fixture
+def random():
+    generator = torch.Generator("cuda").manual_seed(0)
+    return lambda *shape: torch.randn(*shape, device="cuda", generator=generator).to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("batch", [1, BATCH])
+def test_norm_modulate_and_gated_add(quantize, batch, random):
+    import reference
+
+    from fluxrun.kernels import triton_ops
+
+    x, y, modulation = random(batch, TOKENS, WIDTH), random(batch, TOKENS, WIDTH), random(batch, 1, 6 * WIDTH)
+    shift, scale, gate = modulation.chunk(6, -1)[:3]
+    for add in (None, (gate, y)):
+        summed, rows = triton_ops.norm_modulate(x, shift, scale, 1e-6, quantize=quantize, add=add)
+        wanted_sum, wanted = reference.norm_modulate(x, shift, scale, 1e-6, quantize=quantize, add=add)
+        assert torch.equal(summed, wanted_sum)
+        assert error(rows, wanted) < (5e-3 if quantize else 1e-3)
+    assert torch.equal(triton_ops.gated_add(x, y, gate), reference.gated_add(x, y, gate))
+
+
+def test_split_qkv(random):
+    import reference
+
+    from fluxrun.kernels import triton_ops
+
+    projected, norms = random(BATCH * TOKENS, 3 * WIDTH + 64), (random(SIZE), random(SIZE))
+    rotary = tuple(torch.randn(TOKENS + 5, SIZE // 2, device="cuda").repeat_interleave(2, 1) for _ in range(2))
+    rooms = [
+        [torch.full((BATCH, TOKENS + 5, HEADS, SIZE), 7.0, device="cuda").bfloat16() for _ in range(3)] for _ in "ab"
+    ]
+    for ops, room in zip((triton_ops, reference), rooms, strict=True):
+        ops.split_qkv(projected, norms, rotary, room, 1e-6, tokens=TOKENS, offset=5)
+    for mine, wanted in zip(*rooms, strict=True):
+        assert (mine[:, :5] == 7).all()
+        assert error(mine, wanted) < 3e-3
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_pack(quantize, random):
+    import reference
+
+    from fluxrun.kernels import triton_ops
+
+    rows = random(BATCH * TOKENS, WIDTH + 2 * HIDDEN)
+    for attended in (None, random(BATCH, TOKENS, HEADS, SIZE), random(BATCH, HEADS, TOKENS, SIZE).permute(0, 2, 1, 3)):
+        for gate_up in (rows[:, WIDTH:], None)[: 1 if attended is None else 2]:
+            result = triton_ops.pack(attended, gate_up, quantize=quantize)
+            assert error(result, reference.pack(attended, gate_up, quantize=quantize)) < (5e-3 if quantize else 1e-3)
+
+
+# -- through fluxrun -------------------------------------------------------------------------------------------------
+
+SHAPES = ["model=shapes", "model.dtype=bfloat16", "device=cuda", 'prompt="a red circle left of a blue square"']
+
+
+def draw(folder: Path, *overrides: str) -> RunRecord:
+    record = fluxrun.run(fluxrun.compose([*SHAPES, *overrides]), folder)
+    assert record.status == "completed"
+    return record
+
+
+def pixels(folder: Path, record: RunRecord) -> np.ndarray:
+    return np.asarray(Image.open(folder / record.images[-1].path)).astype(float)
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    return float(10 * np.log10(255**2 / max(((a - b) ** 2).mean(), 1e-9)))
+
+
+@pytest.mark.parametrize(
+    "overrides", [["kernels=fused"], ["compile=cudagraphs"], ["kernels=fused", "compile=cudagraphs"]]
+)
+def test_lossless_options_draw_the_same_picture(overrides, tmp_path):
+    plain = pixels(tmp_path / "a", draw(tmp_path / "a"))
+    record = draw(tmp_path / "b", *overrides)
+    assert not any(option.fallbacks for option in record.options.values())
+    assert psnr(plain, pixels(tmp_path / "b", record)) >= 40
+    if "kernels=fused" in overrides:
+        assert record.options["kernels"].facts["fused_block_calls"] > 0
+
+
+def test_graphs_are_recorded_once_and_replayed(tmp_path):
+    targets = "compile.targets=[transformer,vae_decoder,text_encoder]"
+    record = draw(tmp_path / "b", "compile=cudagraphs", targets, "num_images=3", "steps=4")
+    facts = record.options["compile"].facts
+    assert facts["cuda_graphs"]["transformer"] == 1
+    assert facts["cuda_graphs"]["vae_decoder"] == 1
+    assert facts["cuda_graph_replays"] == 3 * 4 - 1 + 2
+
+
+def test_fp8_with_fused_kernels_still_draws_what_was_asked(tmp_path):
+    plain = pixels(tmp_path / "a", draw(tmp_path / "a"))
+    record = draw(tmp_path / "b", "kernels=fused", "quantization=fp8", "compile=cudagraphs")
+    assert record.options["quantization"].effective == "fp8"
+    assert record.options["kernels"].effective == "fused"
+    assert psnr(plain, pixels(tmp_path / "b", record)) >= 20
