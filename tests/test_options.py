@@ -15,7 +15,7 @@ from fluxrun.state import import_diffusers, snapshot
 from fluxrun.workbench import Workbench
 
 PIPELINES = ("klein", "dev")
-COMPILED = [name for name in option_names("compile") if name != "none"]
+COMPILED = [name for name in option_names("compile") if name not in ("none", "cudagraphs")]
 NEUTRAL = {
     group: name
     for group, name in every_option()
@@ -26,8 +26,8 @@ NEUTRAL = {
 RUNS_ON_CPU = {
     ("attention", "sdpa"), ("attention", "math"), ("attention", "flex"), ("vae", "full"), ("vae", "tiled"),
     ("vae", "sliced"), ("memory", "resident"), ("memory", "staged"), ("quantization", "none"),
-    ("cache", "none"), *(("cache", name) for name in ("dbcache", "fixed") if find_spec("cache_dit")),
-    *(("compile", name) for name in option_names("compile")),
+    ("kernels", "diffusers"), ("compile", "none"), ("cache", "none"), *(("cache", name) for name in ("dbcache", "fixed") if find_spec("cache_dit")),
+    *(("compile", name) for name in COMPILED),
 }  # fmt: skip
 
 NEEDED = {

@@ -55,7 +55,7 @@ def test_the_cards_own_example_on_a_cpu():
     plan = plan_on(CPU, "attention=xformers", "compile=max_autotune")
     assert effective(plan) | {"memory": "resident"} == {
         "model": "shapes", "attention": "sdpa", "compile": "max_autotune", "vae": "full", "memory": "resident",
-        "quantization": "none", "cache": "none",
+        "kernels": "diffusers", "quantization": "none", "cache": "none",
     }  # fmt: skip
     assert reasons(plan, "attention") == [("xformers", "requires", "needs a CUDA GPU; this run is on cpu")]
 
@@ -174,7 +174,7 @@ def test_conflicts_end_in_something_that_can_stand(overrides, expected):
 def test_a_conflict_that_is_only_said():
     plan = plan_on(H100, "quantization=fp8")
     assert effective(plan)["quantization"] == "fp8"
-    assert any("add compile=regional" in note for note in plan.notes)
+    assert any("kernels=fused or compile=regional" in note for note in plan.notes)
     assert not plan_on(H100, "quantization=fp8", "compile=regional").notes
 
 
@@ -288,3 +288,39 @@ def test_doctor_knows_every_option():
     from fluxrun.catalog import Catalog
 
     assert Catalog().groups()["attention"] == option_names("attention")
+
+
+# --- fused kernels and CUDA graphs --------------------------------------------------------------------------------
+
+
+def test_fused_kernels_and_recorded_graphs_run_together_on_a_hopper():
+    plan = plan_on(H100, *REAL_SIZE, "kernels=fused", "compile=cudagraphs", "quantization=fp8")
+    assert {"kernels": "fused", "compile": "cudagraphs", "quantization": "fp8"}.items() <= effective(plan).items()
+    assert not [note for note in plan.notes if "quantization" in note]
+
+
+@pytest.mark.parametrize("name", ["regional", "default", "max_autotune"])
+def test_fused_kernels_leave_the_compiler_nothing(name):
+    plan = plan_on(H100, *REAL_SIZE, "kernels=fused", f"compile={name}")
+    assert effective(plan)["compile"] == "cudagraphs"
+    assert "nothing to fuse" in reasons(plan, "compile")[0][2]
+    other = plan_on(H100, *REAL_SIZE, "kernels=fused", f"compile={name}", "compile.targets=[vae_decoder]")
+    assert effective(other)["compile"] in (name, "max_autotune_no_cudagraphs")
+
+
+@pytest.mark.parametrize("memory", ["balanced", "group", "sequential"])
+def test_what_holds_on_to_weights_gives_way_to_offloading(memory):
+    plan = plan_on(H100, *REAL_SIZE, "kernels=fused", "compile=cudagraphs", f"memory={memory}")
+    assert (effective(plan)["kernels"], effective(plan)["compile"]) == ("diffusers", "none")
+    knob = plan_on(H100, *REAL_SIZE, "compile=regional", "compile.cuda_graph=true", f"memory={memory}")
+    assert not getattr(knob.options["compile"], "cuda_graph", False)
+
+
+def test_a_recorded_graph_gives_way_to_a_step_cache():
+    plan = plan_on(H100, *REAL_SIZE, "compile=cudagraphs", "cache=fixed", "cache.force=true", "steps=20")
+    assert effective(plan)["compile"] == ("none" if effective(plan)["cache"] == "fixed" else "cudagraphs")
+
+
+def test_cuda_graphs_need_a_gpu():
+    plan = plan_on(CPU, "compile=regional", "compile.cuda_graph=true")
+    assert "compile.cuda_graph needs a CUDA GPU" in reasons(plan, "compile")[0][2]

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from fluxrun.errors import ConfigError
 from fluxrun.record import FallbackRecord, RunRecord, Status, read_record
 
-NEUTRAL = ("sdpa", "none", "full", "resident", "single")
+NEUTRAL = ("sdpa", "diffusers", "none", "full", "resident", "single")
 """The neutral option of every group has one of these names."""
 
 
