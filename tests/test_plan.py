@@ -23,8 +23,9 @@ from helpers import (
 from fluxrun.compose import compose
 from fluxrun.conflicts import CONFLICTS
 from fluxrun.errors import ConfigError, OptionUnavailable
+from fluxrun.estimate import memory_needs
 from fluxrun.machine import GIB, Proof, detect, version_tuple
-from fluxrun.plan import make_plan, memory_needs, summary
+from fluxrun.plan import make_plan, summary
 from fluxrun.runner import prepare
 
 REAL_SIZE = ("model.weights=random", "model=flux2_klein_4b")
@@ -324,3 +325,14 @@ def test_a_recorded_graph_gives_way_to_a_step_cache():
 def test_cuda_graphs_need_a_gpu():
     plan = plan_on(CPU, "compile=regional", "compile.cuda_graph=true")
     assert "compile.cuda_graph needs a CUDA GPU" in reasons(plan, "compile")[0][2]
+
+
+def test_fp8_attention_needs_the_fused_kernels():
+    plan = plan_on(H100, *REAL_SIZE, "attention=fp8", "kernels=fused")
+    if "nvidia-cudnn-frontend" not in H100.packages:
+        assert "nvidia-cudnn-frontend is not installed" in reasons(plan, "attention")[0][2]
+    machine = replace(H100, packages={**H100.packages, "nvidia-cudnn-frontend": "1.14.1"})
+    assert effective(plan_on(machine, *REAL_SIZE, "attention=fp8", "kernels=fused"))["attention"] == "fp8"
+    alone = plan_on(machine, *REAL_SIZE, "attention=fp8")
+    assert effective(alone)["attention"] == "sdpa"
+    assert "kernels=fused" in reasons(alone, "attention")[0][2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import platform
@@ -19,7 +20,7 @@ GIB = 2**30
 LIBRARIES = (
     "torch", "diffusers", "transformers", "accelerate", "torchao", "torchvision", "xformers", "flash-attn",
     "flash-attn-3", "flash-attn-4", "sageattention", "kernels", "triton", "sdnq", "cache-dit", "hydra-core",
-    "omegaconf", "pydantic", "huggingface-hub", "safetensors", "pillow", "numpy",
+    "nvidia-cudnn-frontend", "omegaconf", "pydantic", "huggingface-hub", "safetensors", "pillow", "numpy",
 )  # fmt: skip
 
 
@@ -167,16 +168,34 @@ def _nvml() -> tuple[tuple[Gpu, ...], str | None]:
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
         name = pynvml.nvmlDeviceGetName(handle)
         capability = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-        gpus.append(Gpu(str(name), int(memory.total), int(memory.free), (int(capability[0]), int(capability[1]))))
+        free = min(int(memory.total), int(memory.free) + _own_bytes(len(gpus)))
+        gpus.append(Gpu(str(name), int(memory.total), free, (int(capability[0]), int(capability[1]))))
     driver = str(pynvml.nvmlSystemGetDriverVersion())
     pynvml.nvmlShutdown()
     return tuple(gpus), driver
 
 
+def _own_bytes(index: int) -> int:
+    """What this process itself holds of a GPU: an earlier job's weights are freed, or used again, before they matter."""
+    torch = sys.modules.get("torch")  # not imported for this: a process that has not, holds nothing
+    if torch is None or not torch.cuda.is_initialized():
+        return 0
+    return int(torch.cuda.memory_reserved(index))
+
+
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+"""Where a container's memory limit stands, in versions 2 and 1."""
+
+
 def _ram_bytes() -> int:
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 0  # unknown (Windows): memory estimates are then not made
+    """The computer's memory, or the container's limit where that is less."""
+    if not (hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names):
+        return 0  # unknown (Windows): nothing is then said about it
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for file in CGROUP_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # no such cgroup, or "max"
+            limits.append(int(Path(file).read_text()))
+    return min(limits)
 
 
 def _cpu_name() -> str:

@@ -28,6 +28,7 @@ PROBED_PACKAGES = (
     "flash-attn-4",
     "sageattention",
     "kernels",
+    "nvidia-cudnn-frontend",
 )
 
 
@@ -93,10 +94,8 @@ def main(group: str, name: str, device: str) -> None:
 
 
 def _call(group: str, name: str, device: str) -> None:
-    import torch
-
     from fluxrun.catalog import Catalog
-    from fluxrun.options.attention import Attention, call_backend
+    from fluxrun.options.attention import Attention
     from fluxrun.state import import_diffusers
 
     option = Catalog().load(group, name)
@@ -105,11 +104,7 @@ def _call(group: str, name: str, device: str) -> None:
     broken = import_diffusers()
     if option.package in broken:
         raise ImportError(broken[option.package])
-    if option.flash_impl and not option.hub:
-        torch.nn.attention.activate_flash_attention_impl(option.flash_impl)
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    query, key, value = (torch.randn(1, 256, 2, 128, device=device, dtype=dtype) for _ in range(3))
-    call_backend(option.effective_backend, query, key, value).sum().item()
+    option.prove(device)
 
 
 if __name__ == "__main__":

@@ -79,6 +79,28 @@ def test_pack(quantize, random):
             assert error(result, reference.pack(attended, gate_up, quantize=quantize)) < (5e-3 if quantize else 1e-3)
 
 
+def test_fp8_attention(random):
+    pytest.importorskip("cudnn")
+    from fluxrun.kernels import triton_ops
+    from fluxrun.kernels.fp8_attention import Fp8Attention
+
+    norms, tokens = (random(SIZE), random(SIZE)), 301
+    projected = random(BATCH * tokens, 3 * WIDTH) * 5
+    rotary = (torch.ones(tokens, SIZE, device="cuda"), torch.zeros(tokens, SIZE, device="cuda"))
+    attend = Fp8Attention(norms[:1], norms[1:])
+    scales = attend.scales([projected[:, 2 * WIDTH :]])
+    assert torch.allclose(scales.descales[2] * 448, projected[:, 2 * WIDTH :].float().abs().max())
+    plain, small = (
+        [torch.empty(BATCH, tokens, HEADS, SIZE, dtype=dtype, device="cuda") for _ in range(3)]
+        for dtype in (torch.bfloat16, torch.float8_e4m3fn)
+    )
+    triton_ops.split_qkv(projected, norms, rotary, plain, 1e-6, tokens=tokens, offset=0)
+    triton_ops.split_qkv(projected, norms, rotary, small, 1e-6, tokens=tokens, offset=0, multipliers=scales.multipliers)
+    q, k, v = (x.transpose(1, 2) for x in plain)
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    assert error(attend(*small, scales).float() * scales.descales[2], wanted) < 0.08
+
+
 # -- through fluxrun -------------------------------------------------------------------------------------------------
 
 SHAPES = ["model=shapes", "model.dtype=bfloat16", "device=cuda", 'prompt="a red circle left of a blue square"']
@@ -119,9 +141,11 @@ def test_graphs_are_recorded_once_and_replayed(tmp_path):
     assert facts["cuda_graph_replays"] == 3 * 4 - 1 + 2
 
 
-def test_fp8_with_fused_kernels_still_draws_what_was_asked(tmp_path):
+@pytest.mark.parametrize("attention", ["sdpa", "fp8"])
+def test_fp8_with_fused_kernels_still_draws_what_was_asked(attention, tmp_path):
     plain = pixels(tmp_path / "a", draw(tmp_path / "a"))
-    record = draw(tmp_path / "b", "kernels=fused", "quantization=fp8", "compile=cudagraphs")
+    record = draw(tmp_path / "b", "kernels=fused", "quantization=fp8", "compile=cudagraphs", f"attention={attention}")
+    assert record.options["attention"].effective == attention or record.options["attention"].fallbacks
     assert record.options["quantization"].effective == "fp8"
     assert record.options["kernels"].effective == "fused"
     assert psnr(plain, pixels(tmp_path / "b", record)) >= 20

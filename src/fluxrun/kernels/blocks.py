@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,12 +53,13 @@ def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
 class FusedSingleBlock:
     """The forward of a ``Flux2SingleTransformerBlock``: three fused kernels, attention and two matmuls."""
 
-    def __init__(self, block: Any, ops: Any, counters: Counter[str]) -> None:
+    def __init__(self, block: Any, ops: Any, counters: Counter[str], fp8_attention: bool) -> None:
         self.ops, self.counters = ops, counters
         self.attn = block.attn  # not the block itself: a reference cycle would keep the derived weights alive
         self.eps = block.norm.eps
         self.project_in = Projection(block.attn.to_qkv_mlp_proj)
         self.project_out = Projection(block.attn.to_out)
+        self.attend = Attend(block.attn, [_norms(block.attn)], ops, fp8_attention)
 
     def __call__(
         self,
@@ -80,14 +82,9 @@ class FusedSingleBlock:
         shift, scale, gate = _chunks(temb_mod, 3)
         _, rows = self.ops.norm_modulate(x, shift, scale, self.eps, quantize=self.project_in.quantized)
         projected = self.project_in(rows, x.dtype)
-        q, k, v = _room_for_qkv(x, x.shape[1], self.attn)
-        tokens = x.shape[1]
-        self.ops.split_qkv(
-            projected, _norms(self.attn), image_rotary_emb, (q, k, v), self.attn.norm_q.eps, tokens=tokens, offset=0
-        )
-        attended = _attention(self.attn, q, k, v)
+        attended, kind = self.attend([projected], image_rotary_emb, x.shape[0], x.dtype)
         gate_up = projected[:, 3 * self.attn.inner_dim :]
-        y = self.project_out(self.ops.pack(attended, gate_up, quantize=self.project_out.quantized), x.dtype)
+        y = self.project_out(self.ops.pack(attended, gate_up, quantize=self.project_out.quantized, **kind), x.dtype)
         x = self.ops.gated_add(x, y.view_as(x), gate)
         return (x[:, :text_seq_len], x[:, text_seq_len:]) if split_hidden_states else x
 
@@ -95,9 +92,8 @@ class FusedSingleBlock:
 class FusedDoubleBlock:
     """The forward of a ``Flux2TransformerBlock``, each stream's three projections in one matmul."""
 
-    def __init__(self, block: Any, ops: Any, counters: Counter[str]) -> None:
-        self.ops, self.counters = ops, counters
-        self.attn = attn = block.attn
+    def __init__(self, block: Any, ops: Any, counters: Counter[str], fp8_attention: bool) -> None:
+        self.ops, self.counters, attn = ops, counters, block.attn
         self.eps = block.norm1.eps
         self.image = _Stream(
             Projection(attn.to_q, attn.to_k, attn.to_v), Projection(attn.to_out[0]), block.ff, _norms(attn)
@@ -106,6 +102,7 @@ class FusedDoubleBlock:
             Projection(attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), Projection(attn.to_add_out),
             block.ff_context, (attn.norm_added_q.weight, attn.norm_added_k.weight),
         )  # fmt: skip
+        self.attend = Attend(attn, [self.text.norms, self.image.norms], ops, fp8_attention)
 
     def __call__(
         self,
@@ -124,29 +121,28 @@ class FusedDoubleBlock:
             (self.text, encoder_hidden_states.contiguous(), _chunks(temb_mod_txt, 6)),
             (self.image, hidden_states.contiguous(), _chunks(temb_mod_img, 6)),
         )
-        total = encoder_hidden_states.shape[1] + hidden_states.shape[1]
-        q, k, v = _room_for_qkv(hidden_states, total, self.attn)
-        offset = 0
+        projected = []
         for stream, x, (shift, scale, *_) in streams:
             _, rows = self.ops.norm_modulate(x, shift, scale, self.eps, quantize=stream.qkv.quantized)
-            self.ops.split_qkv(
-                stream.qkv(rows, x.dtype), stream.norms, image_rotary_emb, (q, k, v), self.attn.norm_q.eps,
-                tokens=x.shape[1], offset=offset,
-            )  # fmt: skip
-            offset += x.shape[1]
-        attended = _attention(self.attn, q, k, v)
+            projected.append(stream.qkv(rows, x.dtype))
+        attended, kind = self.attend(projected, image_rotary_emb, hidden_states.shape[0], hidden_states.dtype)
         parts = attended.split([x.shape[1] for _, x, _ in streams], dim=1)
         text, image = (
-            self._after_attention(stream, x, part, modulation)
+            self._after_attention(stream, x, part, kind, modulation)
             for (stream, x, modulation), part in zip(streams, parts, strict=True)
         )
         return text, image
 
     def _after_attention(
-        self, stream: _Stream, x: torch.Tensor, attended: torch.Tensor, modulation: tuple[torch.Tensor, ...]
+        self,
+        stream: _Stream,
+        x: torch.Tensor,
+        attended: torch.Tensor,
+        kind: dict[str, Any],
+        modulation: tuple[torch.Tensor, ...],
     ) -> torch.Tensor:
         _, _, gate, shift, scale, gate_mlp = modulation
-        y = stream.out(self.ops.pack(attended, None, quantize=stream.out.quantized), x.dtype).view_as(x)
+        y = stream.out(self.ops.pack(attended, None, quantize=stream.out.quantized, **kind), x.dtype).view_as(x)
         x, rows = self.ops.norm_modulate(x, shift, scale, self.eps, quantize=stream.linear_in.quantized, add=(gate, y))
         gate_up = stream.linear_in(rows, x.dtype)
         y = stream.linear_out(self.ops.pack(None, gate_up, quantize=stream.linear_out.quantized), x.dtype)
@@ -161,33 +157,55 @@ class _Stream:
         self.linear_in, self.linear_out = Projection(ff.linear_in), Projection(ff.linear_out)
 
 
-def fuse(transformer: Any, ops: Any, counters: Counter[str]) -> dict[str, int]:
+class Attend:
+    """From a block's projections to attention's output: by the ``attention`` group's kernel, or in float8."""
+
+    def __init__(self, attn: Any, norms: Sequence[Rotary], ops: Any, fp8: bool) -> None:
+        self.attn, self.norms, self.ops = attn, norms, ops
+        self.fp8 = None
+        if fp8:
+            from fluxrun.kernels.fp8_attention import Fp8Attention
+
+            self.fp8 = Fp8Attention([query for query, _ in norms], [key for _, key in norms])
+
+    def __call__(
+        self, projected: Sequence[torch.Tensor], rotary: Rotary, batch: int, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """([batch, tokens, heads, size], what ``pack`` must know of it) from each stream's projected rows."""
+        tokens = [len(rows) // batch for rows in projected]
+        shape = (batch, sum(tokens), self.attn.heads, self.attn.head_dim)
+        kind = torch.float8_e4m3fn if self.fp8 else dtype
+        q, k, v = (torch.empty(shape, dtype=kind, device=projected[0].device) for _ in range(3))
+        width = self.attn.inner_dim
+        scales = self.fp8.scales([rows[:, 2 * width : 3 * width] for rows in projected]) if self.fp8 else None
+        offset = 0
+        for rows, norms, count in zip(projected, self.norms, tokens, strict=True):
+            self.ops.split_qkv(
+                rows, norms, rotary, (q, k, v), self.attn.norm_q.eps, tokens=count, offset=offset,
+                **({"multipliers": scales.multipliers} if scales else {}),
+            )  # fmt: skip
+            offset += count
+        if self.fp8 and scales:
+            return self.fp8(q, k, v, scales), {"descale": scales.descales[2:], "dtype": dtype}
+        processor = self.attn.processor
+        return dispatch_attention_fn(
+            q, k, v, backend=processor._attention_backend, parallel_config=processor._parallel_config
+        ), {}
+
+
+def fuse(transformer: Any, ops: Any, counters: Counter[str], *, fp8_attention: bool = False) -> dict[str, int]:
     """Give every block of a ``Flux2Transformer2DModel`` its fused forward; returns how many of each kind.
 
     ``ops`` has the kernels (``triton_ops``); ``counters["fused_block_calls"]`` is counted up with every call.
 
     Raises ValueError, with nothing changed, when a block's layers are not what the kernels expect.
     """
-    double = [FusedDoubleBlock(block, ops, counters) for block in transformer.transformer_blocks]
-    single = [FusedSingleBlock(block, ops, counters) for block in transformer.single_transformer_blocks]
+    double = [FusedDoubleBlock(block, ops, counters, fp8_attention) for block in transformer.transformer_blocks]
+    single = [FusedSingleBlock(block, ops, counters, fp8_attention) for block in transformer.single_transformer_blocks]
     blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
     for block, forward in zip(blocks, [*double, *single], strict=True):
         block.forward = forward
     return {"double_blocks": len(double), "single_blocks": len(single)}
-
-
-def _room_for_qkv(like: torch.Tensor, tokens: int, attn: Any) -> list[torch.Tensor]:
-    """Three empty [batch, tokens, heads, size]."""
-    shape = (like.shape[0], tokens, attn.heads, attn.head_dim)
-    return [torch.empty(shape, dtype=like.dtype, device=like.device) for _ in range(3)]
-
-
-def _attention(attn: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Whatever the ``attention`` group set on the block's processor, [batch, tokens, heads, size]."""
-    processor = attn.processor
-    return dispatch_attention_fn(
-        q, k, v, backend=processor._attention_backend, parallel_config=processor._parallel_config
-    )
 
 
 def _norms(attn: Any) -> Rotary:

@@ -7,6 +7,7 @@ program holds a row in registers, so every byte is read once and written once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,9 @@ import triton.language as tl
 FP8_MAX: tl.constexpr = tl.constexpr(448.0)  # largest float8_e4m3fn
 TINY: tl.constexpr = tl.constexpr(1e-12)  # keeps the scale of an all-zero row finite; torchao's value
 HEADS_PER_PROGRAM = 8
+ROWS_PER_PROGRAM = 8
+EXACT = {"enable_fp_fusion": False}
+"""A multiply-add contracted into one operation would skip the rounding that eager does between the two."""
 
 
 class Scaled(NamedTuple):
@@ -34,6 +38,14 @@ Rows = torch.Tensor | Scaled
 def _rounded(value, like):
     """``value`` as it would be after a store to and a load from a tensor of ``like``'s dtype."""
     return value.to(like.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def _cast(value, multiplier, like, QUANTIZE: tl.constexpr):
+    """``value`` in ``like``'s dtype; scaled and held to float8's range if ``QUANTIZE``."""
+    if QUANTIZE:
+        value = tl.minimum(tl.maximum(value * multiplier, -FP8_MAX), FP8_MAX)
+    return value.to(like.dtype.element_ty)
 
 
 @triton.jit
@@ -88,8 +100,8 @@ def _gated_add_kernel(x, y, gate, out, tokens, gate_stride, WIDTH: tl.constexpr,
 @triton.jit
 def _qkv_kernel(
     projected, weight_q, weight_k, cos, sin, q, k, v, tokens, row_stride, offset, heads,
-    batch_stride, token_stride, head_stride,
-    SIZE: tl.constexpr, HEADS: tl.constexpr, EPS: tl.constexpr,
+    batch_stride, token_stride, head_stride, multipliers,
+    SIZE: tl.constexpr, HEADS: tl.constexpr, EPS: tl.constexpr, QUANTIZE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     which = tl.program_id(2)
@@ -100,8 +112,9 @@ def _qkv_kernel(
     source = projected + row.to(tl.int64) * row_stride + (which * heads + head) * SIZE + channel
     target = sample.to(tl.int64) * batch_stride + token.to(tl.int64) * token_stride + head * head_stride + channel
     value = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    multiplier = tl.load(multipliers + which) if QUANTIZE else 1.0
     if which == 2:
-        tl.store(v + target, value.to(v.dtype.element_ty), mask=mask)
+        tl.store(v + target, _cast(value, multiplier, v, QUANTIZE), mask=mask)
     else:
         if which == 0:
             weight = tl.load(weight_q + channel).to(tl.float32)
@@ -113,17 +126,18 @@ def _qkv_kernel(
         turned = tl.reshape(tl.join(-odd, even), (HEADS, SIZE))
         angle = token * SIZE + channel
         result = normed * tl.load(cos + angle) + turned * tl.load(sin + angle)
+        result = _rounded(result, projected)
         if which == 0:
-            tl.store(q + target, result.to(q.dtype.element_ty), mask=mask)
+            tl.store(q + target, _cast(result, multiplier, q, QUANTIZE), mask=mask)
         else:
-            tl.store(k + target, result.to(k.dtype.element_ty), mask=mask)
+            tl.store(k + target, _cast(result, multiplier, k, QUANTIZE), mask=mask)
 
 
 @triton.jit
 def _pack_kernel(
-    attended, gate_up, out, scales, tokens, batch_stride, token_stride, head_stride, row_stride,
+    attended, gate_up, out, scales, descale, tokens, batch_stride, token_stride, head_stride, row_stride,
     SIZE: tl.constexpr, HIDDEN: tl.constexpr, CHUNK: tl.constexpr,
-    FIRST: tl.constexpr, SECOND: tl.constexpr, CHUNKS: tl.constexpr, QUANTIZE: tl.constexpr,
+    FIRST: tl.constexpr, SECOND: tl.constexpr, CHUNKS: tl.constexpr, QUANTIZE: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     chunk = tl.arange(0, CHUNKS)[:, None]
@@ -139,9 +153,32 @@ def _pack_kernel(
         mask = (chunk < FIRST) & (column >= 0)
         start = (row // tokens).to(tl.int64) * batch_stride + (row % tokens).to(tl.int64) * token_stride
         source = attended + start + (column // SIZE) * head_stride + column % SIZE
-        result = tl.where(chunk < FIRST, tl.load(source, mask=mask, other=0.0).to(tl.float32), result)
+        part = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+        if SCALED:
+            part = part * tl.load(descale)
+        result = tl.where(chunk < FIRST, part, result)
     width = (FIRST + SECOND) * CHUNK
     _store(result, out, scales, row, column, (chunk < FIRST + SECOND) & (column >= 0), width, QUANTIZE)
+
+
+@triton.jit
+def _largest_kernel(values, largest, rows, row_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    columns = tl.arange(0, BLOCK)
+    found = tl.zeros((BLOCK,), tl.float32)
+    for step in range(ROWS):
+        row = tl.program_id(0) * ROWS + step
+        mask = (columns < WIDTH) & (row < rows)
+        value = tl.load(values + row.to(tl.int64) * row_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        found = tl.maximum(found, tl.abs(value))
+    tl.atomic_max(largest, tl.max(found))
+
+
+@triton.jit
+def _scales_kernel(bounds, largest, out):
+    for index in tl.static_range(3):
+        bound = tl.load(bounds + index) if index < 2 else tl.maximum(tl.load(largest), TINY)
+        tl.store(out + index, FP8_MAX / bound)
+        tl.store(out + 3 + index, bound / FP8_MAX)
 
 
 # -- what the blocks call --------------------------------------------------------------------------------------------
@@ -168,7 +205,7 @@ def norm_modulate(
     _norm_modulate_kernel[(batch * tokens,)](
         x, y, gate, shift, scale, summed, out, scales, tokens, _stride(gate), _stride(shift),
         WIDTH=width, BLOCK=triton.next_power_of_2(width), EPS=eps, ADD=add is not None, QUANTIZE=quantize,
-        num_warps=_warps(width),
+        num_warps=_warps(width), **EXACT,
     )  # fmt: skip
     return summed, Scaled(out, scales) if quantize else out
 
@@ -179,7 +216,7 @@ def gated_add(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Ten
     out = torch.empty_like(x)
     _gated_add_kernel[(batch * tokens,)](
         x, y, gate, out, tokens, _stride(gate),
-        WIDTH=width, BLOCK=triton.next_power_of_2(width), num_warps=_warps(width),
+        WIDTH=width, BLOCK=triton.next_power_of_2(width), num_warps=_warps(width), **EXACT,
     )  # fmt: skip
     return out
 
@@ -193,27 +230,55 @@ def split_qkv(
     *,
     tokens: int,
     offset: int,
+    multipliers: torch.Tensor | None = None,
 ) -> None:
     """Write RMS-normed and rotated queries and keys, and the values, of ``projected`` into ``into`` from ``offset`` on.
 
     ``projected``: [batch * tokens, ≥ 3 * heads * size], queries, keys and values side by side; ``norms``: the RMSNorm
     weights [size] of queries and keys; ``rotary``: float32 cos and sin [all tokens, size], each value twice in a row;
-    ``into``: q, k and v [batch, all tokens, heads, size] with equal strides, the last one 1.
+    ``into``: q, k and v [batch, all tokens, heads, size] with equal strides, the last one 1; in float8 each is
+    multiplied by its one of ``multipliers`` (float32 [3]).
     """
     q, k, v = into
     heads, size = q.shape[2:]
     grid = (projected.shape[0], triton.cdiv(heads, HEADS_PER_PROGRAM), 3)
     _qkv_kernel[grid](
         projected, *norms, *rotary, q, k, v, tokens, projected.stride(0), offset, heads,
-        q.stride(0), q.stride(1), q.stride(2), SIZE=size, HEADS=HEADS_PER_PROGRAM, EPS=eps, num_warps=4,
+        q.stride(0), q.stride(1), q.stride(2), projected if multipliers is None else multipliers,
+        SIZE=size, HEADS=HEADS_PER_PROGRAM, EPS=eps, QUANTIZE=multipliers is not None, num_warps=4, **EXACT,
     )  # fmt: skip
 
 
-def pack(attended: torch.Tensor | None, gate_up: torch.Tensor | None, *, quantize: bool) -> Rows:
+def fp8_scales(values: Sequence[torch.Tensor], bounds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scales, their reciprocals), float32 [3] each, of queries, keys and values that are to fill float8's range.
+
+    ``values``: rows [n, width] of each stream; ``bounds``: float32 [2], what queries and keys cannot exceed.
+    """
+    largest = torch.zeros(1, dtype=torch.float32, device=bounds.device)
+    for part in values:
+        rows, width = part.shape
+        _largest_kernel[(triton.cdiv(rows, ROWS_PER_PROGRAM),)](
+            part, largest, rows, part.stride(0),
+            WIDTH=width, BLOCK=triton.next_power_of_2(width), ROWS=ROWS_PER_PROGRAM, num_warps=_warps(width),
+        )  # fmt: skip
+    out = torch.empty(6, dtype=torch.float32, device=bounds.device)
+    _scales_kernel[(1,)](bounds, largest, out, num_warps=1)
+    return out[:3], out[3:]
+
+
+def pack(
+    attended: torch.Tensor | None,
+    gate_up: torch.Tensor | None,
+    *,
+    quantize: bool,
+    descale: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Rows:
     """[attention's output | SwiGLU of ``gate_up``] as rows [batch * tokens, width], the input of the next matmul.
 
     ``attended``: [batch, tokens, heads, size], any strides but 1 for the last; ``gate_up``: rows
-    [batch * tokens, 2 * hidden], gate first, any row stride. Either may be None.
+    [batch * tokens, 2 * hidden], gate first, any row stride. Either may be None. ``descale`` (float32 [1]) turns a
+    float8 ``attended`` back; then ``dtype`` says what the rows are to be.
     """
     source = attended if attended is not None else gate_up
     assert source is not None
@@ -223,19 +288,21 @@ def pack(attended: torch.Tensor | None, gate_up: torch.Tensor | None, *, quantiz
     first = heads * size
     chunk = _chunk(first, hidden)
     chunks = triton.next_power_of_2((first + hidden) // chunk)
-    out, scales = _rows(source, batch * tokens, first + hidden, quantize)
+    out, scales = _rows(source, batch * tokens, first + hidden, quantize, dtype)
     _pack_kernel[(batch * tokens,)](
         attended if attended is not None else source, gate_up if gate_up is not None else source, out, scales,
-        tokens, *strides, gate_up.stride(0) if gate_up is not None else 0,
+        scales if descale is None else descale, tokens, *strides, gate_up.stride(0) if gate_up is not None else 0,
         SIZE=size, HIDDEN=hidden, CHUNK=chunk, FIRST=first // chunk, SECOND=hidden // chunk, CHUNKS=chunks,
-        QUANTIZE=quantize, num_warps=_warps(chunk * chunks),
+        QUANTIZE=quantize, SCALED=descale is not None, num_warps=_warps(chunk * chunks), **EXACT,
     )  # fmt: skip
     return Scaled(out, scales) if quantize else out
 
 
-def _rows(like: torch.Tensor, rows: int, width: int, quantize: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _rows(
+    like: torch.Tensor, rows: int, width: int, quantize: bool, dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Room for the result, and for its scales (a stand-in when there are none)."""
-    dtype = torch.float8_e4m3fn if quantize else like.dtype
+    dtype = torch.float8_e4m3fn if quantize else dtype or like.dtype
     out = torch.empty((rows, width), dtype=dtype, device=like.device)
     return out, torch.empty((rows, 1), dtype=torch.float32, device=like.device) if quantize else out
 

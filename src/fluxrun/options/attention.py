@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
@@ -12,6 +12,7 @@ from fluxrun.machine import Machine
 
 if TYPE_CHECKING:
     from fluxrun.context import Context
+    from fluxrun.plan import Plan
 
 
 class Attention(Option):
@@ -79,9 +80,46 @@ class Attention(Option):
             "kernel": _kernel(self.effective_backend, shape, context),
         }
 
+    def prove(self, device: str) -> None:
+        """Call the kernel once at head size 128, in a process of its own; raises whatever it raises."""
+        import torch
+
+        if self.flash_impl and not self.hub:
+            torch.nn.attention.activate_flash_attention_impl(self.flash_impl)
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        query, key, value = (torch.randn(1, 256, 2, 128, device=device, dtype=dtype) for _ in range(3))
+        call_backend(self.effective_backend, query, key, value).sum().item()
+
     def _check_dtype(self, dtype: str) -> None:
         if self.dtypes and dtype not in self.dtypes:
             raise TypeError(f"takes {' or '.join(self.dtypes)}, the run's dtype is {dtype}")
+
+
+class Fp8Attention(Attention):
+    """Queries, keys, values and output in float8, by cuDNN; the fused kernels write them in that format."""
+
+    in_fp8: ClassVar[bool] = True
+
+    def inapplicable(self, plan: Plan) -> str | None:
+        if plan.options["kernels"].name != "fused":
+            return "its inputs are written by the fused kernels (kernels=fused)"
+        return None
+
+    def apply(self, pipeline: Any, context: Context) -> Facts:
+        """Call cuDNN once with the run's real shape. Facts: as for the other kernels, and the call's first seconds."""
+        self._check_dtype(context.dtype)
+        pipeline.transformer.set_attention_backend(self.effective_backend)
+        shape = attention_shape(pipeline.transformer, context)
+        seconds = context.timed(lambda: _call_fp8(shape, context.device))
+        return {
+            "processors": _processors_using(pipeline.transformer, self.effective_backend),
+            "shape": list(shape),
+            "kernel": "cudnn sdpa_fp8",
+            "plan_s": round(seconds, 2),
+        }
+
+    def prove(self, device: str) -> None:
+        _call_fp8((1, 256, 2, 128), device)
 
 
 class AutoAttention(Option):
@@ -145,6 +183,20 @@ def call_backend(backend: str, query: Any, key: Any, value: Any) -> Any:
     from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
     return dispatch_attention_fn(query, key, value, backend=AttentionBackendName(backend))
+
+
+def _call_fp8(shape: tuple[int, int, int, int], device: str) -> None:
+    """One float8 attention of this shape through cuDNN."""
+    import torch
+
+    from fluxrun.kernels.fp8_attention import Fp8Attention
+
+    batch, tokens, heads, size = shape
+    norm = torch.ones(size, device=device)
+    attend = Fp8Attention([norm], [norm])
+    scales = attend.scales([torch.ones(batch * tokens, heads * size, device=device, dtype=torch.bfloat16)])
+    q, k, v = (torch.zeros(shape, device=device).to(torch.float8_e4m3fn) for _ in range(3))
+    attend(q, k, v, scales).float().sum().item()
 
 
 def _kernel(backend: str, shape: tuple[int, int, int, int], context: Context) -> str:

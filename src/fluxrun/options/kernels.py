@@ -36,7 +36,8 @@ class FusedKernels(Option):
         from fluxrun.kernels import triton_ops
         from fluxrun.kernels.blocks import fuse
 
-        return dict(fuse(pipeline.transformer, triton_ops, context.counters))
+        fp8 = getattr(context.options["attention"], "in_fp8", False)
+        return dict(fuse(pipeline.transformer, triton_ops, context.counters, fp8_attention=fp8))
 
     def observe(self, pipeline: Any, context: Context) -> Facts:
         """Calls of fused blocks from Python; the replays of a CUDA graph are the ``compile`` group's to count."""
