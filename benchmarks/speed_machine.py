@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import subprocess
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -40,13 +41,21 @@ def versions() -> dict[str, str | None]:
 def gpu_state() -> dict[str, Any]:
     """The first GPU as nvidia-smi sees it now; without one, only the time and why."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    command = ["nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
+        done = _nvidia_smi(GPU_FIELDS) or _nvidia_smi(GPU_FIELDS[:-1])  # older drivers call the last one otherwise
+    except OSError as error:
         return {"at": now, "gpu": None, "why": f"{type(error).__name__}: {error}"[:200]}
-    values = [value.strip() for value in done.stdout.splitlines()[0].split(",")]
+    if not done:
+        return {"at": now, "gpu": None, "why": "nvidia-smi refused the query"}
+    values = [value.strip() for value in done.splitlines()[0].split(",")]
     return {"at": now, **dict(zip(GPU_FIELDS, values, strict=False))}
+
+
+def _nvidia_smi(fields: Sequence[str]) -> str:
+    """What nvidia-smi says about these fields; nothing when it refuses."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def gpu_memory_gb(state: dict[str, Any]) -> float | None:

@@ -321,7 +321,16 @@ def tables(measured: Sequence[Measured], rows: Sequence[Row]) -> dict[str, str]:
         "memory": _memory_table(measured),
         "roofline": _roofline_table(measured),
         "machine": _machine_line(measured),
+        "steps_plot": _picture(measured, ("klein", "dev"), "steps", "One denoising step by setting, with its floors"),
+        "image_plot": _picture(measured, ("image",), "image", "Prompt to image by setting and stage"),
+        "sizes_plot": _picture(measured, ("sizes",), "sizes", "One denoising step by picture size"),
     }
+
+
+def _picture(measured: Sequence[Measured], sections: Sequence[str], name: str, alternative: str) -> str:
+    """A plot, where there is something to draw."""
+    there = any(one.section in sections for one in measured)
+    return f"![{alternative}](images/performance_{name}.svg)" if there else ""
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -340,7 +349,17 @@ def _targets_table(rows: Sequence[Row]) -> str:
         shown = NOT_MEASURED if value is None else f"**{value:.4g}**{unit}"
         met = {True: "yes", False: "no", None: "–"}[row["met"]]
         before = "–" if plain is None or not row["unit"] else f"{plain:.4g}{unit}"
-        return [row["model"], f"`{row['setting']}`", row["metric"], before, shown, faster, f"≤ {row['target']:g}", met]
+        name, _, fallback = row["setting"].partition(" ")
+        return [
+            row["model"],
+            f"`{name}` {fallback}".rstrip(),
+            row["metric"],
+            before,
+            shown,
+            faster,
+            f"≤ {row['target']:g}{unit}",
+            met,
+        ]
 
     header = ("model", "setting", "what", "plain diffusers", "measured", "faster", "target", "met")
     return markdown(header, (line(row) for row in rows if row["target"] is not None))
@@ -349,20 +368,19 @@ def _targets_table(rows: Sequence[Row]) -> str:
 def _section_table(measured: Sequence[Measured], section: str) -> str:
     key, unit, scale, metric = MAIN_SAMPLE[section]
     found = newest(measured, section)
-    regional = found.get("plain_regional")
+    compiled = _times_plain(found.get("plain_regional"), key)
 
     def line(one: Measured) -> list[str]:
         values = samples(one.row, key)
         value, plain = median(values, scale), one.plain()
         base = median(samples(plain.row, key), scale) if plain else None
-        recipe = median(samples(regional.row, key), scale) if regional else None
         error = one.row.get("rel_l2")
         return [
             f"`{one.row['setting']}`" + fallen_back(one.row),
             f"**{value:.4g}**",
             f"{min(values) * scale:.4g}–{max(values) * scale:.4g}, n={len(values)}",
             f"{base / value:.2f}×" if base and value else "–",
-            f"{recipe / value:.2f}×" if recipe and value else "–",
+            f"{base / value / compiled:.2f}×" if base and value and compiled else "–",
             "–" if error is None else f"{error:.1e}",
             f"{one.row.get('first_call_s', 0):.1f} s",
         ]
@@ -370,6 +388,14 @@ def _section_table(measured: Sequence[Measured], section: str) -> str:
     header = ("setting", f"{metric}, {unit}", "min–max", "× plain", "× plain compiled", "error", "first call")
     order = sorted(found.values(), key=lambda one: -statistics.median(samples(one.row, key) or [0]))
     return markdown(header, (line(one) for one in order if samples(one.row, key)))
+
+
+def _times_plain(one: Measured | None, key: str) -> float | None:
+    """How many times faster than the plain diffusers beside it."""
+    plain = one.plain() if one is not None else None
+    if one is None or plain is None:
+        return None
+    return statistics.median(samples(plain.row, key)) / statistics.median(samples(one.row, key))
 
 
 def _stages_table(measured: Sequence[Measured]) -> str:
@@ -405,7 +431,7 @@ def _sizes_table(measured: Sequence[Measured]) -> str:
 
 
 def _is_count(key: str) -> bool:
-    return key in ("graphs_compiled", "recompiles", "graph_breaks") or "captur" in key or "cudagraph" in key
+    return key in ("graphs_compiled", "recompiles", "graph_breaks", "cudagraphs", "cuda_graphs")
 
 
 def _memory_table(measured: Sequence[Measured]) -> str:

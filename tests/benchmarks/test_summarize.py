@@ -1,0 +1,168 @@
+"""From raw results to the summary, the tables and the plots."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import summarize
+
+ROOT = Path(__file__).resolve().parents[2]
+KEYS = ["model", "setting", "metric", "unit", "value", "plain_diffusers", "target", "met", "command"]
+
+
+def section(name: str, rows: list[dict[str, Any]], at: str = "2026-11-23T10:00:00+00:00") -> dict[str, Any]:
+    """A section file as speed.py writes it."""
+    state = {"at": at, "name": "NVIDIA H100 80GB HBM3", "driver_version": "580.159", "power.limit": "700.00"}
+    command = ["python", "benchmarks/speed.py", "OUT", "--only", name]
+    versions = {"torch": "2.11.0+cu130", "git_commit": "0123456789abcdef"}
+    about = {"section": name, "command": command, "tiny": False, "versions": versions, "before": state}
+    return {**about, "rows": rows}
+
+
+def row(setting: str, samples: dict[str, list[list[float]]], **more: Any) -> dict[str, Any]:
+    """A setting that was measured."""
+    about = {"setting": setting, "status": "measured", "error": None, "group": 0, "first_call_s": 1.5}
+    return {**about, "samples": samples, **more}
+
+
+def steps(setting: str, ms: float, **more: Any) -> dict[str, Any]:
+    """A setting's steps in two turns around a median."""
+    return row(setting, {"step_ms": [[ms - 1, ms, ms + 1], [ms]]}, **more)
+
+
+def process(setting: str, total_s: float, **more: Any) -> dict[str, Any]:
+    """A setting measured through the ``fluxrun`` command."""
+    timings = {
+        "total_s": total_s,
+        "load_s": 2.0,
+        "first_call_s": 3.0,
+        "text_encode_s": [0.1],
+        "denoise_s": [9.0, 0.3],
+        "decode_s": [0.5, 0.05],
+    }
+    about = {"setting": setting, "status": "measured", "error": None, "timings": timings, "process_s": total_s + 3}
+    memory = {"peak_allocated_bytes": 18 * 2**30}
+    return {**about, "memory": memory, "options": {"memory": {"requested": "auto", "effective": "staged"}}, **more}
+
+
+def fallen() -> dict[str, Any]:
+    """Options of which one is not what was asked for."""
+    return {"compile": {"requested": "cudagraphs", "effective": "none", "fallbacks": ["cudagraphs: needs a GPU"]}}
+
+
+def write(folder: Path) -> Path:
+    """Results of every section."""
+    klein = [
+        steps("plain", 85.0),
+        steps("plain_regional", 60.0, rel_l2=2e-2),
+        steps("h100_lossless", 52.0, rel_l2=2e-2),
+        steps("h100_fast", 40.0, rel_l2=0.15, options=fallen()),
+        {"setting": "broken", "status": "failed", "error": "no such option", "group": 0, "samples": {}},
+    ]
+    dev = [steps("plain", 566.0), steps("plain_regional", 442.0), steps("h100_fast", 255.0, rel_l2=0.15)]
+    stages = {"total_s": [[0.2]], "text_s": [[0.02]], "denoise_s": [[0.15]], "decode_s": [[0.03]]}
+    turns = [
+        {"size": [size, size], "step_ms": [ms], "first_call_s": 1.0, "counts": {"recompiles": 1, "compile_s": 2.0}}
+        for size, ms in ((512, 15.0), (1024, 40.0), (2048, 260.0))
+    ]
+    missed = {
+        "setting": "dev fp8, group",
+        "model": "dev",
+        "status": "not measured",
+        "error": "not finished",
+        "steps": 2,
+    }
+    contents = {
+        "klein": section("klein", klein),
+        "dev": section("dev", dev),
+        "image": section("image", [row("plain", stages), row("h100_fast", stages)]),
+        "sizes": section("sizes", [row("h100_fast", {}, turns=turns)]),
+        "first_image": section("first_image", [process("h100_fast", 6.0, state="warm", overrides=[])]),
+        "memory": section(
+            "memory", [process("klein-9B bf16, staged", 20.0, budget_gb=24, steps=4), {**missed, "budget_gb": 24}]
+        ),
+        "roofline": section(
+            "roofline", [{"what": "bf16 matmul, square", "unit": "TFLOP/s", "samples": [700.0, 710.0]}]
+        ),
+    }
+    results = folder / "results" / "speed_one"
+    results.mkdir(parents=True)
+    for name, content in contents.items():
+        (results / f"{name}.json").write_text(json.dumps(content))
+    return results
+
+
+def found(rows: list[dict[str, Any]], setting: str, metric: str, model: str = "klein-4B") -> dict[str, Any]:
+    """The one row of the summary that this is about."""
+    (only,) = [r for r in rows if (r["model"], r["setting"], r["metric"]) == (model, setting, metric)]
+    return only
+
+
+def test_summary_judges_what_was_measured_against_the_targets(tmp_path: Path) -> None:
+    rows = summarize.summary(summarize.read([write(tmp_path)]))
+    assert all(list(r) == KEYS for r in rows)
+    step = found(rows, "h100_lossless", "denoising step")
+    assert (step["value"], step["plain_diffusers"], step["target"], step["met"]) == (52.0, 85.0, 55, True)
+    assert step["command"] == "python benchmarks/speed.py OUT --only klein"
+    dev = found(rows, "h100_fast", "denoising step", "dev")
+    assert (dev["value"], dev["unit"], dev["met"]) == (0.255, "s", True)
+    error = found(rows, "h100_lossless", summarize.ERROR)
+    assert (error["value"], error["met"]) == (0.02, True)
+    warm = found(rows, "h100_fast", "first image of a new process beyond load, warm")
+    assert (warm["value"], warm["target"], warm["met"]) == (4.0, 5, True)
+
+
+def test_summary_says_what_fell_back_and_what_was_not_measured(tmp_path: Path) -> None:
+    rows = summarize.summary(summarize.read([write(tmp_path)]))
+    fast = found(rows, "h100_fast (compile: cudagraphs → none)", "denoising step")
+    assert (fast["value"], fast["target"], fast["met"]) == (40.0, 37, False)
+    missing = found(rows, "h100_lossless", "denoising step", "dev")
+    assert (missing["value"], missing["met"], missing["target"]) == (None, None, 0.425)
+    assert not any(r["setting"] == "broken" for r in rows)
+
+
+def test_the_newest_measurement_counts_and_dry_runs_do_not(tmp_path: Path) -> None:
+    folder = write(tmp_path)
+    newer = section("klein", [steps("plain", 84.0), steps("h100_lossless", 50.0)], at="2026-11-24T10:00:00+00:00")
+    dry = {**section("klein", [steps("h100_lossless", 1.0)], at="2026-11-25T10:00:00+00:00"), "tiny": True}
+    (folder / "klein_again.json").write_text(json.dumps(newer))
+    (folder / "klein_dry.json").write_text(json.dumps(dry))
+    step = found(summarize.summary(summarize.read([folder])), "h100_lossless", "denoising step")
+    assert (step["value"], step["plain_diffusers"]) == (50.0, 84.0)
+
+
+def test_main_writes_summary_tables_and_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    results = write(tmp_path).parent
+    names = summarize.tables([], [])
+    markers = "".join(f"<!-- speed:{name} -->STALE<!-- /speed:{name} -->\n" for name in names)
+    docs = tmp_path / "docs" / "performance.md"
+    docs.parent.mkdir()
+    docs.write_text(f"By hand.\n{markers}Also by hand.\n")
+    monkeypatch.setattr(sys, "argv", ["summarize.py", "--results", str(results), "--docs", str(docs)])
+    assert summarize.main() == 0
+    text = docs.read_text()
+    assert text.startswith("By hand.\n")
+    assert text.endswith("Also by hand.\n")
+    assert "STALE" not in text
+    assert "| klein-4B | `h100_lossless` | denoising step | 85 ms | **52** ms | 1.63× | ≤ 55 ms | yes |" in text
+    assert "| `h100_lossless` | **52** | 51–53, n=4 | 1.63× | 1.15× | 2.0e-02 | 1.5 s |" in text
+    assert "| klein-9B bf16, staged | 24 GB | staged | 18.0 GB | 0.45 s | 4 steps |" in text
+    assert "not measured: not finished" in text
+    assert "| `h100_fast` | 1024×1024 | 40 | 1.0 s | recompiles 1 |" in text
+    assert json.loads((results / "summary.json").read_text())
+    plots = {path.name for path in (docs.parent / "images").iterdir()}
+    assert plots == {"performance_steps.svg", "performance_image.svg", "performance_sizes.svg"}
+
+
+def test_the_document_is_made_from_the_results_in_the_repository() -> None:
+    results = ROOT / "benchmarks" / "results"
+    measured = summarize.read(sorted(results.glob("speed*/")))
+    rows = summarize.summary(measured)
+    assert json.loads((results / "summary.json").read_text(encoding="utf-8")) == rows
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert summarize.document(text, measured, rows) == text, "run python benchmarks/summarize.py"
