@@ -25,8 +25,9 @@ CUDA_PACKAGES = {"torch": "2.11.0+cu130", "diffusers": "0.42.1", "triton": "3.6.
 
 
 def cuda_machine(
-    name: str, gigabytes: float, capability: tuple[int, int], free: float | None = None, **packages: str
-) -> Machine:
+    name: str, gigabytes: float, capability: tuple[int, int], *, free: float | None = None, ram: float = 256,
+    **packages: str,
+) -> Machine:  # fmt: skip
     """A Linux computer with one NVIDIA GPU; ``packages`` are installed too (``_`` for ``-``)."""
     gpu = Gpu(name, int(gigabytes * GIB), int((gigabytes if free is None else free) * GIB), capability)
     installed = {**CUDA_PACKAGES, **{key.replace("_", "-"): version for key, version in packages.items()}}
@@ -36,6 +37,7 @@ def cuda_machine(
         torch_cuda="13.0",
         cxx_compiler="/usr/bin/g++",
         packages=installed,
+        ram_bytes=int(ram * GIB),
         device="cuda",
     )
 

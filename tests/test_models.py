@@ -174,7 +174,7 @@ def test_quantize_is_called_component_by_component(source):
     model = tiny() if source == "random" else Flux2Model(path=tiny_folder("klein"))
     base = models.load(model, dtype="float32", device="cpu", quantize=quantize, progress=progress)
     assert [event for event in events if event.split()[1] in ("text_encoder", "transformer", "vae")] == [
-        f"{done} {name}" for name in ("text_encoder", "transformer", "vae") for done in ("made", "quantized")
+        f"{done} {name}" for name in ("transformer", "text_encoder", "vae") for done in ("made", "quantized")
     ]
     assert base.facts["components"]["transformer"]["quantization"]["converted"] > 0
 

@@ -161,6 +161,7 @@ def test_knobs_survive_a_fallback():
         (["compile=max_autotune", "memory=balanced"], "max_autotune_no_cudagraphs"),
         (["compile=regional", "memory=balanced"], "regional"),
         (["compile=regional", "memory=sequential"], "none"),
+        (["compile=default", "memory=group"], "none"),
         (["compile=reduce_overhead", "model=tiny", "model.distilled=false"], "max_autotune_no_cudagraphs"),
         (["compile=reduce_overhead"], "reduce_overhead"),
     ],

@@ -150,12 +150,13 @@ class Session:
 
         self.release()
         self._state.restore()
+        self._memory.limit(self.plan.machine.device)
         if self.staged:
             self.before_staged_load()
         self.context = Context(self.plan, self._state, Compiler(), self._reference_tokens())
         self.context.counters.update(self._staged_counts)
         base = self._load("image" if self._memory.staged else "all")
-        self.context.weight_facts = base.facts
+        self.context.weight_facts, self.context.pins = base.facts, base.pins
         self.plan.choices["model"].facts = base.facts
         started = time.perf_counter()
         with self.interrupts.immediate():

@@ -106,8 +106,9 @@ CONFLICTS = (
         "compile", "max_autotune_no_cudagraphs", ("mode",),
     ),
     Conflict(
-        ("compile", lambda o: o.name != "none"), ("memory", _named("sequential")),
-        "sequential offload moves weights inside the compiled region, layer by layer: a graph break per layer",
+        ("compile", lambda o: o.name != "none"), ("memory", _named("sequential", "group")),
+        "the weights move inside the compiled region, layer by layer: a graph break per layer (memory=balanced moves "
+        "them outside of it)",
         "compile", "none",
     ),
     Conflict(

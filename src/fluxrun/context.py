@@ -15,6 +15,7 @@ from fluxrun.plan import Plan
 if TYPE_CHECKING:
     from fluxrun.compiler import Compiler
     from fluxrun.cuda_graphs import GraphedForward
+    from fluxrun.offload import Pins
     from fluxrun.state import ProcessState
 
 PATCH_PIXELS = 16
@@ -31,6 +32,7 @@ class Context:
         self.graphs = Graphs()
         self.counters: Counter[str] = Counter()
         self.weight_facts: Facts = {}
+        self.pins: Pins | None = None
         self._reference_tokens = reference_tokens
 
     @property

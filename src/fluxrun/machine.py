@@ -162,7 +162,7 @@ def _nvml() -> tuple[tuple[Gpu, ...], str | None]:
         wanted = [part.strip() for part in visible.split(",") if part.strip()]
         if all(part.lstrip("-").isdigit() for part in wanted):
             numbers = [int(part) for part in wanted if int(part) in numbers]  # type: ignore[assignment]
-    gpus = []
+    gpus: list[Gpu] = []
     for number in numbers:
         handle = pynvml.nvmlDeviceGetHandleByIndex(number)
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
@@ -176,7 +176,7 @@ def _nvml() -> tuple[tuple[Gpu, ...], str | None]:
 
 
 def _own_bytes(index: int) -> int:
-    """What this process itself holds of a GPU: an earlier job's weights are freed, or used again, before they matter."""
+    """What this process itself holds of a GPU: an earlier job's weights are freed, or used again, by the next."""
     torch = sys.modules.get("torch")  # not imported for this: a process that has not, holds nothing
     if torch is None or not torch.cuda.is_initialized():
         return 0

@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from fluxrun import architectures, checkpoint, hub
 from fluxrun.errors import ConfigError
+from fluxrun.offload import Pins
 from fluxrun.random_weights import random_source
 from fluxrun.text_encoder import NeededLayers
 
@@ -39,9 +40,10 @@ Progress = Callable[[str], None]
 PARTS: dict[Part, tuple[str, ...]] = {
     "text": ("text_encoder", "tokenizer"),
     "image": ("transformer", "vae", "scheduler"),
-    "all": ("text_encoder", "tokenizer", "transformer", "vae", "scheduler"),
+    "all": ("transformer", "text_encoder", "tokenizer", "vae", "scheduler"),
 }
-"""Pipeline components of each part, in the order in which they are loaded."""
+"""Pipeline components of each part, in the order in which they are loaded: what may be quantized first, while there is
+still room for it as it was."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ class Base:
     facts: dict[str, Any]
     bytes: int
     """Bytes of all weights and buffers, shared storages counted once."""
+    pins: Pins = field(default_factory=Pins, compare=False)
+    """What of them is page-locked, for offloading."""
 
 
 def _silent(_: str) -> None:
@@ -283,14 +287,14 @@ def _tensors(modules: Iterable[nn.Module]) -> Iterator[torch.Tensor]:
         yield from module.buffers()
 
 
-def _plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The ordinary tensors inside ``tensor``: itself, or a quantized one's data and scales."""
     if type(tensor) in (torch.Tensor, nn.Parameter) or not hasattr(tensor, "__tensor_flatten__"):
         yield tensor
         return
     names, _ = tensor.__tensor_flatten__()  # type: ignore[operator]
     for name in names:
-        yield from _plain(getattr(tensor, name))
+        yield from plain_tensors(getattr(tensor, name))
 
 
 def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -298,7 +302,7 @@ def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
     storages = {
         (plain.device, plain.untyped_storage().data_ptr()): plain.untyped_storage().nbytes()
         for tensor in tensors
-        for plain in _plain(tensor)
+        for plain in plain_tensors(tensor)
     }
     return sum(storages.values())
 

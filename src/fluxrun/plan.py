@@ -198,30 +198,6 @@ def picture_size(config: RunConfig) -> tuple[int, int]:
     return config.height or model.height, config.width or model.width
 
 
-def decode_bytes(height: int, width: int) -> int:
-    """Estimated working memory of decoding a picture whole: ten full-size buffers of 128 two-byte channels."""
-    return height * width * 128 * 2 * 10
-
-
-def memory_needs(plan: Plan) -> dict[str, int] | None:
-    """Estimated bytes on the GPU for each rung of the memory ladder; None where sizes are not known."""
-    if not plan.weight_bytes:
-        return None
-    sizes = dict(plan.weight_bytes)
-    if plan.options["quantization"].name != "none":
-        sizes["transformer"] = sizes.get("transformer", 0) // 2
-    text = sizes.get("text_encoder", 0)
-    rest = sum(sizes.values()) - text
-    work = decode_bytes(*plan.size)
-    return {
-        "resident": text + rest + work,
-        "staged": max(text, rest + work),
-        "balanced": max(sizes.values()) + work,
-        "group": max(sizes.values()) // 20 + work,
-        "sequential": max(sizes.values()) // 100 + work,
-    }
-
-
 def summary(plan: Plan) -> dict[str, Any]:
     """The plan as plain data, for ``fluxrun plan`` and tests."""
     return {

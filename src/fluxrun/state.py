@@ -144,7 +144,25 @@ def _switches() -> dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]]:
         "sdp.mem_efficient": (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
         "sdp.math": (cuda.math_sdp_enabled, cuda.enable_math_sdp),
         "sdp.cudnn": (cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp),
+        "cuda.memory_share": (_memory_shares, _set_memory_shares),
     }
+
+
+def _memory_shares() -> tuple[float, ...] | None:
+    """The share of each GPU that torch's allocator may take; None while this process uses none: asking would begin."""
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return None
+    return tuple(torch.cuda.get_per_process_memory_fraction(n) for n in range(torch.cuda.device_count()))
+
+
+def _set_memory_shares(shares: tuple[float, ...] | None) -> None:
+    import torch
+
+    if torch.cuda.is_initialized():
+        for number in range(torch.cuda.device_count()):
+            torch.cuda.set_per_process_memory_fraction(shares[number] if shares else 1.0, number)
 
 
 def _set_flash_attention(implementation: str | None) -> None:

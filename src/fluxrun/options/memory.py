@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from fluxrun.config import Facts, Option
+from fluxrun.estimate import CONTEXT_BYTES, budget_bytes, memory_needs, ram_needs
 from fluxrun.machine import GIB, Machine
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ class MemoryKnobs(Option):
     """The knobs all memory options share."""
 
     budget_gb: float | None = Field(None, gt=0)
-    """GB (2**30 bytes) of GPU memory to stay under; None is what is free."""
+    """GB (2**30 bytes) of GPU memory to stay under (torch's allocator is held to it); None is what is free."""
 
     group_level: Literal["leaf", "block"] = "leaf"
     """Group offload: by leaf module or by block."""
@@ -39,37 +40,68 @@ class MemoryKnobs(Option):
     """Whether the weights are loaded to the CPU's memory and moved by hooks."""
 
     def unused_knobs(self) -> list[str]:
-        used = {"budget_gb"} if self.name == "auto" else {"group_level", "blocks_per_group", "use_stream"}
-        used = used if self.name in ("auto", "group") else set()
+        used = {"budget_gb"} | (
+            {"group_level", "blocks_per_group", "use_stream"} if self.name in ("auto", "group") else set()
+        )
         fields = type(self).model_fields
         knobs = ("budget_gb", "group_level", "blocks_per_group", "use_stream")
         return [k for k in knobs if k not in used and getattr(self, k) != fields[k].get_default()]
+
+    def limit(self, device: str) -> None:
+        """Before anything is loaded: hold torch's allocator to the budget, like a smaller GPU; state.py undoes it."""
+        if self.budget_gb is None or not device.startswith("cuda"):
+            return
+        import torch
+
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(allocator_share(self.budget_gb, total), device)
+
+    def limited(self, device: str) -> Facts:
+        """What the allocator says its limit is, where it has one."""
+        if not device.startswith("cuda"):
+            return {}
+        import torch
+
+        share = torch.cuda.get_per_process_memory_fraction(device)
+        total = torch.cuda.get_device_properties(device).total_memory
+        return {"allocator_limit_bytes": int(share * total)} if share < 1 else {}
+
+
+def allocator_share(budget_gb: float, total_bytes: int) -> float:
+    """The share of a GPU that torch's allocator may take, so that the whole process stays under the budget."""
+    return min(1.0, max(0.0, (budget_gb * GIB - CONTEXT_BYTES) / total_bytes))
 
 
 class AutoMemory(MemoryKnobs):
     """The fastest placement whose estimated need fits the budget."""
 
     def resolve(self, plan: Plan) -> tuple[str, str]:
-        from fluxrun.plan import memory_needs
-
         machine = plan.machine
         if not machine.accelerated or machine.gpu is None:
             return "resident", f"on {machine.device} there is nothing to offload from"
-        budget = self.budget_gb * GIB if self.budget_gb else machine.gpu.free_bytes
-        needs = memory_needs(plan)
-        if needs is None:
+        budget = budget_bytes(self, machine)
+        needs, ram = memory_needs(plan), ram_needs(plan)
+        if needs is None or ram is None:
             return "resident", "the weights' size is not known before loading"
-        for name in LADDER:
-            if needs[name] <= budget:
-                return name, f"needs about {needs[name] / GIB:.1f} GB of {budget / GIB:.1f} GB"
-        return LADDER[-1], f"nothing fits {budget / GIB:.1f} GB by the estimate; this needs the least"
+        fitting = [name for name in LADDER if needs[name] <= budget]
+        enough = [name for name in fitting if not machine.ram_bytes or ram[name] <= machine.ram_bytes]
+        if enough:
+            return enough[0], f"needs about {needs[enough[0]] / GIB:.1f} GB of {budget / GIB:.1f} GB"
+        name = fitting[0] if fitting else LADDER[-1]
+        if not fitting:
+            return name, f"nothing fits {budget / GIB:.1f} GB by the estimate; this needs the least"
+        have = (
+            f"about {ram[name] / GIB:.0f} GB of the computer's own memory, which has {machine.ram_bytes / GIB:.0f} GB"
+        )
+        plan.note(f"memory={name} keeps the weights in the computer's own memory: it needs {have}")
+        return name, f"needs {have}; nothing else fits the GPU"
 
 
 class Resident(MemoryKnobs):
     """All components on the device."""
 
     def apply(self, pipeline: Any, context: Context) -> Facts:
-        return {"resident_bytes": context.weight_facts.get("bytes")}
+        return {"resident_bytes": context.weight_facts.get("bytes"), **self.limited(context.device)}
 
 
 class Staged(MemoryKnobs):
@@ -78,7 +110,7 @@ class Staged(MemoryKnobs):
     staged: bool = Field(True, frozen=True, exclude=True)
 
     def apply(self, pipeline: Any, context: Context) -> Facts:
-        return {}
+        return self.limited(context.device)
 
     def observe(self, pipeline: Any, context: Context) -> Facts:
         return {
@@ -97,13 +129,25 @@ class Offload(MemoryKnobs):
             return None
         return f"offloads from a GPU to the CPU's memory; this run is on {machine.device}, there is nothing to offload"
 
+    def pinned(self, pipeline: Any, context: Context) -> Facts:
+        """Page-lock the weights for fast copies."""
+        if context.pins is None or not context.device.startswith("cuda"):
+            return {}
+        return context.pins.add(pipeline)
+
 
 class Balanced(Offload):
-    """Model offload: one component on the GPU at a time."""
+    """Text encoder and transformer take turns on the GPU: one copy per change, none between images of known prompts."""
 
     def apply(self, pipeline: Any, context: Context) -> Facts:
-        pipeline.enable_model_cpu_offload(device=context.device)
-        return {"hooks": len(pipeline._all_hooks)}
+        from fluxrun.offload import TakeTurns
+
+        pinned = self.pinned(pipeline, context)
+        pipeline._fluxrun_turns = TakeTurns(pipeline, context.device, context.counters)
+        return {**pinned, **self.limited(context.device)}
+
+    def observe(self, pipeline: Any, context: Context) -> Facts:
+        return {name: context.counters[name] for name in ("components_moved", "bytes_moved")}
 
 
 class Sequential(Offload):
@@ -112,31 +156,21 @@ class Sequential(Offload):
     def apply(self, pipeline: Any, context: Context) -> Facts:
         pipeline.enable_sequential_cpu_offload(device=context.device)
         modules = [m for m in pipeline.components.values() if hasattr(m, "modules")]
-        return {"hooks": sum(hasattr(s, "_hf_hook") for m in modules for s in m.modules())}
+        hooks = sum(hasattr(s, "_hf_hook") for m in modules for s in m.modules())
+        return {"hooks": hooks, **self.limited(context.device)}
 
 
 class Group(Offload):
-    """Group offload: groups of layers move while others compute."""
+    """Group offload: groups of layers move while others compute; the VAE, which is small, stays on the GPU."""
 
     def apply(self, pipeline: Any, context: Context) -> Facts:
-        import torch
+        from fluxrun.offload import stream_in
 
         streams = self.use_stream and context.device.startswith("cuda")
-        pipeline.enable_group_offload(
-            onload_device=torch.device(context.device),
-            offload_device=torch.device("cpu"),
-            offload_type=f"{self.group_level}_level",
-            num_blocks_per_group=self.blocks_per_group if self.group_level == "block" else None,
+        # What is pinned where it lies, diffusers does not copy into pinned memory of its own: twice the weights.
+        pinned = self.pinned(pipeline, context) if streams else {}
+        groups = stream_in(
+            pipeline, context.device, blocks=self.blocks_per_group if self.group_level == "block" else None,
             use_stream=streams,
-        )
-        return {"groups": _groups(pipeline), "streams": streams}
-
-
-def _groups(pipeline: Any) -> int:
-    """Modules whose group-offloading hook diffusers really registered."""
-    modules = (s for m in pipeline.components.values() if hasattr(m, "modules") for s in m.modules())
-    return sum(
-        registry.get_hook("group_offloading") is not None
-        for module in modules
-        if (registry := getattr(module, "_diffusers_hook", None)) is not None
-    )
+        )  # fmt: skip
+        return {"groups": groups, "streams": streams, **pinned, **self.limited(context.device)}

@@ -32,7 +32,7 @@ class AutoVae(VaeKnobs):
     """Tiles above 1536×1536 pixels, or when the memory estimate leaves no room for a whole picture."""
 
     def resolve(self, plan: Plan) -> tuple[str, str]:
-        from fluxrun.plan import decode_bytes
+        from fluxrun.estimate import decode_bytes
 
         height, width = plan.size
         if height * width > AUTO_TILING_PIXELS:

@@ -1,0 +1,98 @@
+"""Memory estimates: what each rung of the memory ladder needs of the GPU and of the computer's own memory. Pure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fluxrun.architectures import architecture
+from fluxrun.machine import GIB, Machine
+
+if TYPE_CHECKING:
+    from fluxrun.options.memory import MemoryKnobs
+    from fluxrun.plan import Plan
+
+CONTEXT_BYTES = GIB // 2
+"""What a process takes of a GPU outside torch's allocator: the CUDA context, kernels, cuBLAS's own buffers."""
+
+PROCESS_BYTES = 4 * GIB
+"""What a process with torch and diffusers takes of the computer's own memory besides the weights."""
+
+PATCH_PIXELS = 16
+LARGEST_LEAF = 40
+"""A transformer is at least so many times its largest layer (klein-4B 45, dev 95)."""
+LARGEST_BLOCK = 16
+"""The same for its blocks (klein-4B 16, dev 33)."""
+LARGEST_TEXT_LEAF = 8
+"""The same for a cut text encoder, whose largest layer is the embedding table (klein-4B)."""
+
+
+def budget_bytes(memory: MemoryKnobs, machine: Machine) -> int:
+    """GPU memory a run may use: what is free, and never more than the budget."""
+    free = machine.gpu.free_bytes if machine.gpu else 0
+    return min(free, int(memory.budget_gb * GIB)) if memory.budget_gb else free
+
+
+def decode_bytes(height: int, width: int) -> int:
+    """Working memory of decoding a picture whole: ten full-size buffers of 128 two-byte channels.
+
+    1024x1024: 2.68 GB, which is what klein-4B's peak was above its weights (benchmarks/results/klein4b_sweep_h100).
+    """
+    return height * width * 128 * 2 * 10
+
+
+def working_bytes(plan: Plan) -> int:
+    """Working memory beside the weights: decoding or a step of the transformer, whichever takes more."""
+    height, width = plan.size
+    vae = plan.options["vae"]
+    tile = getattr(vae, "tile_size", 0) if getattr(vae, "decode", "full") == "tiled" else max(height, width)
+    decode = decode_bytes(min(height, tile), min(width, tile))
+    if getattr(vae, "decode", "full") != "sliced":
+        decode *= plan.config.batch_size
+    # The most that lives at once in a single block is about 22 times its two-byte input: projection, q, k, attention,
+    # the gated MLP's halves, and their concatenation.
+    tokens = (height // PATCH_PIXELS) * (width // PATCH_PIXELS) + plan.model.max_sequence_length
+    return max(decode, plan.config.batch_size * tokens * _width(plan) * 2 * 22)
+
+
+def _width(plan: Plan) -> int:
+    """Width of the transformer's hidden states; the widest there is for a checkpoint that is only known by its path."""
+    name = plan.model.architecture
+    sizes = architecture(name, plan.model.pipeline if name == "tiny" else None).transformer if name else {}
+    return int(sizes.get("num_attention_heads", 48)) * int(sizes.get("attention_head_dim", 128))
+
+
+def memory_needs(plan: Plan) -> dict[str, int] | None:
+    """Estimated bytes on the GPU for each rung of the memory ladder; None where sizes are not known."""
+    if not plan.weight_bytes:
+        return None
+    text, transformer, vae = _parts(plan)
+    work, outside = working_bytes(plan), CONTEXT_BYTES
+    group = plan.options["memory"]
+    largest = LARGEST_BLOCK if getattr(group, "group_level", "leaf") == "block" else LARGEST_LEAF
+    leaf = max(transformer // LARGEST_LEAF, text // LARGEST_TEXT_LEAF)
+    return {
+        "resident": outside + text + transformer + vae + work,
+        "staged": outside + max(text, transformer + vae + work),
+        "balanced": outside + vae + max(text, transformer + work),
+        # One group computes while the next one arrives.
+        "group": outside + vae + 2 * max(transformer // largest, text // LARGEST_TEXT_LEAF) + work,
+        "sequential": outside + leaf + work,
+    }
+
+
+def ram_needs(plan: Plan) -> dict[str, int] | None:
+    """Estimated bytes of the computer's own memory at their peak: components are loaded there one by one."""
+    if not plan.weight_bytes:
+        return None
+    text, transformer, vae = _parts(plan)
+    unquantized = plan.weight_bytes.get("transformer", 0)
+    passing = PROCESS_BYTES + max(text, unquantized)
+    staying = PROCESS_BYTES + max(unquantized, text + transformer + vae)  # the transformer is loaded first
+    return {"resident": passing, "staged": passing, "balanced": staying, "group": staying, "sequential": staying}
+
+
+def _parts(plan: Plan) -> tuple[int, int, int]:
+    """Bytes of text encoder, transformer and VAE, as they will lie in memory."""
+    sizes = plan.weight_bytes or {}
+    share = 1 if plan.options["quantization"].name == "none" else 2
+    return sizes.get("text_encoder", 0), sizes.get("transformer", 0) // share, sizes.get("vae", 0)

@@ -1,0 +1,125 @@
+"""Memory estimates and what memory=auto makes of them, on GPUs that are not here."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from helpers import H100, cuda_machine, effective, plan_on
+
+from fluxrun import machine as machine_module
+from fluxrun.estimate import CONTEXT_BYTES, memory_needs, ram_needs, working_bytes
+from fluxrun.machine import GIB, Machine
+from fluxrun.options.memory import allocator_share
+
+GIGABYTES = (80, 48, 24, 16, 12)
+
+# dev at 24 GB and below has to stream its weights in fp8 too: 30 GB of transformer do not fit.
+CHOSEN = {
+    ("flux2_klein_4b", "none"): ("resident", "resident", "resident", "staged", "staged"),
+    ("flux2_klein_4b", "fp8"): ("resident", "resident", "resident", "resident", "staged"),
+    ("flux2_klein_9b", "none"): ("resident", "resident", "staged", "group", "group"),
+    ("flux2_klein_9b", "fp8"): ("resident", "resident", "resident", "staged", "staged"),
+    ("flux2_dev", "none"): ("staged", "group", "group", "group", "group"),
+    ("flux2_dev", "fp8"): ("resident", "staged", "group", "group", "group"),
+}
+
+
+def card(gigabytes: float, ram: float = 128) -> Machine:
+    return cuda_machine(f"{gigabytes} GB", gigabytes, (9, 0), ram=ram, torchvision="0.26")
+
+
+def planned(machine: Machine, model: str, *overrides: str) -> Any:
+    return plan_on(machine, f"model={model}", "model.weights=random", *overrides)
+
+
+@pytest.mark.parametrize(("model", "quantization"), CHOSEN)
+def test_auto_on_cards_of_every_size(model, quantization):
+    plans = [planned(card(size), model, f"quantization={quantization}") for size in GIGABYTES]
+    assert tuple(effective(plan)["memory"] for plan in plans) == CHOSEN[model, quantization]
+    # A budget on a large card plans as a small card does.
+    budgets = [
+        planned(card(80), model, f"quantization={quantization}", f"memory.budget_gb={size}") for size in GIGABYTES
+    ]
+    assert tuple(effective(plan)["memory"] for plan in budgets) == CHOSEN[model, quantization]
+
+
+def test_the_computers_own_memory_counts():
+    # dev's weights in bf16, 94 GB, in 64 GB: nothing else fits the GPU, so it is tried, and said.
+    plan = planned(card(24, ram=64), "flux2_dev")
+    assert effective(plan)["memory"] == "group"
+    assert any("97 GB of the computer's own memory, which has 64 GB" in note for note in plan.notes)
+    assert not planned(card(24), "flux2_dev").notes
+    assert not planned(card(24, ram=0), "flux2_dev").notes  # not known: nothing is said
+    needs = ram_needs(planned(card(80), "flux2_dev", "quantization=fp8"))
+    assert needs
+    # Quantized while it is alone: 60 GB of transformer first, then 30 GB beside the text encoder's 33.
+    assert 64 * GIB < needs["group"] < 70 * GIB
+
+
+def test_a_budget_beyond_what_is_free_is_not_believed():
+    machine = cuda_machine("busy", 80, (9, 0), free=14)
+    assert effective(planned(machine, "flux2_klein_4b", "memory.budget_gb=40"))["memory"] == "staged"
+
+
+def test_working_memory_goes_by_size_and_tiles():
+    whole = planned(H100, "flux2_klein_4b", "vae=full")
+    assert working_bytes(whole) == pytest.approx(18_643_822_080 - 15_962_000_000, rel=0.01)  # the H100 sweep's peak
+    assert working_bytes(planned(H100, "flux2_klein_4b", "vae=tiled")) < working_bytes(whole) / 3
+    # In eight tokens more than in pixels: a step of the transformer takes more than a tiled decode.
+    assert working_bytes(planned(H100, "flux2_dev", "vae=tiled")) == (4096 + 512) * 6144 * 2 * 22
+    assert working_bytes(planned(H100, "flux2_klein_4b", "vae=full", "batch_size=2")) == 2 * working_bytes(whole)
+
+
+def test_blocks_take_more_than_layers_and_sizes_may_be_unknown():
+    leaf, block = (
+        memory_needs(planned(H100, "flux2_dev", "memory=group", f"memory.group_level={level}"))
+        for level in ("leaf", "block")
+    )
+    assert leaf
+    assert block
+    assert leaf["group"] <= block["group"]
+    plan = planned(H100, "flux2_dev")
+    plan.weight_bytes = None
+    assert memory_needs(plan) is ram_needs(plan) is None
+
+
+def test_the_allocators_share_leaves_room_for_the_context():
+    total = 80 * GIB
+    assert allocator_share(24, total) * total == pytest.approx(24 * GIB - CONTEXT_BYTES)
+    assert allocator_share(1000, total) == 1.0
+    assert allocator_share(0.1, total) == 0.0
+
+
+def test_a_budget_is_no_unused_knob():
+    plan = planned(H100, "flux2_klein_4b", "memory=resident", "memory.budget_gb=24")
+    assert not [note for note in plan.notes if "budget" in note]
+
+
+def test_memory_that_this_process_holds_itself_is_not_lost(monkeypatch):
+    """A sweep's second job plans with what the first one's weights will give back, or with the weights themselves."""
+    cuda = SimpleNamespace(is_initialized=lambda: True, memory_reserved=lambda index: (index + 1) * GIB)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    assert machine_module._own_bytes(1) == 2 * GIB
+    cuda.is_initialized = lambda: False
+    assert machine_module._own_bytes(1) == 0
+    monkeypatch.delitem(sys.modules, "torch")
+    assert machine_module._own_bytes(0) == 0
+
+
+def test_a_containers_limit_is_the_computers_memory(monkeypatch, tmp_path):
+    whole = machine_module._ram_bytes()
+    (tmp_path / "limit").write_text("1073741824\n")
+    (tmp_path / "none").write_text("max\n")
+    monkeypatch.setattr(machine_module, "CGROUP_LIMITS", (str(tmp_path / "none"), str(tmp_path / "absent")))
+    assert machine_module._ram_bytes() >= whole
+    monkeypatch.setattr(machine_module, "CGROUP_LIMITS", (str(tmp_path / "none"), str(tmp_path / "limit")))
+    assert machine_module._ram_bytes() == GIB
+
+
+def test_a_card_whose_memory_is_taken_is_not_an_empty_one():
+    busy = replace(H100, gpus=(replace(H100.gpus[0], free_bytes=5 * GIB),))
+    assert effective(planned(busy, "flux2_klein_4b"))["memory"] == "group"

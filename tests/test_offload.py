@@ -1,0 +1,144 @@
+"""Offloading: weights are copied to the device when their turn comes, never back, and drawn with as if they stayed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import draw, hashes, small
+
+from fluxrun import offload
+from fluxrun.options.memory import Offload
+from fluxrun.workbench import Workbench
+
+
+@pytest.fixture(scope="module")
+def bench():
+    with Workbench() as workbench:
+        yield workbench
+
+
+@pytest.fixture
+def on_a_cpu(monkeypatch):
+    """Offload "to" the CPU: copies are made, as to a GPU, and everything else is real."""
+    monkeypatch.setattr(Offload, "requires", lambda self, machine: None)
+
+    def copied(tensor, device):
+        copy = tensor.detach().clone()
+        return torch.nn.Parameter(copy, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else copy
+
+    monkeypatch.setattr(offload, "copied", copied)
+
+
+def quantized_layer() -> torch.nn.Module:
+    from torchao.quantization import Float8WeightOnlyConfig, quantize_
+
+    module = torch.nn.Sequential(torch.nn.Linear(64, 32, dtype=torch.bfloat16), torch.nn.BatchNorm1d(32))
+    quantize_(module, Float8WeightOnlyConfig(), device="cpu")
+    return module.requires_grad_(False)
+
+
+@pytest.mark.parametrize("kind", ["plain", "torchao", "tied"])
+def test_a_guest_leaves_its_weights_at_home(kind):
+    pytest.importorskip("torchao")
+    module = (
+        quantized_layer() if kind == "torchao" else torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    )
+    if kind == "tied":
+        module[1].weight = module[0].weight
+    before = [id(tensor) for tensor in (*module.parameters(), *module.buffers())]
+    guest = offload.Guest(module)
+    guest.visit(torch.device("meta"))
+    away = list(module.parameters())
+    assert {tensor.device.type for tensor in (*away, *module.buffers())} == {"meta"}
+    assert all(isinstance(tensor, torch.nn.Parameter) for tensor in away)
+    assert (kind == "tied") == (module[-1].weight is module[0].weight)
+    guest.go_home()
+    assert [id(tensor) for tensor in (*module.parameters(), *module.buffers())] == before
+
+
+@pytest.mark.parametrize("pipeline", ["klein", "dev"])
+@pytest.mark.parametrize(
+    "overrides",
+    [["memory=balanced"], ["memory=group"], ["memory=group", "memory.group_level=block", "memory.blocks_per_group=2"]],
+)
+def test_the_picture_is_the_same(pipeline, overrides, bench, tmp_path, on_a_cpu):
+    model = f"model.pipeline={pipeline}"
+    plain = draw(tmp_path / "plain", model, "memory=resident", workbench=bench)
+    record = draw(tmp_path / "run", model, *overrides, "strict=true", workbench=bench)
+    assert hashes(record) == hashes(plain)
+    if "memory=group" in overrides:
+        assert record.options["memory"].facts["groups"] > 0
+
+
+def test_balanced_copies_once_a_prompt_and_not_once_an_image(bench, tmp_path, on_a_cpu):
+    prompts = "prompt=[a red circle, a blue square]"
+    record = draw(tmp_path / "run", "memory=balanced", "num_images=3", prompts, "strict=true", workbench=bench)
+    assert len(record.images) == 6
+    # Text encoder and transformer, twice each: images of a prompt that is known need neither to move.
+    assert record.options["memory"].facts["components_moved"] == 4
+    again = draw(tmp_path / "again", "memory=balanced", "seed=7", prompts, "strict=true", workbench=bench)
+    assert again.options["memory"].facts["components_moved"] <= 4
+
+
+def test_balanced_beside_regional_and_whole_compile(bench, tmp_path, on_a_cpu):
+    """Copies have other addresses every time: nothing is compiled again for that."""
+    two = "prompt=[a red circle, a blue square]"
+    plain = draw(tmp_path / "plain", "memory=resident", "compile=regional", two, workbench=bench)
+    record = draw(tmp_path / "run", "memory=balanced", "compile=regional", two, "strict=true", workbench=bench)
+    facts = record.options["compile"].facts
+    assert (facts["graph_breaks"], facts["recompiles"]) == (0, 0)
+    assert facts["graphs_run_per_step"] == 3
+    assert hashes(record) == hashes(plain)
+    whole = draw(tmp_path / "whole", "memory=balanced", "compile=default", two, "strict=true", workbench=bench)
+    assert (whole.options["compile"].effective, whole.options["compile"].facts["graph_breaks"]) == ("default", 0)
+    assert whole.options["compile"].facts["recompiles"] == 0
+
+
+@pytest.mark.parametrize("overrides", [["memory=balanced"], ["memory=group", "memory.use_stream=false"]])
+def test_a_step_cache_beside_offloading(overrides, bench, tmp_path, on_a_cpu):
+    pytest.importorskip("cache_dit")
+    cached = ("cache=fixed", "steps=8")
+    plain = draw(tmp_path / "plain", *cached, "memory=resident", workbench=bench)
+    record = draw(tmp_path / "run", *cached, *overrides, "strict=true", workbench=bench)
+    assert record.options["cache"].facts["steps_skipped"] > 0
+    assert hashes(record) == hashes(plain)
+
+
+def test_turns(on_a_cpu):
+    """Reference pictures and guidance: whoever is needed is there."""
+    import fluxrun
+
+    session = fluxrun.build(small("memory=balanced", "model.distilled=false"))
+    try:
+        turns, counters = session.pipeline._fluxrun_turns, session.context.counters
+        assert turns.inside is None
+        session.pipeline(
+            prompt="a", guidance_scale=4.0, height=64, width=64, num_inference_steps=1,
+            max_sequence_length=32, text_encoder_out_layers=(1, 2, 3),
+        )  # fmt: skip
+        assert (turns.inside, counters["components_moved"]) == ("transformer", 2)
+    finally:
+        session.close()
+
+
+def test_pins_hold_what_is_registered_and_let_it_go(monkeypatch):
+    registered: set[int] = set()
+    monkeypatch.setattr(offload, "PINNED_FROM_BYTES", 1)
+    monkeypatch.setattr(offload, "_register", lambda storage: not registered.add(storage.data_ptr()))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    class Runtime:
+        cudaHostUnregister = staticmethod(registered.discard)
+
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+
+    class Pipeline:
+        text_encoder, transformer = None, torch.nn.Linear(8, 8)
+
+    pins = offload.Pins()
+    facts = pins.add(Pipeline)
+    assert facts == {"pinned_bytes": 8 * 8 * 4 + 8 * 4}
+    assert pins.add(Pipeline) == facts
+    assert len(registered) == 2
+    del pins
+    assert not registered
