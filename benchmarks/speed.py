@@ -2,6 +2,7 @@
 
     python benchmarks/speed.py OUT                                  # every section, about 15 minutes on an H100
     python benchmarks/speed.py OUT --only klein,vae --budget 240    # some of them, and the most seconds they may take
+    python benchmarks/speed.py OUT --only klein --limits klein=300  # more time for a section: more of its settings
     python benchmarks/speed.py OUT --only klein --keep h100_fast --add "mine: quantization=fp8 compile=default"
     python benchmarks/speed.py OUT --model tiny                     # a dry run on any machine
 
@@ -48,6 +49,7 @@ class Run:
     added: tuple[Setting, ...]
     limits: dict[str, float]
     rounds: int
+    alone: bool
     command: list[str]
     work: Path
     """A temporary folder, for what the settings are compared with."""
@@ -83,16 +85,12 @@ class Section:
             "tiny": run.tiny,
             "versions": run.versions,
             "before": gpu_state(),
+            "between": [],
             "after": None,
             "seconds": None,
             "rows": [],
         }
         self._started = time.monotonic()
-
-    @property
-    def memory_gb(self) -> float | None:
-        """Free GPU memory when the section began."""
-        return gpu_memory_gb(self._content["before"])
 
     def save(self, rows: list[Row]) -> None:
         """Write these rows."""
@@ -102,6 +100,10 @@ class Section:
         unfinished = self._path.with_suffix(".part")
         unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(self._path)
+
+    def note_state(self) -> None:
+        """Note the device's clocks and power; written with what is measured next."""
+        self._content["between"].append(gpu_state())
 
     def add(self, row: Row) -> None:
         """Write one more row, and say it."""
@@ -124,8 +126,8 @@ def say(row: Row) -> None:
 
 def roofline(run: Run, section: Section) -> None:
     """What the device can do at all."""
-    turns = rounds_of(run, section, "roofline", run.job("roofline", "klein_4b"), rounds=1)
-    turns.say = lambda row: None
+    turns = rounds_of(run, section, "roofline", run.job("roofline", "klein_4b"))
+    turns.rounds, turns.say = 1, lambda row: None
     turns.one_at_a_time([known.PLAIN], passes=1)
     rows = [row for turn in turns.rows[0]["samples"].get("ceilings", []) for row in turn]
     section.save(rows or turns.rows)
@@ -139,7 +141,7 @@ def klein(run: Run, section: Section) -> None:
     first, *rest = known.KLEIN
     groups = [run.settings(*group) for group in ((*first, *run.added), *rest)]
     groups = [group for n, group in enumerate(groups) if n == 0 or len(group) > 1]
-    side_by_side(turns, groups, known.GIGABYTES["klein_4b"], section.memory_gb)
+    side_by_side(run, turns, groups, known.KLEIN_GB)
 
 
 def dev(run: Run, section: Section) -> None:
@@ -151,14 +153,14 @@ def dev(run: Run, section: Section) -> None:
 def vae(run: Run, section: Section) -> None:
     """VAE decode."""
     turns = rounds_of(run, section, "vae", run.job("decode", "klein_4b"))
-    side_by_side(turns, [run.settings(*known.VAE)], known.GIGABYTES["klein_4b"], section.memory_gb)
+    side_by_side(run, turns, [run.settings(*known.VAE)], known.KLEIN_GB)
 
 
 def image(run: Run, section: Section) -> None:
     """klein-4B, prompt to PIL image, text encoder included."""
     turns = rounds_of(run, section, "image", run.job("image", "klein_4b"))
-    gigabytes = known.GIGABYTES["klein_4b"] + known.TEXT_ENCODER_GB
-    side_by_side(turns, [run.settings(*known.IMAGE, *run.added)], gigabytes, section.memory_gb)
+    gigabytes = known.KLEIN_GB + known.TEXT_ENCODER_GB
+    side_by_side(run, turns, [run.settings(*known.IMAGE, *run.added)], gigabytes)
 
 
 def long(run: Run, section: Section) -> None:
@@ -192,11 +194,19 @@ def memory(run: Run, section: Section) -> None:
 
 def rounds_of(run: Run, section: Section, name: str, jobs: Callable[[Setting], Job], rounds: int = 0) -> Rounds:
     """Turns in this section; ``--rounds`` overrides how many."""
-    return Rounds(jobs, run.until(name), section.save, run.rounds or rounds or 5, say=say)
+    number = run.rounds or rounds or 5
+    return Rounds(jobs, run.until(name), section.save, number, say=say, after_round=section.note_state)
 
 
-def side_by_side(turns: Rounds, groups: Sequence[Sequence[Setting]], gigabytes: float, room: float | None) -> None:
-    """Every group that fits, and once more, beside plain diffusers alone, whoever found too little memory."""
+def side_by_side(run: Run, turns: Rounds, groups: Sequence[Sequence[Setting]], gigabytes: float) -> None:
+    """Every group that fits, and once more, beside plain diffusers alone, whoever found too little memory.
+
+    On a device that holds no two of them, or with ``--alone``, one after the other.
+    """
+    room = gpu_memory_gb(gpu_state())
+    if run.alone or (room is not None and room < 2 * gigabytes):
+        turns.one_at_a_time(list(dict.fromkeys(setting for group in groups for setting in group)))
+        return
     again: list[Setting] = []
     for number, group in enumerate(groups_that_fit(groups, gigabytes, room)):
         if number and turns.left < LEAST_S:
@@ -280,6 +290,7 @@ def run_of(given: argparse.Namespace, work: Path) -> Run:
         added=tuple(given.add),
         limits=given.limits,
         rounds=given.rounds,
+        alone=given.alone,
         command=["python", "benchmarks/speed.py", *sys.argv[1:]],
         work=work,
     )
@@ -298,6 +309,7 @@ def arguments() -> argparse.Namespace:
         "--add", type=known.parse_setting, action="append", default=[], help="'name: override …' for klein, dev, image"
     )
     parser.add_argument("--rounds", type=int, default=0, help="turns of each setting (0: the section's own number)")
+    parser.add_argument("--alone", action="store_true", help="one setting at a time, whatever the memory holds")
     given = parser.parse_args()
     if given.keep is not None:
         given.keep += [setting.name for setting in given.add]

@@ -119,6 +119,8 @@ class Rounds:
     """Seconds a setting's first calls may take, compiling included."""
     turn_s: float = 60.0
     say: Callable[[Row], None] = lambda row: None
+    after_round: Callable[[], None] = lambda: None
+    """Called while the device is still warm: it notes clocks and power."""
     rows: list[Row] = field(default_factory=list)
 
     @property
@@ -156,6 +158,7 @@ class Rounds:
             for worker in workers if number % 2 == 0 else reversed(workers):
                 if worker.alive:
                     self._attempt(worker, worker.take_turn, self.turn_s)
+            self.after_round()
             self.save(self.rows)
 
     def _build_together(self, workers: list[Worker]) -> None:
@@ -215,6 +218,7 @@ class Rounds:
         self._attempt(worker, worker.note, "build", BUILD_S)
         self._warm(worker, reserve=0.0)
         turns(worker)
+        self.after_round()
         self._note_facts(worker)
 
     def _turns(self, worker: Worker) -> None:

@@ -106,9 +106,9 @@ MEMORY = (
     MemoryRow("klein-9B bf16, staged", "klein_9b", 24, ("memory=staged",)),
     MemoryRow("klein-9B bf16, balanced", "klein_9b", 24, ("memory=balanced",)),
     MemoryRow("klein-9B bf16, group", "klein_9b", 24, ("memory=group",)),
+    MemoryRow("klein-4B bf16, auto", "klein_4b", 12, ("memory=auto", "memory.budget_gb=12")),
     MemoryRow("dev fp8, group", "dev", 24, ("memory=group", "quantization=fp8"), steps=2),
     MemoryRow("dev fp8, auto", "dev", 24, ("memory=auto", "memory.budget_gb=24", "quantization=fp8"), steps=2),
-    MemoryRow("klein-4B bf16, auto", "klein_4b", 12, ("memory=auto", "memory.budget_gb=12")),
     MemoryRow("dev bf16, balanced", "dev", 80, ("memory=balanced",), steps=8),
 )
 
@@ -123,8 +123,8 @@ TINY_MODELS: dict[str, tuple[str, ...]] = {
 }
 """What stands for each model in a dry run: its pipeline class, nothing of its size."""
 
-GIGABYTES = {"klein_4b": 12.0, "dev": 76.0}
-"""GPU memory of one process with transformer and VAE in bf16, CUDA context and graphs included."""
+KLEIN_GB = 12.0
+"""GPU memory of one process with klein-4B's transformer and VAE in bf16, CUDA context and graphs included."""
 TEXT_ENCODER_GB = 8.0
 """klein-4B's text encoder beside it."""
 

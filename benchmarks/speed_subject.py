@@ -107,7 +107,7 @@ class Subject:
         width = self.pipeline.transformer.config.joint_attention_dim
         numbers = torch.Generator("cpu").manual_seed(SEED)
         drawn = torch.randn(1, self.model.max_sequence_length, width, generator=numbers)
-        return drawn.to(self.device, self.pipeline.transformer.dtype)
+        return drawn.to(self.device, self.pipeline.vae.dtype)  # the transformer's may be that of its quantized weights
 
     def step_inputs(self) -> dict[str, Any]:
         """What a pipeline call hands to the transformer at its first step."""

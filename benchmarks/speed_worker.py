@@ -6,6 +6,7 @@ waiting for its turn keeps the GPU for one at a time: settings are timed side by
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
 import os
@@ -89,7 +90,7 @@ def _import_libraries(job: Job) -> None:
     else:
         import speed_subject  # noqa: F401
         from diffusers import Flux2KleinPipeline  # noqa: F401
-    if job.setting.halves:
+    if job.setting.halves and importlib.util.find_spec("torchao") is not None:
         import torchao.quantization  # noqa: F401
 
 
