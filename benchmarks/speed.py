@@ -232,7 +232,7 @@ class Kind:
 SECTIONS = {
     "roofline": Kind(roofline, 60),
     "klein": Kind(klein, 150),
-    "vae": Kind(vae, 70),
+    "vae": Kind(vae, 90),
     "image": Kind(image, 100),
     "dev": Kind(dev, 190),
     "long": Kind(long, 120),

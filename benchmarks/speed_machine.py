@@ -10,7 +10,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "triton", "diffusers", "transformers", "accelerate", "torchao", "cache-dit", "xformers")
+PACKAGES = (
+    "torch",
+    "triton",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "torchao",
+    "cache-dit",
+    "xformers",
+    "nvidia-cudnn-frontend",
+)
 GPU_FIELDS = (
     "name",
     "driver_version",

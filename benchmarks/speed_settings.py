@@ -70,13 +70,15 @@ KLEIN = (
 
 DEV = (PLAIN, plain("regional"), LOSSLESS, FAST)
 IMAGE = (PLAIN, plain("regional"), LOSSLESS, FAST)
+VAE_COMPILED = ("compile=regional", "compile.targets=[vae_decoder]", "vae.channels_last=true")
 VAE = (
     PLAIN,
     plain("vae_compiled"),
     LOSSLESS,
     FAST,
     fluxrun("neutral"),
-    fluxrun("vae_compile", "compile=regional", "compile.targets=[vae_decoder]", "vae.channels_last=true"),
+    fluxrun("vae_compile", *VAE_COMPILED),
+    fluxrun("vae_compile_cuda_graph", *VAE_COMPILED, "compile.cuda_graph=true"),
 )
 LONG = (
     replace(FAST, name="h100_fast_fixed_cache", overrides=(*FAST.overrides, *FIXED_CACHE)),
