@@ -160,7 +160,7 @@ def test_counts_are_of_blocks_that_really_ran(tmp_path, guidance, overrides):
         for name in ("transformer_blocks", "single_transformer_blocks"):
             for block in getattr(session.pipeline.transformer, name):
                 block.register_forward_hook(lambda *_, name=name: calls.update([name]))
-        assert session.ready
+        assert session.ready_for([])
         Generation(session, RunFolder(tmp_path / "run", prepared.config), prepared.jobs).run()
         facts = session.plan.choices["cache"].facts
     branches = 2 if guidance > 1 else 1

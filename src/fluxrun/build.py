@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,8 @@ class Session:
         self._on_change = on_change
         self.before_staged_load: Callable[[], None] = lambda: None
         """memory=staged: what must be encoded before everything but the text encoder is loaded."""
+        self.upcoming: Sequence[str] = ()
+        """Prompts of later runs over the same weights: memory=staged encodes them while its text encoder is there."""
         self._staged_counts: Counter[str] = Counter()
         self._state = ProcessState()
 
@@ -83,10 +86,10 @@ class Session:
         """Whether torch.compile was asked to work on the pipeline as it stands."""
         return self.context is not None and self.context.compiler.active
 
-    @property
-    def ready(self) -> bool:
-        """Whether a pipeline stands that another run can draw with; a staged one has no text encoder left."""
-        return self.pipeline is not None and not self.staged
+    def ready_for(self, prompts: Iterable[str]) -> bool:
+        """Whether a pipeline stands that can draw these; a staged one has no text encoder left for new ones."""
+        known = not self.staged or all(self.embedding(prompt) is not None for prompt in prompts)
+        return self.pipeline is not None and known
 
     def carry_on(
         self, plan: Plan, *, reporter: Reporter, interrupts: Interrupts, on_change: Callable[[], None]
@@ -99,6 +102,7 @@ class Session:
         self.plan.config, self.plan.notes = plan.config, plan.notes
         self.reporter, self.interrupts, self._on_change = reporter, interrupts, on_change
         self.timings = {"load_s": 0.0, "apply_s": 0.0}
+        self._staged_counts.clear()
         self.context.start_counting()
         on_change()
 
@@ -255,6 +259,19 @@ class Session:
         self._staged_counts = Counter(prompts_encoded_first=prompts, freed_bytes=base.bytes)
         del base
         self.store.keep_only([])
+
+    def embedding(self, prompt: str) -> Any:
+        """memory=staged: the embedding an earlier run has left of ``prompt``, or None."""
+        return self.store.embeddings.get(self._embedding_key(prompt))
+
+    def keep_embedding(self, prompt: str, embedding: Any) -> None:
+        """memory=staged: leave an embedding to later runs."""
+        self.store.embeddings[self._embedding_key(prompt)] = embedding.cpu()
+
+    def _embedding_key(self, prompt: str) -> str:
+        model = self.plan.model
+        weights = replace(self._key("text"), quantization="", distilled=None)  # neither is the text encoder's
+        return f"{weights} {model.max_sequence_length} {model.text_encoder_out_layers} {prompt}"
 
     def _reference_tokens(self) -> int:
         cap = 1024 * 1024  # the pipeline scales larger references down to this area

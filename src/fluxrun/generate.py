@@ -15,7 +15,7 @@ from fluxrun.build import Session
 from fluxrun.context import synchronize
 from fluxrun.errors import Interrupted
 from fluxrun.progress import Steps
-from fluxrun.prompts import Job
+from fluxrun.prompts import Job, texts_of
 from fluxrun.record import MemoryRecord, RunFolder, Timings, spread
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Generation:
     def run(self) -> None:
         """Draw every job. Finished images are on disk and in the record whatever ends the loop."""
         reset_peak(self.device)
-        if self.session.ready and not self.session.staged:  # staged: new prompts need the text encoder again
+        if self.session.ready_for(texts_of(self.session.plan, self.jobs)):
             self._fresh = False
         else:
             self._rebuild(None)
@@ -290,15 +290,14 @@ class Embeddings:
 
     def guided(self) -> bool:
         """Whether this run uses classifier-free guidance, which needs the negative prompt's embedding too."""
-        model, guidance = self.generation.session.plan.model, self.generation.guidance
-        return model.pipeline == "klein" and model.distilled is False and guidance is not None and guidance > 1
+        return self.generation.session.plan.guided
 
     def of(self, prompts: Sequence[str]) -> Any:
         """Embeddings of a batch: [batch, max_sequence_length, joint_attention_dim]."""
         import torch
 
         for prompt in prompts:
-            if prompt not in self._known:
+            if not self._at_hand(prompt):
                 self._known[prompt] = self._encode(self.generation.session.pipeline, prompt)
         device = self.generation.device
         return torch.cat([self._known[prompt].to(device) for prompt in prompts])
@@ -306,17 +305,25 @@ class Embeddings:
     def encode_all(self) -> None:
         """memory=staged: every prompt that is not known yet, with the text encoder alone, which then goes."""
         session = self.generation.session
-        prompts = list(dict.fromkeys(job.prompt for job in self.generation.jobs))
-        prompts += [session.plan.config.negative_prompt or ""] if self.guided() else []
-        missing = [prompt for prompt in prompts if prompt not in self._known]
+        missing = [prompt for prompt in texts_of(session.plan, self.generation.jobs) if not self._at_hand(prompt)]
+        # The text encoder is loaded once more for each run that misses one: a sweep's later prompts go along.
+        later = [p for p in dict.fromkeys(session.upcoming) if p not in missing and session.embedding(p) is None]
 
         def encode(pipeline: Any) -> None:
-            for prompt in missing:
+            for prompt in (*missing, *later):
                 session.interrupts.check()
                 self._known[prompt] = self._encode(pipeline, prompt)
+                session.keep_embedding(prompt, self._known[prompt])
 
         if missing:
-            session.encode_first(encode, len(missing))
+            session.encode_first(encode, len(missing) + len(later))
+
+    def _at_hand(self, prompt: str) -> bool:
+        """Whether this run knows the prompt's embedding, or an earlier one with staged memory has left it."""
+        session = self.generation.session
+        if prompt not in self._known and session.staged and (found := session.embedding(prompt)) is not None:
+            self._known[prompt] = found
+        return prompt in self._known
 
     def forget(self, batch: Sequence[Job]) -> None:
         """Drop what no later image needs, so that ten thousand prompts do not fill the memory."""

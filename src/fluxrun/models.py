@@ -316,6 +316,8 @@ class WeightStore:
 
     reasons: list[str] = field(default_factory=list)
     """One line per load, in order: ``first load`` or the parts of the key that changed."""
+    embeddings: dict[str, torch.Tensor] = field(default_factory=dict)
+    """memory=staged: prompt embeddings on the CPU, some 16 MB each, so that a sweep encodes each prompt once."""
     _bases: dict[WeightsKey, Base] = field(default_factory=dict)
     _seen: list[WeightsKey] = field(default_factory=list)
 

@@ -84,6 +84,13 @@ class Plan:
         """Height and width in pixels."""
         return picture_size(self.config)
 
+    @property
+    def guided(self) -> bool:
+        """Whether the run uses classifier-free guidance, which calls the transformer twice a step."""
+        model = self.model
+        guidance = model.guidance if self.config.guidance is None else self.config.guidance
+        return model.pipeline == "klein" and model.distilled is False and guidance is not None and guidance > 1
+
     def note(self, text: str) -> None:
         """Add a note once."""
         if text not in self.notes:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from fluxrun.config import RunConfig
 from fluxrun.errors import ConfigError, one_line
+
+if TYPE_CHECKING:
+    from fluxrun.plan import Plan
 
 ALLOWED_KEYS = ("prompt", "seed", "num_images")
 SEEDS = 2**63
@@ -36,6 +40,19 @@ def jobs_of(config: RunConfig) -> list[Job]:
             raise ConfigError(f"seed={first} with num_images={count}: seeds must stay below 2**63")
         jobs += [Job(_text(entry["prompt"]), first + n) for n in range(count)]
     return jobs
+
+
+def texts_of(plan: Plan, jobs: Sequence[Job]) -> list[str]:
+    """Every text a run must encode, once each: its prompts, and with guidance the negative one."""
+    negative = [plan.config.negative_prompt or ""] if plan.guided else []
+    return list(dict.fromkeys([*(job.prompt for job in jobs), *negative]))
+
+
+def prompts_beside(data: dict[str, Any], jobs: Sequence[dict[str, Any]]) -> list[str]:
+    """The prompts of all jobs with this one's model; a file's are read when its job runs."""
+    same = [job.get("prompt") for job in jobs if job.get("model") == data.get("model") and not job.get("prompts_file")]
+    texts = (prompt if isinstance(prompt, list) else [prompt] for prompt in same)
+    return list(dict.fromkeys(text for found in texts for text in found if isinstance(text, str)))
 
 
 def _text(prompt: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fluxrun.config import GROUPS
 from fluxrun.interrupt import Interrupts
 from fluxrun.progress import Reporter
+from fluxrun.prompts import texts_of
 
 if TYPE_CHECKING:
     from fluxrun.build import Session
@@ -34,6 +35,8 @@ class Workbench:
         self._session: Session | None = None
         self._key = ""
         self._compiled = False
+        self.upcoming: Sequence[str] = ()
+        """Prompts of the runs still to come over the same weights, where that is known."""
 
     def __enter__(self) -> Workbench:
         return self
@@ -62,7 +65,8 @@ class Workbench:
 
     def _take(self, prepared: Prepared, shared: dict[str, Any]) -> Session:
         key = build_key(prepared)
-        if self._session is not None and self._session.ready and key == self._key:
+        texts = texts_of(prepared.plan, prepared.jobs)
+        if self._session is not None and key == self._key and self._session.ready_for(texts):
             log.info("options, model and size as before: the pipeline is used as it stands")
             self._session.carry_on(prepared.plan, **shared)
             return self._session
@@ -90,7 +94,7 @@ class Workbench:
         session = Session(
             prepared.plan, store=self._store, references=prepared.references, located=prepared.located, **shared
         )
-        self._store = session.store
+        self._store, session.upcoming = session.store, self.upcoming
         session.__enter__()
         return session
 
