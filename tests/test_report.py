@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import shutil
 import subprocess
@@ -72,6 +73,17 @@ def test_several_sweeps_become_one_report(swept: Path, tmp_path: Path) -> None:
     page = (tmp_path / "both" / "report.html").read_text()
     assert "sweep/0" in page
     assert "other/0" in page
+
+
+def test_a_sweep_named_twice_is_one_and_equal_names_are_told_apart(swept: Path, tmp_path: Path) -> None:
+    shutil.copytree(swept, tmp_path / "machine_a" / "sweep")
+    shutil.copytree(swept, tmp_path / "machine_b" / "sweep")
+    folders = [str(tmp_path / name / "sweep") for name in ("machine_a", "machine_b", "machine_a")]
+    assert dispatch(["report", *folders, "--output", str(tmp_path / "both")]) == 0
+    with (tmp_path / "both" / "sweep.csv").open() as file:
+        jobs = [line["job"] for line in csv.DictReader(file)]
+    assert len(jobs) == len(set(jobs)) == 24
+    assert {job.rpartition("/")[0] for job in jobs} == {"machine_a/sweep", "machine_b/sweep"}
 
 
 def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:

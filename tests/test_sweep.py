@@ -132,6 +132,7 @@ def test_a_killed_sweep_is_resumed_with_every_job_once_and_none_lost(tmp_path: P
     child.kill()
     child.wait()
     assert read_record(tmp_path / "out" / "3").status == "running"
+    assert set(statuses(tmp_path / "out")) == {str(n) for n in range(6)}, "all jobs are in sweep.json from the start"
     finished = {str(n): read_record(tmp_path / "out" / str(n)).run_id for n in range(3)}
     assert read(tmp_path / "out")["status"] == "running"
 
@@ -165,6 +166,86 @@ def test_two_sweeps_in_one_folder_are_refused(tmp_path: Path, monkeypatch: pytes
         dispatch(["--multirun", *GRID, "hydra.sweep.dir=out"])
 
 
+# --- baselines --------------------------------------------------------------------------------------------------------
+
+
+def sweep_here(monkeypatch: pytest.MonkeyPatch, folder: Path, *overrides: str) -> tuple[int, dict[str, dict[str, Any]]]:
+    """A sweep in this process; its exit code and its rows by job."""
+    monkeypatch.setattr("sys.argv", ["fluxrun"])
+    code = dispatch(["--multirun", *SMALL_RUN, *overrides, f"hydra.sweep.dir={folder}"])
+    return code, {job["job"]: job for job in read(folder)["jobs"]}
+
+
+def test_neutral_pictures_are_drawn_for_every_seed_that_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("skimage", reason="the extra 'report'")
+    grid = ["steps=2,0", "seed=0,1", "attention=math", "sweep.baseline=neutral"]
+    code, jobs = sweep_here(monkeypatch, tmp_path / "s", *grid)
+    assert code == 1, "steps=0"
+    assert {name: job["status"] for name, job in jobs.items()} == {
+        "baseline": "completed", "baseline-2": "completed", "0": "completed", "1": "completed", "2": "failed",
+        "3": "failed",
+    }  # fmt: skip
+    assert all(jobs[name]["psnr_db"] is not None and jobs[name]["speedup"] for name in "01")
+    assert jobs["baseline-2"]["continued"], "baselines come together, over one pipeline"
+    before = {name: read_record(tmp_path / "s" / name).run_id for name in ("baseline", "baseline-2", "0", "1")}
+    _, again = sweep_here(monkeypatch, tmp_path / "s", *grid)
+    assert {name: read_record(tmp_path / "s" / name).run_id for name in before} == before
+    assert set(again) == set(jobs)
+
+
+def test_a_baseline_that_fails_takes_no_job_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fluxrun import sweep
+
+    real = sweep.draw
+
+    def draws(data: dict[str, Any], dirs: Any, folder: Path, whole: sweep.Sweep) -> None:
+        if folder.name.startswith("baseline"):
+            raise RuntimeError("no baseline today")
+        real(data, dirs, folder, whole)
+
+    monkeypatch.setattr(sweep, "draw", draws)
+    overrides = ["steps=2", "attention=math,flex", "sweep.baseline=neutral"]
+    code, jobs = sweep_here(monkeypatch, tmp_path / "s", *overrides)
+    assert code == 1
+    assert {name: job["status"] for name, job in jobs.items()} == {
+        "0": "completed", "1": "completed", "baseline": "failed",
+    }  # fmt: skip
+    assert "no baseline today" in jobs["baseline"]["reason"]
+
+
+def test_any_run_folder_can_be_the_baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw(tmp_path / "some run", "steps=2")
+    baseline = f"sweep.baseline={tmp_path / 'some run'}"
+    code, jobs = sweep_here(monkeypatch, tmp_path / "s", "steps=2", "attention=math,flex", baseline)
+    assert code == 0
+    assert jobs["baseline run"]["is_baseline"]
+    assert all(jobs[name]["speedup"] for name in "01")
+    assert read(tmp_path / "s")["totals"]["loads"] == 1, "the earlier run's loading is not the sweep's"
+
+
+def test_a_sweep_of_prompts_keeps_the_pipeline_and_names_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, jobs = sweep_here(monkeypatch, tmp_path / "s", "steps=2", "prompt=[a red circle],['a star, blue']")
+    assert code == 0
+    assert [jobs[name]["images"][0]["prompt"] for name in "01"] == ["a red circle", "a star, blue"]
+    assert [jobs[name]["continued"] for name in "01"] == [False, True]
+    assert "prompt=a star, blue" in (tmp_path / "s" / "sweep.csv").read_text()
+
+
+def test_a_record_that_cannot_be_read_is_a_failed_row_and_not_the_tables_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "s" / "mine").mkdir(parents=True)
+    (tmp_path / "s" / "mine" / "run.json").write_text("{ not json")
+    code, jobs = sweep_here(monkeypatch, tmp_path / "s", "steps=2", "seed=0,1")
+    assert {name: job["status"] for name, job in jobs.items()} == {"0": "completed", "1": "completed"}
+    assert code == 0
+    (tmp_path / "s" / "0" / "run.json").write_text("{ not json")
+    assert dispatch(["report", str(tmp_path / "s")]) == 0
+    assert statuses(tmp_path / "s") == {"0": "failed", "1": "completed"}
+
+
 # --- what is refused as a whole ---------------------------------------------------------------------------------------
 
 
@@ -177,6 +258,7 @@ def test_two_sweeps_in_one_folder_are_refused(tmp_path: Path, monkeypatch: pytes
         (["--multirun", "seed=0,1", "sweep.resume=nowhere"], "no such folder"),
         (["--multirun", "seed=0,1", "sweep.baseline=attention=math"], "sweep.baseline"),
         (["--multirun", "seed=0,1", "sweep.min_psnr=-3"], "sweep.min_psnr"),
+        (["--multirun", "seed=0,1", "hydra.sweep.subdir=a/${hydra.job.num}"], "hydra.sweep.subdir"),
         (["sweep.isolation=process"], "add --multirun"),
         (["+sweep=attention_x_compiler"], "attention_x_compile"),
     ],

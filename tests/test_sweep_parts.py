@@ -14,7 +14,7 @@ from fluxrun.comparing import baseline_rows, compare, mark_front, pays_after, se
 from fluxrun.compose import config_dirs, hydra_for
 from fluxrun.grid import compose_grid, ordered, shown
 from fluxrun.record import RunRecord, data_hash, read_record, write_failure
-from fluxrun.results import NEUTRAL, Chosen, Picture, Row, Setting, by_speed, label, to_csv
+from fluxrun.results import Chosen, Picture, Row, Setting, by_speed, is_neutral_option, label, to_csv
 from fluxrun.resume import arrange
 
 # --- the grid ---------------------------------------------------------------------------------------------------------
@@ -189,7 +189,12 @@ def usable_here() -> list[tuple[str, ...]]:
 
     found: dict[str, list[tuple[str, ...]]] = {}
     for group, name in every_option():
-        if group == "model" or name in (*NEUTRAL, "auto") or (group == "compile" and name != "regional"):
+        if (
+            group == "model"
+            or name == "auto"
+            or is_neutral_option(group, name)
+            or (group == "compile" and name != "regional")
+        ):
             continue
         overrides = (f"{group}={name}", *KNOBS.get(group, ()))
         if not prepare(small(*overrides)).plan.choices[group].fallbacks:

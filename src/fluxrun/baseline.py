@@ -2,43 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
 from fluxrun.catalog import Catalog
-from fluxrun.config import GROUPS
-from fluxrun.results import NEUTRAL
-from fluxrun.resume import BASELINE
+from fluxrun.config import GROUPS, RunConfig
+from fluxrun.errors import ConfigError
+from fluxrun.record import data_hash
+from fluxrun.results import is_neutral_option, neutral_options
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
     from fluxrun.grid import GridJob
     from fluxrun.sweep import SweepConfig
 
+LOADS = ("model", "device")
+"""Jobs that agree in these draw their neutral pictures over the same weights."""
 
-def wanted(config: SweepConfig, grid: Sequence[GridJob] | None, folder: Path) -> bool:
-    """Whether the sweep must draw the neutral pictures itself, and has not yet."""
-    asked = config.baseline == "neutral" or (config.min_psnr is not None and config.baseline == "auto")
-    has_one = grid is not None and any(is_neutral(job.data) for job in grid)
-    return asked and not has_one and not (folder / BASELINE / "run.json").exists()
+
+def missing(
+    config: SweepConfig, grid: Sequence[GridJob] | None, job: GridJob, dirs: tuple[Path, ...]
+) -> dict[str, dict[str, Any]]:
+    """Neutral runs, by config hash, that are to be compared with this job and that no job of the sweep itself draws.
+
+    All those of the jobs over the same weights come together: going to and fro would build and compile every time.
+    """
+    if not (config.baseline == "neutral" or (config.min_psnr is not None and config.baseline == "auto")):
+        return {}
+    alike = [j for j in grid or (job,) if all(j.data.get(key) == job.data.get(key) for key in LOADS)]
+    drawn = {j.config_hash for j in grid or ()}
+    wanted = (neutral_data(j.data, dirs) for j in alike)
+    return {name: data for data in wanted if (name := data_hash(data)) not in drawn and _valid(data, dirs)}
+
+
+def _valid(data: dict[str, Any], dirs: tuple[Path, ...]) -> bool:
+    """Whether there can be such a run at all: a job with ``steps=0`` has no baseline, and says itself why it fails."""
+    try:
+        RunConfig.from_dict(data, dirs)
+    except ConfigError:
+        return False
+    return True
 
 
 def is_neutral(data: dict[str, Any]) -> bool:
     """Whether a config asks for neutral options only; ``auto`` where it chooses a placement or tiles."""
-    names = [_name(data, group) for group in GROUPS if group != "model"]
-    return all(name in (*NEUTRAL, "auto") for name in names)
+    names = ((group, _name(data, group)) for group in GROUPS if group != "model")
+    return all(name == "auto" or is_neutral_option(group, name) for group, name in names)
 
 
-def neutral_data(data: dict[str, Any], dirs: tuple[Path, ...]) -> dict[str, Any]:
-    """The same run with every option neutral; where ``auto`` places the weights, it still does."""
+def neutral_data(data: dict[str, Any], dirs: tuple[Path, ...], keep: Sequence[str] = ()) -> dict[str, Any]:
+    """The same run with every option neutral but those of the groups in ``keep``; where ``auto`` places the weights,
+    it still does."""
     catalog = Catalog(dirs)
-    changed = {}
-    for group in GROUPS:
-        name = next((n for n in catalog.names(group) if n in NEUTRAL), None)
-        if group != "model" and name is not None and _name(data, group) not in (name, "auto"):
-            changed[group] = option_data(catalog, group, name)
+    changed = {
+        group: option_data(catalog, group, name)
+        for group, name in neutral_options().items()
+        if group not in keep and _name(data, group) not in (name, "auto")
+    }
     return {**data, **changed}
 
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fluxrun.results import Row, Setting, label
-from fluxrun.resume import BASELINE
+from fluxrun.results import ALL_THE_SAME, Row, Setting, distinctive
+from fluxrun.resume import BASELINE_ELSEWHERE
 
 
 def compare(rows: Sequence[Row], root: Path, baseline: str = "auto") -> list[str]:
@@ -40,8 +40,8 @@ def baseline_rows(rows: Iterable[Row], baseline: str) -> list[Row]:
     if baseline in ("auto", "neutral"):
         # Where the weights lie does not change a picture: better such a baseline than none.
         return [row for row in done if row.neutral()] or [row for row in done if row.neutral(but="memory")]
-    drawn = [row for row in done if Path(row.folder).name == BASELINE]
-    return drawn or [row for row in done if matches(row, baseline)]
+    elsewhere = [row for row in done if row.job == BASELINE_ELSEWHERE]
+    return elsewhere or [row for row in done if matches(row, baseline)]
 
 
 def matches(row: Row, wanted: str) -> bool:
@@ -200,9 +200,8 @@ def _status(group: Sequence[Row], done: int) -> str:
 
 
 def _setting_label(row: Row, rows: Sequence[Row]) -> str:
-    words = label(row, rows).split(" ")
-    kept = [word for word in words if word.partition("=")[0] not in SAME_SETTING]
-    return " ".join(kept) or "all options as configured"
+    kept = [word for word in distinctive(row, rows) if word.partition("=")[0] not in SAME_SETTING]
+    return " ".join(kept) or ("neutral options" if row.neutral() else ALL_THE_SAME)
 
 
 def mark_front(found: Sequence[Setting]) -> None:

@@ -11,6 +11,7 @@ from types import TracebackType
 
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from fluxrun.progress import Reporter, Steps, console
 from fluxrun.results import Row
@@ -53,7 +54,7 @@ class SweepView:
     """Shows jobs, options, status, seconds per step and the time left."""
 
     def __init__(self, labels: dict[str, str] | None) -> None:
-        self._total = len(labels) if labels is not None else None
+        self._known = labels is not None
         self._lines = {name: Line(text) for name, text in (labels or {}).items()}
         self._current = ""
         self._began = 0.0
@@ -88,7 +89,7 @@ class SweepView:
         log.info(
             "job %s%s %s: %s%s%s",
             name,
-            f" ({self._done()} of {self._total})" if self._total else "",
+            f" ({self._done()} of {len(self._lines)})" if self._known else "",
             line.status,
             line.label or line.options,
             f", {line.pace} a step" if row.step_s else "",
@@ -101,13 +102,14 @@ class SweepView:
     def _seconds_left(self) -> float | None:
         """The mean of the jobs so far, times those that are left."""
         times = [line.took_s for line in self._lines.values() if line.took_s is not None]
-        if not times or self._total is None:
+        if not times or not self._known:
             return None
         return sum(times) / len(times) * (len(self._lines) - self._done())
 
     def _render(self) -> Table:
         left = self._seconds_left()
-        title = f"{self._done()} of {self._total or '?'} jobs" + (f", about {left:.0f} s left" if left else "")
+        total = len(self._lines) if self._known else "?"
+        title = f"{self._done()} of {total} jobs" + (f", about {left:.0f} s left" if left else "")
         columns = ("job", "what differs", "ran with", "status", "s/step")
         table = Table(*columns, title=title, title_justify="left", box=None)
         names = list(self._lines)
@@ -115,7 +117,8 @@ class SweepView:
         for name in names[max(0, middle - ROWS_AROUND) : middle + ROWS_AROUND + 1]:
             line = self._lines[name]
             style = {"failed": "red", "running": "bold", "completed": "green"}.get(line.status, "dim")
-            table.add_row(name, line.label, line.options, line.status, self._pace(line), style=style)
+            cells = (name, line.label, line.options, line.status, self._pace(line))
+            table.add_row(*map(Text, cells), style=style)  # a prompt's brackets are no markup
         return table
 
     def _pace(self, line: Line) -> str:

@@ -16,7 +16,7 @@ from fluxrun.errors import ConfigError
 from fluxrun.paths import PACKAGE
 from fluxrun.plots import first_against_later, speed_against_fidelity
 from fluxrun.record import write_atomically
-from fluxrun.results import Picture, Result, Row, Setting, label
+from fluxrun.results import Picture, Result, Row, Setting, is_neutral_option, label
 from fluxrun.summary import rebuild, write_files
 from fluxrun.table import GIB, decibels, effective, seconds, show_result
 
@@ -81,6 +81,7 @@ def write_report(result: Result, root: Path, path: Path) -> None:
         verdict=verdict(result.settings),
         rows=[(row, label(row, result.jobs), effective(row)) for row in result.jobs],
         galleries=galleries(result, root),
+        is_neutral_option=is_neutral_option,
         most_pictures=MOST_PICTURES if sum(len(r.images) for r in result.jobs) > MOST_PICTURES else None,
         scatter=_markup(speed_against_fidelity(result.settings)),
         bars=_markup(first_against_later(result.settings)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import os
 import statistics
@@ -13,11 +14,29 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict
 
+from fluxrun.catalog import Catalog
+from fluxrun.config import GROUPS
 from fluxrun.errors import ConfigError
 from fluxrun.record import FallbackRecord, RunRecord, Status, read_record
 
-NEUTRAL = ("sdpa", "diffusers", "none", "full", "resident", "single")
-"""The neutral option of every group has one of these names."""
+
+@functools.cache
+def neutral_options() -> dict[str, str]:
+    """The neutral option of every group but ``model``: the one of fluxrun's own that has nothing to fall back to."""
+    catalog = Catalog()
+    groups = ((group, catalog.names(group)) for group in GROUPS if group != "model")
+    return {g: next(n for n in names if _fallback_of(catalog.path(g, n)) in (None, "error")) for g, names in groups}
+
+
+def is_neutral_option(group: str, name: str) -> bool:
+    """Whether an option is its group's neutral one; in a record from another version, of any group's."""
+    known = neutral_options()
+    return name == known[group] if group in known else name in known.values()
+
+
+def _fallback_of(path: Path) -> str | None:
+    fallback = yaml.safe_load(path.read_text(encoding="utf-8")).get("fallback")
+    return None if fallback is None else str(fallback)
 
 
 class ResultModel(BaseModel):
@@ -110,7 +129,7 @@ class Row(ResultModel):
     def neutral(self, but: str = "") -> bool:
         """Whether only neutral options ran, and none of them as a fallback; the group ``but`` is not looked at."""
         groups = {group: chosen for group, chosen in self.options.items() if group not in ("model", but)}
-        return bool(groups) and all(c.effective in NEUTRAL and not c.fell_back for c in groups.values())
+        return bool(groups) and all(is_neutral_option(g, c.effective) and not c.fell_back for g, c in groups.items())
 
     @property
     def fallbacks(self) -> list[tuple[str, FallbackRecord]]:
@@ -259,12 +278,50 @@ def _relative(path: Path, root: Path) -> str:
 
 
 def label(row: Row, rows: Sequence[Row]) -> str:
-    """What tells this job from the others: its overrides that not all of them share."""
-    if not row.overrides:
-        return row.job
-    others = [set(r.overrides) for r in rows if r.overrides]
-    shared = set.intersection(*others) if len(others) > 1 else set()
-    return " ".join(o.lstrip("+") for o in row.overrides if o not in shared) or "all options as configured"
+    """What tells this job from the others, as one text."""
+    return " ".join(distinctive(row, rows)) or (ALL_THE_SAME if row.overrides else row.job)
+
+
+ALL_THE_SAME = "all options as configured"
+
+
+def distinctive(row: Row, rows: Sequence[Row]) -> list[str]:
+    """Its overrides that not all jobs have in common, as ``key=value``; all of them when it is the only job."""
+    others = [other for other in rows if other is not row and (other.config or other.overrides)]
+    return [_readable(o, row) for o in row.overrides if not others or any(_differs(o, row, r) for r in others)]
+
+
+def _differs(override: str, row: Row, other: Row) -> bool:
+    """Whether what an override sets is something else in the other job; where no config tells, by its text."""
+    key = _key(override)
+    if key.partition(".")[0] not in row.config or not other.config:
+        return override not in other.overrides
+    return _at(row.config, key) != _at(other.config, key)
+
+
+def _readable(override: str, row: Row) -> str:
+    """An override without Hydra's quoting: a text as it is, a list of texts with bars in between."""
+    key = _key(override)
+    text = isinstance(_at(row.config, key), (str, list))
+    return f"{key}={value_at(row.config, key)}" if text else override.lstrip("+")
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def value_at(config: dict[str, Any], key: str) -> str:
+    """A config's value as text; nothing where there is no such key."""
+    value = _at(config, key)
+    return " | ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
+
+
+def _at(config: dict[str, Any], key: str) -> Any:
+    """A config's value; of an option group, its option."""
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value.get("name", value) if isinstance(value, dict) else value
 
 
 # --- the table ------------------------------------------------------------------------------------------------------

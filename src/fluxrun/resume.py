@@ -14,7 +14,10 @@ from fluxrun.record import RunRecord, read_record
 EARLIER = "earlier"
 """Where unfinished attempts are kept."""
 BASELINE = "baseline"
-"""The folder of a baseline that the sweep draws by itself."""
+"""The folder of a baseline that the sweep draws by itself; those of further prompts and seeds are ``baseline-2``, …"""
+
+BASELINE_ELSEWHERE = "baseline run"
+"""The name, in a sweep's table, of a run that is no job of it but its baseline (``sweep.baseline=FOLDER``)."""
 
 
 @contextlib.contextmanager
@@ -43,6 +46,17 @@ def _lock(number: int, folder: Path) -> None:
         fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise ConfigError(f"another sweep is running in {folder}: wait for it, or choose another folder") from error
+
+
+def is_baseline(path: Path) -> bool:
+    """Whether a run folder is a baseline's that the sweep drew by itself."""
+    return path.name.partition("-")[0] == BASELINE
+
+
+def baseline_folder(folder: Path) -> Path:
+    """Where the next such baseline goes."""
+    names = [BASELINE, *(f"{BASELINE}-{number}" for number in range(2, len(list(folder.iterdir())) + 3))]
+    return next(folder / name for name in names if not (folder / name).exists())
 
 
 def run_folders(folder: Path) -> list[Path]:
@@ -74,10 +88,10 @@ def arrange(folder: Path, hashes: Sequence[str]) -> dict[str, Path]:
 def _renumber(folder: Path, completed: dict[str, Path], hashes: Sequence[str]) -> dict[str, Path]:
     wanted = {config_hash: folder / str(number) for number, config_hash in reversed(list(enumerate(hashes)))}
     for config_hash, path in completed.items():
-        if path.name != BASELINE and path != wanted.get(config_hash):
+        if not is_baseline(path) and path != wanted.get(config_hash):
             completed[config_hash] = path.rename(folder / f"kept-{config_hash}")
     for config_hash, path in completed.items():
-        if config_hash in wanted and path.name != BASELINE:
+        if config_hash in wanted and not is_baseline(path):
             completed[config_hash] = path.rename(wanted[config_hash])
     return completed
 

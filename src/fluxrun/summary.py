@@ -16,7 +16,7 @@ from fluxrun.errors import ConfigError, one_line
 from fluxrun.grid import GridJob
 from fluxrun.record import read_record, write_atomically
 from fluxrun.results import Result, Row, Totals, by_speed, read_row, read_rows, to_csv
-from fluxrun.resume import BASELINE, EARLIER, run_folders
+from fluxrun.resume import BASELINE_ELSEWHERE, run_folders
 
 log = logging.getLogger("fluxrun.sweep")
 
@@ -38,8 +38,8 @@ class Progress:
         _write(folder, self.result(folder, [*rows, *self.pending]))
 
     def result(self, folder: Path, rows: list[Row]) -> Result:
-        """The result without what needs comparing."""
-        done = [row for row in rows if row.status == "completed"]
+        """The result without what needs comparing; an earlier run that is the baseline took none of the time."""
+        done = [row for row in rows if row.status == "completed" and row.job != BASELINE_ELSEWHERE]
         totals = Totals(
             wall_s=self.wall_s,
             loads=sum(bool(row.load_s) for row in done),
@@ -74,10 +74,10 @@ def rebuild(folders: Sequence[Path], root: Path) -> Result:
 
     Raises ConfigError for a folder that holds no run.
     """
+    folders = list({folder.resolve(): folder for folder in folders}.values())
     parts = [_earlier(folder) for folder in folders]
     rows = []
-    for folder, part in zip(folders, parts, strict=True):
-        prefix = f"{folder.name}/" if len(folders) > 1 else ""
+    for folder, part, prefix in zip(folders, parts, _prefixes(folders), strict=True):
         rows += [r.model_copy(update={"job": prefix + r.job}) for r in _rows_of(folder, root, part)]
     one = parts[0] if len(parts) == 1 else None
     progress = Progress(
@@ -89,6 +89,15 @@ def rebuild(folders: Sequence[Path], root: Path) -> Result:
         loads=one.loads if one else [],
     )
     return complete(progress.result(root, rows), root, one.baseline if one else "auto")
+
+
+def _prefixes(folders: Sequence[Path]) -> list[str]:
+    """What tells the jobs of several sweeps apart: the shortest end of each folder's path that is its own."""
+    if len(folders) == 1:
+        return [""]
+    parts = [folder.resolve().parts for folder in folders]
+    depth = next(n for n in range(1, 1 + max(map(len, parts))) if len({p[-n:] for p in parts}) == len(parts))
+    return ["/".join(p[-depth:]) + "/" for p in parts]
 
 
 def complete(result: Result, root: Path, baseline: str) -> Result:
@@ -123,7 +132,7 @@ def _all_rows(folder: Path, pending: Sequence[Row], baseline: str) -> list[Row]:
     rows = read_rows(folder, folder)
     if (Path(baseline) / "run.json").is_file():
         outside = read_row(Path(baseline), folder)
-        rows.append(outside.model_copy(update={"job": BASELINE}))
+        rows.append(outside.model_copy(update={"job": BASELINE_ELSEWHERE}))
     known = {row.config_hash for row in rows}
     return rows + [row for row in pending if row.config_hash not in known]
 
@@ -136,7 +145,7 @@ def _rows_of(folder: Path, root: Path, earlier: Result) -> list[Row]:
         raise ConfigError(f"{folder} holds no run and no sweep of fluxrun's (no run.json in it or one level below)")
     rows = read_rows(folder, root)
     if (Path(earlier.baseline) / "run.json").is_file():
-        rows.append(read_row(Path(earlier.baseline), root).model_copy(update={"job": BASELINE}))
+        rows.append(read_row(Path(earlier.baseline), root).model_copy(update={"job": BASELINE_ELSEWHERE}))
     known = {row.config_hash for row in rows}
     return rows + [row for row in earlier.jobs if row.status == "pending" and row.config_hash not in known]
 
@@ -156,7 +165,7 @@ def _environments(rows: Sequence[Row], root: Path) -> list[dict[str, Any]]:
     """The different machines and versions of all jobs; a commit made meanwhile is no other machine."""
     found: dict[str, dict[str, Any]] = {}
     for row in rows:
-        if row.status == "pending" or row.job.startswith(EARLIER):
+        if row.status == "pending" or not row.config:  # without a config its record could not be read either
             continue
         environment = read_record(root / row.folder).environment
         if environment:

@@ -27,9 +27,10 @@ from fluxrun.errors import ConfigError, FluxrunError, Interrupted, one_line
 from fluxrun.grid import GridJob, compose_grid, describe_order, is_grid, ordered, shown
 from fluxrun.interrupt import Interrupts
 from fluxrun.live import SweepView
+from fluxrun.prompts import prompts_beside
 from fluxrun.record import data_hash, exit_code_of, write_failure
 from fluxrun.results import Row, read_row
-from fluxrun.resume import BASELINE, arrange, locked
+from fluxrun.resume import arrange, baseline_folder, locked
 from fluxrun.summary import Progress, Result, finish, pending_row
 from fluxrun.workbench import Workbench
 
@@ -68,6 +69,9 @@ class Sweep:
     workbench: Workbench = field(default_factory=Workbench)
     rows: dict[str, Row] = field(default_factory=dict)
     completed: dict[str, Path] = field(default_factory=dict)
+    """Folders of completed runs by config hash, baselines' among them."""
+    no_baseline: set[str] = field(default_factory=set)
+    """Baselines that failed, by config hash: they are not tried again for every job."""
     started: float = field(default_factory=time.perf_counter)
     command: list[str] = field(default_factory=list)
 
@@ -81,6 +85,7 @@ class Sweep:
         with locked(self.folder):
             self.completed = arrange(self.folder, [job.config_hash for job in self.grid or ()])
             self.view = SweepView(self._labels())
+            self._take_over()
             _current = self
             try:
                 # Between two jobs a signal ends the sweep at once; a job handles its own.
@@ -97,6 +102,13 @@ class Sweep:
     def _finish(self, ended: BaseException | None) -> Result:
         progress = self._progress("interrupted" if ended else "completed")
         return finish(self.folder, progress, self.config.baseline)
+
+    def _take_over(self) -> None:
+        """What an earlier sweep in this folder completed, and all that is to come: in sweep.json before any job."""
+        for job in self.grid or ():
+            if job.config_hash in self.completed:
+                self.rows[str(job.number)] = read_row(self.completed[job.config_hash], self.folder)
+        self._progress("running").write(self.folder, list(self.rows.values()))
 
     def _progress(self, status: str) -> Progress:
         pending = [pending_row(job) for job in self.grid or () if str(job.number) not in self.rows]
@@ -130,7 +142,6 @@ class Sweep:
         folder = self.completed.get(job.config_hash)
         if folder is None:
             folder = Path(hydra.runtime.output_dir)
-            self.view.begin(str(job.number), " ".join(job.overrides))
             self._draw(job, folder)
         row = self._note(job, folder)
         from fluxrun.objective import objective
@@ -140,36 +151,47 @@ class Sweep:
     def _draw(self, job: GridJob, folder: Path) -> None:
         """Draw a job's pictures; a failure of any kind is in its record, an interrupt ends the sweep."""
         try:
-            self._draw_baseline(job)
+            self._draw_baselines(job)
+            self.view.begin(str(job.number), " ".join(job.overrides))
             draw(job.data, self.dirs, folder, self)
         except (KeyboardInterrupt, Interrupted) as error:
-            self._note(job, folder)
+            if (folder / "run.json").exists():  # not while its baseline was drawn
+                self._note(job, folder)
             raise _Ended(exit_code_of(error)) from error
         except (Exception, SystemExit) as error:  # whatever it is, it is this job's alone; the next one runs
             if write_failure(folder, job.data, error):
                 log.error("%s", one_line(error), exc_info=error)
 
-    def _draw_baseline(self, job: GridJob) -> None:
-        """With ``sweep.baseline=neutral`` (or a fidelity bound) the neutral pictures come first, once."""
-        from fluxrun.baseline import neutral_data, wanted
+    def _draw_baselines(self, job: GridJob) -> None:
+        """With ``sweep.baseline=neutral`` (or a fidelity bound) the neutral pictures come first, once each."""
+        from fluxrun.baseline import missing
 
-        folder = self.folder / BASELINE
-        if not wanted(self.config, self.grid, self.folder):
-            return
-        data = neutral_data(job.data, self.dirs)
-        self.view.begin(BASELINE, "neutral options")
+        for config_hash, data in missing(self.config, self.grid, job, self.dirs).items():
+            if config_hash not in self.completed and config_hash not in self.no_baseline:
+                self._draw_baseline(config_hash, data)
+
+    def _draw_baseline(self, config_hash: str, data: dict[str, Any]) -> None:
+        """A baseline that fails is a row of its own, and no job's failure: the others just have no comparison."""
+        folder = baseline_folder(self.folder)
+        self.view.begin(folder.name, f"neutral options, seed={data.get('seed')}")
         try:
             draw(data, self.dirs, folder, self)
+        except Interrupted:
+            raise
+        except Exception as error:  # as in _draw, but it concerns no job
+            self.no_baseline.add(config_hash)
+            if write_failure(folder, data, error):
+                log.error("%s", one_line(error), exc_info=error)
         finally:
             if (folder / "run.json").exists():
-                self._note(GridJob(-1, (), data, data_hash(data)), folder)
+                self._note(GridJob(-1, (), data, config_hash), folder)
 
     def _note(self, job: GridJob, folder: Path) -> Row:
         """Take over a job's record: into the live table, and into sweep.json, so that a kill loses one job at most."""
         row = read_row(folder, self.folder)
         if row.status == "completed":
             self.completed[job.config_hash] = folder
-        name = BASELINE if job.number < 0 else str(job.number)
+        name = folder.name if job.number < 0 else str(job.number)
         self.rows[name] = row
         self.view.end(name, row)
         self._progress("running").write(self.folder, list(self.rows.values()))
@@ -186,6 +208,7 @@ def draw(data: dict[str, Any], dirs: tuple[Path, ...], folder: Path, sweep: Swee
     from fluxrun.runner import run
 
     config = RunConfig.from_dict(data, dirs)
+    sweep.workbench.upcoming = prompts_beside(data, [job.data for job in sweep.grid or ()])
     run(config, folder, command=sweep.command, workbench=sweep.workbench, reporter=sweep.view.reporter)
 
 
@@ -198,6 +221,8 @@ def plan_sweep(hydra: Hydra, node: DictConfig, overrides: Sequence[str], dirs: t
     folder = Path(str(config.resume or node.hydra.sweep.dir)).expanduser()
     if config.resume is not None and not folder.is_dir():
         raise ConfigError(f"sweep.resume={config.resume}: no such folder")
+    if "/" in str(OmegaConf.to_container(node.hydra.sweep, resolve=False).get("subdir")):  # type: ignore[union-attr]
+        raise ConfigError("hydra.sweep.subdir: a sweep's jobs lie directly in its folder, without a / in between")
     pinned = f"hydra.sweep.dir={QuotedString(str(folder), Quote.single).with_quotes()}"
     rest = [o for o in overrides if not o.startswith("hydra.sweep.dir=")]
     if not is_grid(node):
