@@ -1,17 +1,17 @@
 """``fluxrun tune``: find the fastest options that keep the picture, by measuring, and write them as a preset.
 
-Options are tried group by group on top of the best so far: attention kernels first, because they need no compiling,
-then ways of compiling, then number formats and step caches, which pay only together with compiling. What would fall
-back here is left out before anything is loaded.
+Options are tried group by group on top of the best so far: kernels first, because they need no compiling, then ways of
+compiling, then number formats and what else there is, which pay only together with compiling. What would fall back
+here is left out before anything is loaded.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,26 +23,36 @@ from fluxrun.baseline import neutral_data, option_data
 from fluxrun.catalog import Catalog
 from fluxrun.comparing import compare
 from fluxrun.compose import compose
-from fluxrun.config import GROUPS, RunConfig
+from fluxrun.config import GROUPS, Option, RunConfig, load_option
 from fluxrun.errors import ConfigError, FluxrunError, Interrupted, one_line
 from fluxrun.interrupt import Interrupts
+from fluxrun.progress import ConsoleHandler
 from fluxrun.record import write_atomically, write_failure
 from fluxrun.rerun import log_to
-from fluxrun.results import NEUTRAL, Row, read_row, read_rows
+from fluxrun.results import Row, is_neutral_option, read_row, read_rows
 from fluxrun.summary import Progress, finish
 from fluxrun.table import decibels, seconds
 from fluxrun.workbench import Workbench
 
 log = logging.getLogger("fluxrun.tune")
 
-SEARCHED = ("attention", "compile", "quantization", "cache")
-"""The groups that are searched, in this order; the others stay as they are configured."""
-LONG = ("max_autotune", "max_autotune_no_cudagraphs")
-"""Options whose first image may take minutes: only with ``--thorough``."""
+FIRST = ("kernels", "attention", "compile", "quantization", "vae", "cache")
+"""The groups that are searched first, in this order; groups that are new here come after them."""
+AS_CONFIGURED = ("model", "memory")
+"""Not searched: which model is the user's choice, and where the weights lie is memory=auto's, by what fits."""
 WORTH = 0.02
 """A gain in speed below this share is noise: the simpler option stays."""
+MOST_NOISE = 0.1
+"""A gain above this share counts however much the repeats differ: their fastest ones are what is compared."""
 MOST_STEPS = 8
 """Steps of a measured image when nobody says otherwise: enough to compare, for a model of fifty too."""
+UNUSABLE = "not usable here: "
+
+
+def search_order() -> list[str]:
+    """The groups to search: those with a known place, then every other one there is."""
+    known = [group for group in FIRST if group in GROUPS]
+    return [*known, *(group for group in GROUPS if group not in (*known, *AS_CONFIGURED))]
 
 
 @dataclass
@@ -53,6 +63,7 @@ class Trial:
     name: str
     verdict: str
     row: Row | None = None
+    taken: bool = False
 
 
 @dataclass
@@ -65,6 +76,7 @@ class Tuner:
     min_psnr: float
     fixed: frozenset[str]
     thorough: bool
+    minutes: float
     command: list[str]
     workbench: Workbench = field(default_factory=Workbench)
     trials: list[Trial] = field(default_factory=list)
@@ -73,77 +85,140 @@ class Tuner:
 
     def search(self) -> tuple[Row, Row]:
         """Measure the neutral options, then group by group what is faster; returns the baseline and the best."""
-        self.data = neutral_data(self.data, self.dirs)
-        baseline = self._measure(self.data, "neutral")
+        asked, self.data = self.data, neutral_data(self.data, self.dirs, keep=AS_CONFIGURED)
+        baseline = self._measure(self.data, "the neutral options")
         if baseline.status != "completed" or baseline.image_s is None:
             raise FluxrunError(f"the neutral options could not be measured: {baseline.reason} (see {self.folder})")
-        best = baseline
-        for group in (g for g in SEARCHED if g in GROUPS and g not in self.fixed):
+        log.info("    %s", _pace(baseline))
+        best = self._as_fixed(asked, baseline)
+        for group in (g for g in search_order() if g not in self.fixed):
             best = self._search_group(group, best)
         return baseline, best
 
+    def _as_fixed(self, asked: dict[str, Any], baseline: Row) -> Row:
+        """Where the search starts: the neutral options, but for the groups that the command line names."""
+        self.data = {**self.data, **{group: asked[group] for group in GROUPS if group in self.fixed}}
+        self.chosen = {group: self.data[group]["name"] for group in GROUPS if group != "model"}
+        if all(self.chosen[g] == baseline.options[g].requested for g in self.fixed if g in self.chosen):
+            return baseline
+        start = self._measure(self.data, "as the command line says")
+        if start.status != "completed":
+            raise FluxrunError(f"the options of the command line could not be measured: {start.reason}")
+        log.info("    %s, PSNR %s", _pace(start), decibels(self._psnr(start)))
+        return start
+
+    # -- one group ----------------------------------------------------------------------------------------------
+
     def _search_group(self, group: str, best: Row) -> Row:
-        catalog = Catalog(self.dirs)
-        self.chosen[group] = best.options[group].effective
-        neutral = self.data
-        for name in catalog.names(group):
-            if name in (*NEUTRAL, "auto"):
+        found: list[Trial] = []
+        for name, candidate in self._candidates(group):
+            usable, reason = self._made_usable(group, name, candidate)
+            if usable is None:
+                found.append(Trial(group, name, reason))
                 continue
-            candidate = {**neutral, group: option_data(catalog, group, name)}
-            if reason := self._left_out(group, name, candidate):
-                self._note(Trial(group, name, reason))
-                continue
-            row = self._measure(candidate, *(f"{g}={n}" for g, n in {**self.chosen, group: name}.items()))
-            verdict = self._judge(group, row, best)
-            self._note(Trial(group, name, verdict or "the fastest so far", row))
-            if verdict is None:
-                best, self.data, self.chosen[group] = row, candidate, name
+            trial = self._try(group, name, usable, best)
+            found.append(trial)
+            if trial.taken and trial.row is not None:
+                best = trial.row
+                self._take(usable, best)
+        self.trials += found
+        for reason, names in together(t for t in found if t.row is None).items():
+            log.info("%s: %s %s", group, ", ".join(names), reason)
         return best
 
-    def _left_out(self, group: str, name: str, candidate: dict[str, Any]) -> str | None:
-        """Why an option is not even tried: it would fall back here, or it takes minutes to compile."""
+    def _candidates(self, group: str) -> list[tuple[str, dict[str, Any]]]:
+        """The group's options as they lie in a config, those that are ready soonest first."""
+        catalog = Catalog(self.dirs)
+        names = [n for n in catalog.names(group) if n != "auto" and not is_neutral_option(group, n)]
+        data = {name: option_data(catalog, group, name) for name in names if name != self.chosen[group]}
+        return sorted(data.items(), key=lambda item: (item[1].get("scope") == "full", item[0]))
+
+    def _made_usable(self, group: str, name: str, option: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
+        """The config in which an option runs, or None and why there is none.
+
+        An option that only does not go with one taken before gets a chance without that one.
+        """
+        if not self.thorough and _takes_minutes(load_option(option)):
+            return None, "not tried: its first image may take minutes (--thorough tries it)"
+        if time.perf_counter() - self.started > 60 * self.minutes:
+            return None, f"not tried: the {self.minutes:g} minutes were over (--minutes)"
+        candidate = {**self.data, group: option}
+        if (reason := self._falls_back(group, candidate)) is None:
+            return candidate, ""
+        neutral = neutral_data(self.data, self.dirs, keep=(*AS_CONFIGURED, *self.fixed))
+        for other in self.trials:
+            without = {**candidate, other.group: neutral[other.group]}
+            if other.taken and other.name == self.chosen[other.group] and self._falls_back(group, without) is None:
+                return without, ""
+        return None, UNUSABLE + reason
+
+    def _falls_back(self, group: str, data: dict[str, Any]) -> str | None:
+        """Why a config's option would not run here, or None; nothing is loaded."""
         from fluxrun.runner import prepare
 
-        if name in LONG and not self.thorough:
-            return "not tried: its first image may take minutes (--thorough tries it)"
         try:
-            choice = prepare(RunConfig.from_dict(candidate, self.dirs)).plan.choices[group]
+            choice = prepare(RunConfig.from_dict(data, self.dirs)).plan.choices[group]
         except FluxrunError as error:
-            return f"not usable here: {one_line(error)}"
-        return f"not usable here: {choice.fallbacks[0].reason}" if choice.fallbacks else None
+            return one_line(error)
+        return choice.fallbacks[0].reason if choice.fallbacks else None
 
-    def _measure(self, data: dict[str, Any], *overrides: str) -> Row:
+    def _try(self, group: str, name: str, data: dict[str, Any], best: Row) -> Trial:
+        changed = [g for g in self.chosen if g != group and data[g]["name"] != self.chosen[g]]
+        also = "".join(f" {g}={data[g]['name']}" for g in changed)
+        began = time.perf_counter()
+        row = self._measure(data, f"{group}={name}{also}")
+        verdict, taken = self._judge(group, row, best)
+        log.info("    %s (%.0f s)", verdict + (": taken" if taken else ""), time.perf_counter() - began)
+        return Trial(group, name, (f"with{also}: " if also else "") + verdict, row, taken)
+
+    def _take(self, data: dict[str, Any], row: Row) -> None:
+        """Go on from here; an option of another group that had to give way is given up."""
+        catalog = Catalog(self.dirs)
+        gave_way = {g: row.options[g].effective for g in self.chosen if row.options[g].fell_back}
+        self.data = {**data, **{g: option_data(catalog, g, name) for g, name in gave_way.items()}}
+        self.chosen = {group: self.data[group]["name"] for group in self.chosen}
+
+    # -- one measurement ----------------------------------------------------------------------------------------
+
+    def _measure(self, data: dict[str, Any], title: str) -> Row:
         """Draw a config's pictures into a folder of their own; a failure is a row too."""
         from fluxrun.runner import run
 
-        folder = self.folder / str(len(list(self.folder.glob("*/run.json"))))
+        number = len(list(self.folder.glob("*/run.json")))
+        log.info("[%d, %.0f s] %s …", number, time.perf_counter() - self.started, title)
+        folder = self.folder / str(number)
         (folder / ".hydra").mkdir(parents=True)
         # Where the table looks for what a job differs in.
-        (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(list(overrides)), encoding="utf-8")
+        overrides = [f"{group}={data[group]['name']}" for group in GROUPS if group != "model"]
+        (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(overrides), encoding="utf-8")
         try:
-            run(RunConfig.from_dict(data, self.dirs), folder, command=self.command, workbench=self.workbench)
+            with _only_tune_speaks():
+                run(RunConfig.from_dict(data, self.dirs), folder, command=self.command, workbench=self.workbench)
         except Interrupted:
             raise
         except Exception as error:  # the option's failure is the finding; its traceback is in the log
             write_failure(folder, data, error)
         return read_row(folder, self.folder)
 
-    def _judge(self, group: str, row: Row, best: Row) -> str | None:
-        """Why an option is not taken, or None when it is."""
+    def _judge(self, group: str, row: Row, best: Row) -> tuple[str, bool]:
+        """What to say of an option, and whether it is taken."""
         if row.status != "completed":
-            return f"failed: {row.reason}"
+            return f"failed: {row.reason}", False
         if row.options[group].fell_back:
-            return f"fell back: {row.options[group].fallbacks[0].reason}"
+            return f"fell back: {row.options[group].fallbacks[0].reason}", False
         # The fastest of the repeats: another program on the machine makes single ones slow, never fast.
         assert row.fastest_image_s is not None
         assert best.fastest_image_s is not None
         psnr = self._psnr(row)
-        figures = f"{seconds(row.fastest_image_s)} an image, PSNR {decibels(psnr)}"
+        figures = f"{_pace(row)}, PSNR {decibels(psnr)}"
         if psnr is None or psnr < self.min_psnr:
-            return f"{figures}: the picture changes more than {self.min_psnr:g} dB allows"
-        if row.fastest_image_s > best.fastest_image_s * (1 - WORTH):
-            return f"{figures}: not faster than {seconds(best.fastest_image_s)}"
-        return None
+            return f"{figures}: the picture changes more than {self.min_psnr:g} dB allows", False
+        gain, unsure = 1 - row.fastest_image_s / best.fastest_image_s, max(noise(row), noise(best))
+        if gain < WORTH:
+            return f"{figures}: not faster than {seconds(best.fastest_image_s)}", False
+        if gain < unsure:
+            return f"{figures}: {gain:.0%} faster, but the repeats differ by {unsure:.0%}", False
+        return figures, True
 
     def _psnr(self, row: Row) -> float | None:
         rows = read_rows(self.folder, self.folder)
@@ -151,42 +226,88 @@ class Tuner:
             raise ConfigError(f"tune measures fidelity, and cannot: {problems[0]}")
         return next(found.psnr_db for found in rows if found.job == row.job)
 
-    def _note(self, trial: Trial) -> None:
-        self.trials.append(trial)
-        log.info("%s=%s: %s", trial.group, trial.name, trial.verdict)
-
-    def finish(self) -> dict[str, Row]:
+    def finish(self, status: str = "completed") -> dict[str, Row]:
         """Write the table and the page of everything measured; returns the compared rows by job."""
-        progress = Progress("completed", self.command, _now(), time.perf_counter() - self.started, [])
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        progress = Progress(status, self.command, now, time.perf_counter() - self.started, [])
         progress.loads = self.workbench.loads
         return {row.job: row for row in finish(self.folder, progress, "auto").jobs}
 
 
+def together(trials: Iterator[Trial] | Sequence[Trial]) -> dict[str, list[str]]:
+    """The names of options by what is said of them."""
+    found: dict[str, list[str]] = {}
+    for trial in trials:
+        found.setdefault(trial.verdict, []).append(trial.name)
+    return found
+
+
+def noise(row: Row) -> float:
+    """By how much the repeats differ among themselves (median over fastest), which is what a gain has to exceed."""
+    if row.image_s is None or not row.fastest_image_s:
+        return 0.0
+    return min(MOST_NOISE, row.image_s / row.fastest_image_s - 1)
+
+
+def _takes_minutes(option: Option) -> bool:
+    """Whether an option tries out kernels while it compiles."""
+    return str(getattr(option, "mode", "")).startswith("max-autotune")
+
+
+def _pace(row: Row) -> str:
+    first = f", first one {seconds(row.first_image_s)}" if row.first_image_s else ""
+    return f"{seconds(row.fastest_image_s)} an image{first}"
+
+
+@contextmanager
+def _only_tune_speaks() -> Iterator[None]:
+    """A measured run's own lines go to the log file; on the screen there is one line per option."""
+    handlers = [handler for handler in logging.getLogger().handlers if isinstance(handler, ConsoleHandler)]
+    levels = [handler.level for handler in handlers]
+    for handler in handlers:
+        handler.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for handler, level in zip(handlers, levels, strict=True):
+            handler.setLevel(level)
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
 def tune(arguments: Sequence[str]) -> int:
     """``fluxrun tune [--min-psnr 30] [--output FILE] [overrides]``: measure what is fastest here, write a preset."""
+    from fluxrun.tuned_preset import preset_text, use
+
     given, overrides = _parse(arguments)
-    config = compose(overrides)
-    stamp = f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
-    folder = given.folder or Path("outputs") / "tune" / stamp
+    config = compose(overrides, config_dir=given.config_dir)
+    folder = given.folder or Path("outputs") / "tune" / f"{datetime.now():%Y-%m-%d_%H-%M-%S}"
     output = given.output or folder / f"{config.model.name}_tuned.yaml"
+    _check_folder(folder)
     _check_output(output)
     log_to(folder)
-    command = ["fluxrun", "tune", *arguments]
     tuner = Tuner(
         data=_measured(config.source, given.repeats, given.steps or _few_steps(config)),
         dirs=config.config_dirs,
         folder=folder,
         min_psnr=given.min_psnr,
-        fixed=frozenset(o.partition("=")[0].partition(".")[0] for o in overrides),
+        fixed=frozenset(o.partition("=")[0].partition(".")[0].lstrip("+") for o in overrides),
         thorough=given.thorough,
-        command=command,
+        minutes=given.minutes,
+        command=["fluxrun", "tune", *arguments],
     )
-    with Interrupts() as interrupts, interrupts.immediate(), tuner.workbench:
-        baseline, best = tuner.search()
+    try:
+        with Interrupts() as interrupts, interrupts.immediate(), tuner.workbench:
+            baseline, best = tuner.search()
+    except (KeyboardInterrupt, Interrupted):
+        if list(folder.glob("*/run.json")):
+            tuner.finish("interrupted")
+        raise
     rows = tuner.finish()
     write_atomically(output, preset_text(tuner, config, rows[baseline.job], rows[best.job], output.stem))
     log.info("%s", output.read_text(encoding="utf-8").rstrip())
-    log.info("written to %s; run it with: fluxrun %s", output, _use(output, config))
+    log.info("written to %s; run it with: fluxrun %s", output, use(output, config))
     return 0
 
 
@@ -198,15 +319,31 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--repeats", type=int, default=4, help="times each image is drawn; the first is not counted")
     steps = f"steps of a measured image (default: the model's, at most {MOST_STEPS})"
     parser.add_argument("--steps", type=int, help=steps)
+    minutes = "after so many, no further option is begun (default: 15)"
+    parser.add_argument("--minutes", type=float, default=15.0, help=minutes)
     parser.add_argument("--thorough", action="store_true", help="also what may compile for minutes")
+    parser.add_argument("--config-dir", "-cd", help="your own options, searched too")
     given, overrides = parser.parse_known_args(list(arguments))
     if flags := [o for o in overrides if o.startswith("-")]:
         raise ConfigError(f"fluxrun tune: unknown flag {flags[0]!r} (fluxrun tune --help)")
+    _check_numbers(given)
+    return given, overrides
+
+
+def _check_numbers(given: argparse.Namespace) -> None:
     if given.repeats < 2:
         raise ConfigError(f"--repeats {given.repeats}: at least 2, the first image is not counted")
     if not given.min_psnr > 0:
         raise ConfigError(f"--min-psnr {given.min_psnr:g}: decibels, more than 0")
-    return given, overrides
+    if given.steps is not None and given.steps < 1:
+        raise ConfigError(f"--steps {given.steps}: at least 1")
+    if not given.minutes > 0:
+        raise ConfigError(f"--minutes {given.minutes:g}: more than 0")
+
+
+def _check_folder(folder: Path) -> None:
+    if list(folder.glob("*/run.json")):
+        raise ConfigError(f"--folder {folder}: there are runs in it already; remove it or choose another one")
 
 
 def _check_output(output: Path) -> None:
@@ -228,70 +365,3 @@ def _few_steps(config: RunConfig) -> int | None:
 
 def _measured(source: dict[str, Any], repeats: int, steps: int | None) -> dict[str, Any]:
     return {**source, "steps": steps, "measure": {"warmup": 0, "repeats": repeats}}
-
-
-# --- the preset -----------------------------------------------------------------------------------------------------
-
-
-def preset_text(tuner: Tuner, config: RunConfig, baseline: Row, best: Row, name: str) -> str:
-    """The preset: overrides, and as comments what justifies each line."""
-    groups = [group for group in SEARCHED if group in tuner.chosen]
-    lines = [
-        "# @package _global_",
-        f"# fluxrun +preset={name} model={config.model.name}",
-        f"# Found on {datetime.now(UTC):%Y-%m-%d} by: {shlex.join(tuner.command)}",
-        f"# {_where(tuner.folder / best.folder)}",
-        *_figures(tuner, baseline, best),
-        "defaults:",
-    ]
-    for group in groups:
-        lines.append(f"  - override /{group}: {tuner.chosen[group]}")
-        lines += [f"    # {line}" for line in _why(tuner, group)]
-    return "\n".join(lines) + "\n"
-
-
-def _figures(tuner: Tuner, baseline: Row, best: Row) -> list[str]:
-    height, width = best.size
-    assert baseline.fastest_image_s is not None
-    assert best.fastest_image_s is not None
-    pays = f"; pays for its first image after {best.pays_after}" if best.pays_after and best.pays_after > 1 else ""
-    return [
-        f"# {best.model}, {width}x{height}, {best.steps} step(s): {seconds(best.fastest_image_s)} an image instead of "
-        f"{seconds(baseline.fastest_image_s)} ({baseline.fastest_image_s / best.fastest_image_s:.2f}x),",
-        f"# {seconds(best.step_s)} a step instead of {seconds(baseline.step_s)}; PSNR to the neutral options "
-        f"{decibels(best.psnr_db)} (at least {tuner.min_psnr:g} asked for){pays}.",
-    ]
-
-
-def _why(tuner: Tuner, group: str) -> list[str]:
-    chosen = tuner.chosen[group]
-    lines: list[str] = []
-    for trial in (t for t in tuner.trials if t.group == group):
-        if trial.name == chosen and trial.row is not None:
-            first = f", first one {seconds(trial.row.first_image_s)}" if trial.row.first_image_s else ""
-            lines.insert(0, f"{chosen}: {seconds(trial.row.fastest_image_s)} an image{first}")
-        elif trial.verdict == "the fastest so far" and trial.row is not None:
-            lines.append(f"{trial.name}: {seconds(trial.row.fastest_image_s)} an image, until {chosen}")
-        else:
-            lines.append(f"{trial.name}: {trial.verdict}")
-    return lines
-
-
-def _where(folder: Path) -> str:
-    """Machine and versions of a run, in one line."""
-    from fluxrun.record import read_record
-
-    known = read_record(folder).environment
-    machine = known.get("gpu") or f"{known.get('cpu')} (CPU)"
-    versions = [f"{name} {known[name]}" for name in ("torch", "diffusers", "torchao", "xformers") if known.get(name)]
-    driver = [f"driver {known['driver']}"] if known.get("gpu") and known.get("driver") else []
-    return ", ".join([str(machine), *driver, *versions, f"fluxrun {known.get('fluxrun')}"])
-
-
-def _use(output: Path, config: RunConfig) -> str:
-    where = f"--config-dir {output.parent.parent} " if output.parent.name == "preset" else ""
-    return f"{where}+preset={output.stem} model={config.model.name}"
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
