@@ -50,7 +50,7 @@ def _work(job: tuple[int, int, int, int, str]) -> tuple[np.ndarray, np.ndarray]:
         else:
             scene = random_scene(rng)
             texts += [caption(scene, rng) for _ in range(captions)]
-        rows.append(scene_rows(scene, rng))
+        rows.append(scene_rows(scene))
     ids = tokenizer(
         [PROMPT_FORMAT.format(prompt=text) for text in texts],
         padding="max_length",

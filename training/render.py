@@ -6,7 +6,6 @@ Each shape's signed distance is tabulated once; a drawing looks it up. So data i
 from __future__ import annotations
 
 import dataclasses
-import random
 
 import numpy as np
 import torch
@@ -84,12 +83,12 @@ def palette(device: torch.device | None = None) -> torch.Tensor:
     return torch.tensor(list(COLOURS.values()), dtype=torch.float32, device=device) / 127.5 - 1
 
 
-def scene_rows(scene: Scene, rng: random.Random) -> np.ndarray:
+def scene_rows(scene: Scene) -> np.ndarray:
     """A laid-out scene as numbers, float [MAX_OBJECTS + 1, 5]: background index, then shape, x, y, radius, colour."""
     rows = np.zeros((MAX_OBJECTS + 1, 5), np.float32)
     names = list(COLOURS)
     rows[0, 0] = names.index(scene.background_colour)
-    for index, thing in enumerate(layout(scene, rng)):
+    for index, thing in enumerate(layout(scene)):
         rows[index + 1] = SHAPES.index(thing.shape), thing.x, thing.y, thing.radius, names.index(thing.colour)
     return rows
 

@@ -51,7 +51,7 @@ def set_statistics(vae: AutoencoderKLFlux2, images: torch.Tensor) -> None:
 def scene_pool(count: int, seed: int) -> torch.Tensor:
     """Random scenes from the training side of the split, as rows."""
     rng = random.Random(seed)
-    return torch.stack([torch.from_numpy(scene_rows(random_scene(rng), rng)) for _ in range(count)])
+    return torch.stack([torch.from_numpy(scene_rows(random_scene(rng))) for _ in range(count)])
 
 
 def comparison(images: torch.Tensor, decoded: torch.Tensor) -> Image.Image:

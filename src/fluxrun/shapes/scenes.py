@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import random
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -22,7 +21,6 @@ CONTAINER_RADIUS = 0.35
 INSIDE_RADIUS = 0.125
 RING_HOLE = 0.6
 MARGIN = 0.06
-SHIFT = 16 / 256  # what a seed may move an object whose place was not said: one token of the model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,25 +106,18 @@ def outlines(shape: str) -> tuple[np.ndarray, ...]:
     return table[shape]
 
 
-def _shift(rng: random.Random | None) -> float:
-    return 0.0 if rng is None else rng.choice((-SHIFT, 0.0, SHIFT))
-
-
-def _at_place(thing: Object, radii: dict[str, float], rng: random.Random | None) -> Placed:
+def _at_place(thing: Object, radii: dict[str, float]) -> Placed:
     radius = radii[thing.size or "medium"]
     column, row = place_direction(thing.place or "center")
     reach = 0.5 - max(radius + MARGIN, 0.22)
     x, y = 0.5 + column * reach, 0.5 + row * reach
-    if thing.place is None:
-        x, y = x + _shift(rng), y + _shift(rng)
     return Placed(colour=thing.colour, shape=thing.shape, x=x, y=y, radius=radius)
 
 
-def _side_by_side(scene: Scene, rng: random.Random | None) -> list[Placed]:
-    first, second = (_at_place(thing, PAIR_RADIUS, None) for thing in scene.objects)
+def _side_by_side(scene: Scene) -> list[Placed]:
+    first, second = (_at_place(thing, PAIR_RADIUS) for thing in scene.objects)
     offset = -0.235 if scene.relation in ("left of", "above") else 0.235
-    shift = _shift(rng)
-    along, across = (0.5 + offset, 0.5 - offset), (0.5 + shift, 0.5 + shift)
+    along, across = (0.5 + offset, 0.5 - offset), (0.5, 0.5)
     xs, ys = (along, across) if scene.relation in ("left of", "right of") else (across, along)
     return [dataclasses.replace(placed, x=x, y=y) for placed, x, y in zip((first, second), xs, ys, strict=True)]
 
@@ -139,20 +130,23 @@ def _nested(scene: Scene) -> list[Placed]:
     ]
 
 
-def layout(scene: Scene, rng: random.Random | None = None) -> list[Placed]:
-    """Where each object of the scene goes, in the scene's order; `rng` moves what was given no place a little."""
+def layout(scene: Scene) -> list[Placed]:
+    """Where each object of the scene goes, in the scene's order.
+
+    The scene alone decides: a small model told to choose a place by the noise draws a blend of several.
+    """
     if len(scene.objects) == 1:
-        return [_at_place(scene.objects[0], RADIUS, rng)]
+        return [_at_place(scene.objects[0], RADIUS)]
     if scene.relation == "inside":
         return _nested(scene)
     if scene.relation is None:
-        return [_at_place(thing, PAIR_RADIUS, rng) for thing in scene.objects]
-    return _side_by_side(scene, rng)
+        return [_at_place(thing, PAIR_RADIUS) for thing in scene.objects]
+    return _side_by_side(scene)
 
 
-def draw(scene: Scene, size: int = 256, rng: random.Random | None = None) -> Image.Image:
-    """The scene as an RGB image of size x size pixels; without `rng` exactly centred on its places."""
-    return draw_placed(layout(scene, rng), COLOURS[scene.background_colour], size)
+def draw(scene: Scene, size: int = 256) -> Image.Image:
+    """The scene as an RGB image of size x size pixels."""
+    return draw_placed(layout(scene), COLOURS[scene.background_colour], size)
 
 
 def draw_placed(things: list[Placed], background: tuple[int, int, int], size: int = 256) -> Image.Image:
