@@ -25,7 +25,7 @@ NEUTRAL = {
 
 RUNS_ON_CPU = {
     ("attention", "sdpa"), ("attention", "math"), ("attention", "flex"), ("vae", "full"), ("vae", "tiled"),
-    ("vae", "sliced"), ("memory", "resident"), ("memory", "staged"), ("quantization", "none"),
+    ("vae", "sliced"), ("vae", "fast"), ("memory", "resident"), ("memory", "staged"), ("quantization", "none"),
     ("kernels", "diffusers"), ("compile", "none"), ("cache", "none"),
     *(("cache", name) for name in ("dbcache", "fixed") if find_spec("cache_dit")),
     *(("compile", name) for name in COMPILED),

@@ -23,6 +23,12 @@ from diffusers.models.upsampling import Upsample2D
 from PIL import Image
 from torch import nn
 
+TRIAL_SIZE = 8
+"""Edge of the trial's latents."""
+
+LARGEST_DIFFERENCE = {torch.float32: 1e-2, torch.float16: 5e-2, torch.bfloat16: 0.1}
+"""Relative L2 between two decoders: float32 convolutions may use TF32, and noise is far from what a decoder knows."""
+
 
 class Hidden(NamedTuple):
     """A picture between two layers."""
@@ -222,16 +228,31 @@ class FastDecoder(nn.Module):
         }
 
 
-def fast_decoder(decoder: Any) -> FastDecoder:
-    """The fast decoder of a ``Decoder``, which stays as it was.
+def fast_decoder(decoder: Any, device: str) -> FastDecoder:
+    """The fast decoder of a ``Decoder`` that will run on ``device``; the original stays as it was.
 
     Raises ValueError when it has a part that is not known here.
     """
-    weight = decoder.conv_in.weight
-    widths = [norm.num_channels for norm in decoder.modules() if isinstance(norm, nn.GroupNorm)]
-    groups = [norm.num_groups for norm in decoder.modules() if isinstance(norm, nn.GroupNorm)]
-    fused = weight.is_cuda and all(_power_of_two(number) for number in (*widths, *groups))
+    norms = [norm for norm in decoder.modules() if isinstance(norm, nn.GroupNorm)]
+    sizes = [size for norm in norms for size in (norm.num_channels, norm.num_groups)]
+    # The kernels hold all channels of some pixels in a block, whose edges must be powers of two.
+    fused = device.startswith("cuda") and all(size & (size - 1) == 0 for size in sizes)
     return FastDecoder(decoder, TritonOps() if fused else TorchOps())
+
+
+def trial(fast: FastDecoder, original: Any) -> float:
+    """Decode a small picture with both; returns the relative L2 difference. Compiles the kernels on the way.
+
+    Raises RuntimeError for a difference that rounding does not explain.
+    """
+    weight = original.conv_in.weight
+    noise = torch.randn(1, weight.shape[1], TRIAL_SIZE, TRIAL_SIZE, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = original(noise.to(weight)).float()
+        difference = ((fast(noise.to(weight)).float() - expected).norm() / expected.norm()).item()
+    if not difference < LARGEST_DIFFERENCE[weight.dtype]:
+        raise RuntimeError(f"the fast decoder's picture differs from diffusers' by {difference:.2g} (relative L2)")
+    return difference
 
 
 def upsampling_weight(weight: torch.Tensor) -> torch.Tensor:
@@ -249,12 +270,25 @@ def upsampling_weight(weight: torch.Tensor) -> torch.Tensor:
 def pictures(image: torch.Tensor, *, denormalize: bool = True) -> list[Image.Image]:
     """What ``VaeImageProcessor.postprocess`` makes of a decoded batch, rounded where it lies: one byte a value moves.
 
-    ``image``: [samples, 3, height, width] in [-1, 1], or in [0, 1] with ``denormalize=False``. The values are exactly
+    ``image``: [samples, 3, height, width] in [-1, 1], or in [0, 1] with ``denormalize=False``. The bytes are exactly
     the same: scaling and clamping in the tensor's own dtype, then float32.
     """
     image = (image * 0.5 + 0.5).clamp(0, 1) if denormalize else image
     rounded = (image.permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8).contiguous()
     return [Image.fromarray(picture) for picture in rounded.cpu().numpy()]
+
+
+def round_where_it_lies(processor: Any) -> None:
+    """Let a pipeline's image processor make its pictures with ``pictures`` where that is what was asked for."""
+    original = processor.postprocess
+
+    def postprocess(image: torch.Tensor, output_type: str = "pil", do_denormalize: Any = None) -> Any:
+        colour = isinstance(image, torch.Tensor) and image.ndim == 4 and image.shape[1] == 3
+        if output_type != "pil" or do_denormalize is not None or not colour:
+            return original(image, output_type=output_type, do_denormalize=do_denormalize)
+        return pictures(image, denormalize=processor.config.do_normalize)
+
+    processor.postprocess = postprocess
 
 
 # --- weights --------------------------------------------------------------------------------------
@@ -332,7 +366,3 @@ def _check_upsampler(upsampler: Any) -> None:
         "kernel": isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3) and conv.padding == (1, 1),
     }
     _expect(expected, "an upsampler")
-
-
-def _power_of_two(number: int) -> bool:
-    return number & (number - 1) == 0

@@ -19,10 +19,11 @@ ELEMENTS = 16384  # of a tile: 32 KB of bfloat16, 64 values a thread, enough loa
 WARPS = 8
 MOST_PARTIALS = 8192  # tiles whose statistics one step of the finishing kernel holds
 SCORE_BYTES = 2**28  # of one slice of the attention matrix
+SIZES = ("pixels", "tiles")  # one compiled kernel for pictures of all sizes
 MOST_SCORES = 8192  # of a row that are held at once
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _tile_kernel(
     x, bias, residual, out, means, squares, pixels, tiles,
     CHANNELS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
@@ -54,7 +55,7 @@ def _tile_kernel(
     tl.store(squares + place_of_group, square)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _finish_kernel(
     means, squares, weight, offset, bias, scale, shift, pixels, tiles, eps,
     WIDTH: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr,
@@ -85,7 +86,7 @@ def _finish_kernel(
     tl.store(shift + sample * GROUPS * WIDTH + channel, moved)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _normalize_kernel(
     x, scale, shift, out, pixels,
     CHANNELS: tl.constexpr, ROWS: tl.constexpr, SILU: tl.constexpr,
