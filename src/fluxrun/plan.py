@@ -13,6 +13,7 @@ from fluxrun.conflicts import find_conflicts
 from fluxrun.errors import ConfigError, OptionUnavailable
 from fluxrun.machine import Machine
 from fluxrun.options.model import Flux2Model
+from fluxrun.waiting import autotune_note
 
 APPLY_ORDER = ("quantization", "memory", "attention", "kernels", "vae", "cache", "compile")
 """The one order in which options touch a pipeline: compile last, so that it captures what the others did."""
@@ -175,6 +176,8 @@ def make_plan(config: RunConfig, machine: Machine, located: Located | None = Non
     for group, choice in plan.choices.items():
         for knob in choice.option.unused_knobs():
             plan.note(f"{group}.{knob} is set, but {group}={choice.effective} does not use it")
+    if text := autotune_note(plan.options["compile"]):  # type: ignore[arg-type]
+        plan.note(text)
     return plan
 
 

@@ -7,9 +7,13 @@ from rich.table import Table
 
 from fluxrun.catalog import Catalog
 from fluxrun.config import RunConfig
+from fluxrun.conflicts import find_conflicts
+from fluxrun.estimate import budget_bytes, memory_needs, ram_needs, working_bytes
 from fluxrun.machine import GIB, Machine, detect
-from fluxrun.plan import Choice
+from fluxrun.options.compile import CompileKnobs
+from fluxrun.plan import Choice, Plan
 from fluxrun.runner import Prepared
+from fluxrun.waiting import autotunes, cache_folder, expected_wait, holds_anything
 
 out = Console()
 
@@ -23,12 +27,75 @@ def show_plan(prepared: Prepared) -> None:
     _line(f"{len(prepared.jobs)} image(s), {width}x{height}, {steps} step(s), {where}")
     if announcement := prepared.located.announcement():
         _line(announcement)
-    table = Table("group", "requested", "would run", "proof", "why", box=None, pad_edge=False)
-    for group, choice in plan.choices.items():
-        table.add_row(group, choice.requested, choice.effective, _proof(group, choice, plan.machine), _why(choice))
-    out.print(table)
+    out.print(_choices(plan))
+    for text in (memory_line(plan), waiting_line(plan), also_line(plan)):
+        if text:
+            _line(text)
     for note in plan.notes:
         _line(f"note: {note}")
+
+
+def _choices(plan: Plan) -> Table:
+    proofs = {group: _proof(group, choice, plan.machine) for group, choice in plan.choices.items()}
+    columns = ("group", "requested", "would run", *(["proof"] if any(proofs.values()) else []), "why")
+    table = Table(*columns, box=None, pad_edge=False)
+    for group, choice in plan.choices.items():
+        proof = [proofs[group]] if "proof" in columns else []
+        table.add_row(group, choice.requested, choice.effective, *proof, _why(choice))
+    return table
+
+
+def memory_line(plan: Plan) -> str | None:
+    """The estimate of the placement chosen against what there is, and of the other ones."""
+    needs, ram = memory_needs(plan), ram_needs(plan)
+    if needs is None or ram is None:
+        return None
+    memory, machine = plan.options["memory"], plan.machine
+    if not machine.accelerated:
+        if max(plan.weight_bytes.values() if plan.weight_bytes else [0]) < GIB:
+            return None
+        whole = ram["balanced"] + working_bytes(plan)
+        return f"memory: about {whole / GIB:.1f} of {machine.ram_bytes / GIB:.1f} GB, by an estimate"
+    if memory.name not in needs:
+        return None
+    budget = budget_bytes(memory, machine)  # type: ignore[arg-type]
+    others = ", ".join(f"{name} {need / GIB:.1f}" for name, need in needs.items() if name != memory.name)
+    own = f", {ram[memory.name] / GIB:.0f} of the computer's {machine.ram_bytes / GIB:.0f}" if memory.offloads else ""  # type: ignore[attr-defined]
+    chosen = f"{memory.name} needs about {needs[memory.name] / GIB:.1f} of {budget / GIB:.1f} GB{own}"
+    return f"memory: {chosen} (else: {others})"
+
+
+def waiting_line(plan: Plan) -> str | None:
+    """How long the first image of a process waits for the compiler, as far as that was measured."""
+    option = plan.options["compile"]
+    if option.name == "none" or not isinstance(option, CompileKnobs):
+        return None
+    if option.name == "cudagraphs":
+        return "first image: nothing to compile; the second step records the CUDA graph"
+    folder = cache_folder(option.cache_dir)
+    there = f"less if what {folder} holds fits" if holds_anything(folder) else f"{folder} is empty"
+    return f"first image: {expected_wait(option, plan.machine)} for the compiler ({there})"
+
+
+def also_line(plan: Plan) -> str | None:
+    """What would be faster here and was not asked for: fluxrun tune measures it."""
+    if not plan.machine.accelerated:
+        return None
+    found = []
+    for group in ("kernels", "compile", "quantization"):
+        if plan.choices[group].option.fallback == "error":
+            names = [name for name in plan.catalog.names(group) if _would_run(plan, group, name)]
+            found += [f"{group}={','.join(names)}"] if names else []
+    return f"usable here, not asked for: {' '.join(found)} (fluxrun tune measures them)" if found else None
+
+
+def _would_run(plan: Plan, group: str, name: str) -> bool:
+    """Whether an option works here beside the others; one that takes minutes is nothing to suggest."""
+    option = plan.catalog.load(group, name)
+    if option.fallback == "error" or (isinstance(option, CompileKnobs) and autotunes(option)):
+        return False
+    beside = [conflict for conflict in find_conflicts({**plan.options, group: option}) if conflict.group]
+    return not (beside or option.requires(plan.machine) or option.inapplicable(plan))
 
 
 def _why(choice: Choice) -> str:
@@ -77,6 +144,8 @@ def _show_machine(machine: Machine) -> None:
     if not machine.gpus:
         _line("no GPU that NVIDIA's driver answers for")
     _line(f"torch's CUDA: {machine.torch_cuda or 'none (CPU build)'}; C++ compiler: {machine.cxx_compiler or 'none'}")
+    folder = cache_folder(None)
+    _line(f"compiled code: {folder}{'' if holds_anything(folder) else ' (empty)'}")
     _line("libraries: " + ", ".join(f"{name} {version}" for name, version in machine.packages.items()))
 
 
