@@ -1,94 +1,133 @@
-"""A real-size sweep on a GPU, the same job alone, and a tuned preset: three ordinary ``fluxrun`` commands, one JSON.
+"""A real-size sweep on a GPU, one of its jobs alone, ``fluxrun tune``, and a run with the preset it wrote.
 
-    python benchmarks/gpu_sweep.py OUT                       # klein-4B, random weights, about five minutes on an H100
+    python benchmarks/gpu_sweep.py OUT                       # klein-4B, random weights, about four minutes on an H100
     python benchmarks/gpu_sweep.py OUT --model tiny          # a dry run on any machine
+    python benchmarks/gpu_sweep.py OUT --keep benchmarks/results --name klein4b   # also copies what is committed
 
 It answers: does a job in the middle of a sweep have the pixels and the steady step time that it has alone? How long is
-it from one job to the next, against a cold start? Does GPU memory between jobs return to the weights' size?
+it from one job to the next, against a cold start? Does GPU memory between jobs return to the weights' size? What does
+tune choose, and does a run with its preset draw as fast?
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
-ALONE = ["attention=sdpa", "compile=regional", "quantization=none", "seed=0"]
+from sweep_commands import Commands, keep, overhead, read, statuses, totals, write
+
+ALONE = ["attention=sdpa", "compile=regional", "quantization=none"]
 """The job that is also run by itself; in the sweep it comes after others."""
-GRID = ["quantization=none,fp8", "attention=xformers,sdpa", "compile=none,regional", "seed=0,1"]
+GRID = ["quantization=none,fp8", "attention=xformers,sdpa", "compile=none,regional"]
+GB = 2**30
 
 
 def main() -> None:
-    """Run the three commands and write ``gpu_sweep.json``; a failed one is said and the others still run."""
+    """Run the commands and write ``gpu_sweep.json``; a failed one is said and the others still run."""
+    given = _arguments()
+    out = given.out
+    out.mkdir(parents=True, exist_ok=True)
+    model = [f"model={given.model}", "model.weights=random"]
+    repeats = [f"measure.repeats={given.repeats}"]
+    commands = Commands()
+    commands.fluxrun("sweep", "--multirun", *model, *repeats, *GRID, f"hydra.sweep.dir={out / 'sweep'}")
+    write(out / "gpu_sweep.json", summary(commands, out))  # should the machine be taken away meanwhile
+    commands.fluxrun("alone", *model, *repeats, *ALONE, f"hydra.run.dir={out / 'alone'}")
+    if not given.no_tune:
+        preset = out / "preset" / "tuned.yaml"
+        # On random weights a picture says little about fidelity: the bound only keeps what is plainly broken out.
+        bounds = ["--min-psnr", "10", "--minutes", str(given.tune_minutes), "--repeats", "3"]
+        commands.fluxrun("tune", "tune", *bounds, "--output", str(preset), "--folder", str(out / "tune"), *model)
+        tuned = ["--config-dir", str(out), "+preset=tuned", *model, *repeats]
+        commands.fluxrun("tuned", *tuned, f"hydra.run.dir={out / 'tuned'}")
+    write(out / "gpu_sweep.json", summary(commands, out))
+    if given.keep:
+        _keep(out, given.keep, given.name)
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder for everything that is written")
     parser.add_argument("--model", default="flux2_klein_4b")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--no-tune", action="store_true", help="leave the third command out")
-    given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
-    model = [f"model={given.model}", "model.weights=random", f"measure.repeats={given.repeats}"]
-    walls = {
-        "sweep": fluxrun("--multirun", *model, *GRID, f"hydra.sweep.dir={given.out / 'sweep'}"),
-        "alone": fluxrun(*model, *ALONE, f"hydra.run.dir={given.out / 'alone'}"),
-    }
-    if not given.no_tune:
-        preset = ["--output", str(given.out / "preset" / "tuned.yaml"), "--folder", str(given.out / "tune")]
-        # On random weights a picture says little about fidelity: the bound only keeps what is plainly broken out.
-        walls["tune"] = fluxrun("tune", *preset, "--min-psnr", "10", *model[:2])
-        tuned = ["--config-dir", str(given.out), "+preset=tuned", *model, f"hydra.run.dir={given.out / 'tuned'}"]
-        walls["tuned"] = fluxrun(*tuned)
-    result = {"walls_s": walls, **compare(given.out)}
-    (given.out / "gpu_sweep.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result, indent=1))
+    parser.add_argument("--tune-minutes", type=float, default=1.5, help="after so many, tune begins no further option")
+    parser.add_argument("--no-tune", action="store_true", help="leave tune and the run with its preset out")
+    parser.add_argument("--keep", type=Path, help="results folder to copy the small files to")
+    parser.add_argument("--name", default="klein4b", help="the kept folders are NAME_sweep_h100 and NAME_tune_h100")
+    return parser.parse_args()
 
 
-def fluxrun(*arguments: str) -> float:
-    """Run one command; returns its wall seconds."""
-    print("fluxrun", *arguments, flush=True)
-    started = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", "fluxrun", *arguments], check=False)
-    wall = round(time.perf_counter() - started, 2)
-    print(f"exit {done.returncode} after {wall} s", flush=True)
-    return wall
+def summary(commands: Commands, out: Path) -> dict[str, Any]:
+    """Everything measured, from the records."""
+    sweep, alone = read(out / "sweep" / "sweep.json"), read(out / "alone" / "run.json")
+    found: dict[str, Any] = {"commands": commands.done}
+    if sweep is not None:
+        found["sweep"] = _sweep(sweep)
+        if alone is not None:
+            found["alone"] = _compare(sweep, alone)
+    if (tuned := read(out / "tuned" / "run.json")) is not None:
+        found["tuned"] = _tuned(out, tuned)
+    return found
 
 
-def compare(out: Path) -> dict[str, Any]:
-    """The job alone against the same job in the sweep, the time between jobs, and the memory they began with."""
-    sweep = _read(out / "sweep" / "sweep.json")
-    alone = _read(out / "alone" / "run.json")
-    if sweep is None or alone is None:
-        return {"problem": "the sweep or the single run left no record"}
-    same = next((job for job in sweep["jobs"] if set(ALONE) <= set(job["overrides"])), None)
-    kept = [job for job in sweep["jobs"] if job["status"] == "completed" and not job["load_s"]]
-    loaded = [job for job in sweep["jobs"] if job["status"] == "completed" and job["load_s"]]
+def _sweep(sweep: dict[str, Any]) -> dict[str, Any]:
+    """The time between jobs, and the memory they began with."""
+    done = [job for job in sweep["jobs"] if job["status"] == "completed"]
     return {
-        "alone_step_s": alone["timings"]["steady_step_s"],
-        "in_sweep_step_s": same and same["step_s"],
-        "same_pixels": bool(same) and same["images"][0]["sha256"] == alone["images"][0]["sha256"],
-        "cold_job_total_s": alone["timings"]["total_s"],
-        "job_over_kept_weights_s": {job["job"]: _overhead(job) for job in kept},
-        "job_that_loads_s": {job["job"]: _overhead(job) for job in loaded},
-        "start_memory_gb": {job["job"]: round((job["start_memory_bytes"] or 0) / 2**30, 3) for job in sweep["jobs"]},
-        "peak_memory_gb": {job["job"]: round((job["peak_memory_bytes"] or 0) / 2**30, 3) for job in sweep["jobs"]},
-        "status": {job["job"]: job["status"] for job in sweep["jobs"]},
-        "loads": sweep["loads"],
-        "settings": sweep["settings"],
+        **totals(sweep),
+        "job_over_kept_weights_s": {_label(job): overhead(job) for job in done if not job["load_s"]},
+        "job_that_loads_s": {_label(job): overhead(job) for job in done if job["load_s"]},
+        "start_memory_gb": {_label(job): round((job["start_memory_bytes"] or 0) / GB, 3) for job in done},
+        "peak_memory_gb": {_label(job): round((job["peak_memory_bytes"] or 0) / GB, 3) for job in done},
         "environments": sweep["environments"],
     }
 
 
-def _overhead(job: dict[str, Any]) -> dict[str, float]:
-    """A job's seconds, and what of them is its first step (compiling) and its building."""
-    return {key: round(job[key] or 0.0, 3) for key in ("total_s", "load_s", "apply_s", "compile_s", "first_call_s")}
+def _compare(sweep: dict[str, Any], alone: dict[str, Any]) -> dict[str, Any]:
+    """The job alone against the same job in the sweep."""
+    same = next((job for job in sweep["jobs"] if set(ALONE) <= set(job["overrides"])), None)
+    drawn = bool(same and same["images"] and alone["images"])
+    steady = alone["timings"]["steady_step_s"]
+    return {
+        "job": same and same["job"],
+        "alone_step_s": steady and steady["median"],
+        "in_sweep_step_s": same and same["step_s"],
+        "same_pixels": drawn and same is not None and same["images"][0]["sha256"] == alone["images"][0]["sha256"],
+        "cold_job_total_s": alone["timings"]["total_s"],
+    }
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+def _tuned(out: Path, run: dict[str, Any]) -> dict[str, Any]:
+    """What tune chose and measured, and what the run with its preset then did."""
+    searched = read(out / "tune" / "sweep.json")
+    steady = run["timings"]["steady_step_s"]
+    return {
+        "ran_with": {group: option["effective"] for group, option in run["options"].items()},
+        "fallbacks": {group: option["fallbacks"] for group, option in run["options"].items() if option["fallbacks"]},
+        "step_s": steady and steady["median"],
+        "denoise_s": run["timings"]["denoise_s"],
+        "decode_s": run["timings"]["decode_s"],
+        "search": searched and {"seconds": searched["totals"]["wall_s"], "jobs": statuses(searched)},
+    }  # fmt: skip
+
+
+def _label(job: dict[str, Any]) -> str:
+    keys = {value.partition("=")[0] for value in GRID}
+    return " ".join(o for o in job["overrides"] if o.partition("=")[0] in keys)
+
+
+def _keep(out: Path, results: Path, name: str) -> None:
+    tune, sweep = results / f"{name}_tune_h100", results / f"{name}_sweep_h100"
+    keep(
+        out,
+        {"sweep": sweep, "tune": tune},
+        {
+            "gpu_sweep.json": sweep / "summary.json",
+            "preset/tuned.yaml": tune / "preset" / "tuned.yaml",
+            "tuned/run.json": tune / "run.json",
+        },
+    )
 
 
 if __name__ == "__main__":

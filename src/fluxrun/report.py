@@ -18,7 +18,7 @@ from fluxrun.plots import first_against_later, speed_against_fidelity
 from fluxrun.record import write_atomically
 from fluxrun.results import Picture, Result, Row, Setting, is_neutral_option, label
 from fluxrun.summary import rebuild, write_files
-from fluxrun.table import GIB, decibels, effective, seconds, show_result
+from fluxrun.table import GIB, decibels, effective, explained, seconds, show_result
 
 THUMBNAIL_PIXELS = 384
 MOST_PICTURES = 240
@@ -88,7 +88,7 @@ def write_report(result: Result, root: Path, path: Path) -> None:
         fallbacks=_grouped(
             (f"{g}={f.option}", f.reason, f.stage, row) for row in result.jobs for g, f in row.fallbacks
         ),
-        failures=_grouped(("", row.reason, "", row) for row in result.jobs if row.reason),
+        failures=_grouped(("", explained(row.reason), "", row) for row in result.jobs if row.reason),
         counts=_counts(result.jobs),
         machines=sorted({row.machine for row in result.jobs if row.machine}),
         environment=_environment_table(result.environments),

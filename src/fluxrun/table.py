@@ -203,9 +203,14 @@ def _remarks(result: Result) -> list[str]:
             instead = f"fell back to {row.options[group].effective} ({fallback.stage})"
             found.setdefault(f"! {group}={fallback.option} {instead}: {fallback.reason}", []).append(row.job)
         if row.reason:
-            found.setdefault(f"x {row.reason.removeprefix('ConfigError: ')}", []).append(row.job)
+            found.setdefault(f"x {explained(row.reason)}", []).append(row.job)
     lines = [f"{text} [{'job' if len(jobs) == 1 else 'jobs'} {_listed(jobs)}]" for text, jobs in found.items()]
     return lines + [f"note: {problem}" for problem in result.problems]
+
+
+def explained(reason: str) -> str:
+    """A failure's reason without the name of an error that explains itself."""
+    return reason.removeprefix("ConfigError: ").removeprefix("OptionUnavailable: ")
 
 
 def _listed(jobs: Iterable[str]) -> str:
