@@ -53,8 +53,8 @@ class MemoryKnobs(Option):
             return
         import torch
 
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(allocator_share(self.budget_gb, total), device)
+        total = torch.cuda.get_device_properties(_number(device)).total_memory
+        torch.cuda.set_per_process_memory_fraction(allocator_share(self.budget_gb, total), _number(device))
 
     def limited(self, device: str) -> Facts:
         """What the allocator says its limit is, where it has one."""
@@ -62,8 +62,8 @@ class MemoryKnobs(Option):
             return {}
         import torch
 
-        share = torch.cuda.get_per_process_memory_fraction(device)
-        total = torch.cuda.get_device_properties(device).total_memory
+        share = torch.cuda.get_per_process_memory_fraction(_number(device))
+        total = torch.cuda.get_device_properties(_number(device)).total_memory
         return {"allocator_limit_bytes": int(share * total)} if share < 1 else {}
 
 
@@ -174,3 +174,11 @@ class Group(Offload):
             use_stream=streams,
         )  # fmt: skip
         return {"groups": groups, "streams": streams, **pinned, **self.limited(context.device)}
+
+
+def _number(device: str) -> int:
+    """The index of a CUDA device; plain ``cuda`` is torch's current one."""
+    import torch
+
+    index = torch.device(device).index
+    return torch.cuda.current_device() if index is None else index
