@@ -53,6 +53,7 @@ def test_the_page_tells_all_of_it(swept: Path) -> None:
     for text in ("Pareto front", "baseline", "xformers", "needs a CUDA GPU", "steps=0", "seed 1", "torch", "command"):
         assert text in page
     assert page.count("<svg") == 2
+    assert re.search(r"were not measured:.*steps=0 · failed", page, re.DOTALL)
     assert "<b>bold</b>" not in page, "a prompt is text, not markup"
     assert "&lt;b&gt;bold&lt;/b&gt;" in page
 

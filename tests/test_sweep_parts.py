@@ -124,6 +124,10 @@ def test_the_pareto_front_has_what_nothing_else_beats_in_both() -> None:
     ]
     mark_front(found)
     assert [s.on_front for s in found] == [True, True, False, True, False, False]
+    other_size = setting(0.1, math.inf).model_copy(update={"context": "512x512"})
+    mark_front([*found, other_size])
+    assert [s.on_front for s in found] == [True, True, False, True, False, False], "not beaten by another size's"
+    assert other_size.on_front
 
 
 def row(job: str, image_s: float | None, attention: str = "sdpa", seed: int = 0, **more: object) -> Row:

@@ -141,7 +141,7 @@ def _ratio(base: float | None, value: float | None) -> float | None:
 
 # --- settings -------------------------------------------------------------------------------------------------------
 
-SAME_SETTING = ("prompt", "prompts_file", "seed", "num_images", "measure")
+SAME_SETTING = ("prompt", "prompts_file", "seed", "num_images", "measure", "strict")
 
 
 def _setting_key(row: Row) -> tuple[Any, ...]:
@@ -156,7 +156,7 @@ def settings(rows: Sequence[Row]) -> list[Setting]:
         if row.config:
             groups.setdefault(_setting_key(row), []).append(row)
     found = [_setting(group, rows) for group in groups.values()]
-    _pay_settings(found, [_context(group[0]) for group in groups.values()])
+    _pay_settings(found)
     mark_front(found)
     return sorted(found, key=lambda s: (s.image_s is None, s.image_s or 0.0))
 
@@ -166,6 +166,7 @@ def _setting(group: Sequence[Row], rows: Sequence[Row]) -> Setting:
     shown = done[0] if done else group[0]
     fresh = [row for row in done if not row.continued]
     return Setting(
+        context=repr(_context(shown)),
         label=_setting_label(shown, rows),
         jobs=[row.job for row in group],
         status=_status(group, len(done)),
@@ -183,11 +184,11 @@ def _setting(group: Sequence[Row], rows: Sequence[Row]) -> Setting:
     )  # fmt: skip
 
 
-def _pay_settings(found: Sequence[Setting], contexts: Sequence[tuple[Any, ...]]) -> None:
+def _pay_settings(found: Sequence[Setting]) -> None:
     """The same for settings as for jobs, from the settings' own medians."""
-    bases = [(s, context) for s, context in zip(found, contexts, strict=True) if s.is_baseline]
-    for setting, context in zip(found, contexts, strict=True):
-        base = next((s for s, theirs in bases if theirs == context), bases[0][0] if bases else None)
+    bases = [setting for setting in found if setting.is_baseline]
+    for setting in found:
+        base = next((s for s in bases if s.context == setting.context), bases[0] if bases else None)
         if base is not None and not setting.is_baseline and setting.speedup is not None:
             firsts = setting.first_image_s, base.first_image_s
             setting.pays_after = pays_after(firsts[0], setting.image_s, firsts[1], base.image_s)
@@ -200,12 +201,12 @@ def _status(group: Sequence[Row], done: int) -> str:
 
 
 def _setting_label(row: Row, rows: Sequence[Row]) -> str:
-    kept = [word for word in distinctive(row, rows) if word.partition("=")[0] not in SAME_SETTING]
+    kept = [word for word in distinctive(row, rows) if word.partition("=")[0].partition(".")[0] not in SAME_SETTING]
     return " ".join(kept) or ("neutral options" if row.neutral() else ALL_THE_SAME)
 
 
 def mark_front(found: Sequence[Setting]) -> None:
-    """Mark the settings that no other one beats in both speed and distance from the baseline."""
+    """Mark the settings that no other one of their context beats in both speed and distance from the baseline."""
     measured = [s for s in found if s.image_s is not None and s.psnr_db is not None]
     for setting in measured:
         setting.on_front = not any(_beats(other, setting) for other in measured)
@@ -213,7 +214,7 @@ def mark_front(found: Sequence[Setting]) -> None:
 
 def _beats(other: Setting, setting: Setting) -> bool:
     one, two = _coordinates(other), _coordinates(setting)
-    return one != two and one[0] <= two[0] and one[1] <= two[1]
+    return other.context == setting.context and one != two and one[0] <= two[0] and one[1] <= two[1]
 
 
 def _coordinates(setting: Setting) -> tuple[float, float]:

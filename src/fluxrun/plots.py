@@ -88,8 +88,8 @@ def _spread(points: Sequence[tuple[int, Setting]]) -> float:
 
 
 def _draw_front(axes: Axes, front: Sequence[Setting], top: float) -> None:
-    line = sorted((s.image_s or 0.0, _height(s, top)) for s in front)
-    if len(line) > 1:
+    for context in {s.context for s in front}:
+        line = sorted((s.image_s or 0.0, _height(s, top)) for s in front if s.context == context)
         axes.plot(*zip(*line, strict=True), color=FRONT, linewidth=1.5, drawstyle="steps-post", zorder=2)
 
 

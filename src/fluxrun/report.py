@@ -78,6 +78,8 @@ def write_report(result: Result, root: Path, path: Path) -> None:
     page = templates.get_template("report.html.j2").render(
         result=result,
         settings=result.settings,
+        measured=[s for s in result.settings if s.image_s is not None],
+        unmeasured=[s for s in result.settings if s.image_s is None],
         verdict=verdict(result.settings),
         rows=[(row, label(row, result.jobs), effective(row)) for row in result.jobs],
         galleries=galleries(result, root),

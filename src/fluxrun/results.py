@@ -155,8 +155,10 @@ class Setting(ResultModel):
     speedup: float | None = None
     pays_after: int | None = None
     is_baseline: bool = False
+    context: str = ""
+    """What a fair comparison keeps equal: model, machine, size, steps, guidance."""
     on_front: bool = False
-    """On the Pareto front: no other setting is both faster and nearer to the baseline's pictures."""
+    """On the Pareto front: no other setting of this context is both faster and nearer to the baseline's pictures."""
 
 
 class Totals(ResultModel):
