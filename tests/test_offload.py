@@ -142,3 +142,28 @@ def test_pins_hold_what_is_registered_and_let_it_go(monkeypatch):
     assert len(registered) == 2
     del pins
     assert not registered
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_a_budget_limits_the_allocator_of_any_cuda_device(device, monkeypatch):
+    """torch takes a number here, or a device that has one; plain ``cuda`` has none and is refused."""
+    from fluxrun.machine import GIB
+    from fluxrun.options.memory import Resident
+
+    shares = {0: 1.0}
+
+    def number(given):
+        assert isinstance(given, int), f"Expected a torch.device with a specified index or an integer, but got:{given}"
+        return given
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("Device", (), {"total_memory": 80 * GIB}))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda given: shares[number(given)])
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share, given: shares.update({number(given): share})
+    )
+    assert Resident(name="resident").limited(device) == {}
+    option = Resident(name="resident", budget_gb=24)
+    option.limit(device)
+    limit = option.limited(device)["allocator_limit_bytes"]
+    assert 20 * GIB < limit < 24 * GIB
