@@ -17,10 +17,10 @@ import triton.language as tl
 
 ELEMENTS = 16384  # of a tile: 32 KB of bfloat16, 64 values a thread, enough loads in flight without spilling
 WARPS = 8
-MOST_PARTIALS = 8192  # tiles whose statistics one step of the finishing kernel holds
+PARTIALS = 4096  # tiles whose statistics one step of the finishing kernel holds
 SCORE_BYTES = 2**28  # of one slice of the attention matrix
-SIZES = ("pixels", "tiles")  # one compiled kernel for pictures of all sizes
-MOST_SCORES = 8192  # of a row that are held at once
+SIZES = ("pixels", "tiles")  # not compiled in: what a small picture compiled serves one of any size
+SCORES = 8192  # of a row that one step of the softmax holds
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -168,7 +168,7 @@ def normalize(
     scale, shift = torch.empty((2, samples, channels), dtype=torch.float32, device=x.device).unbind()
     _finish_kernel[(groups, samples)](
         *partials, weight, offset, weight if bias is None else bias, scale, shift, pixels, tiles, eps,
-        WIDTH=channels // groups, GROUPS=groups, ROWS=rows, BLOCK=min(triton.next_power_of_2(tiles), MOST_PARTIALS),
+        WIDTH=channels // groups, GROUPS=groups, ROWS=rows, BLOCK=PARTIALS,
         BIAS=bias is not None, num_warps=WARPS,
     )  # fmt: skip
     out = torch.empty_like(x)
@@ -201,8 +201,7 @@ def _softmax(scores: torch.Tensor, factor: float, dtype: torch.dtype) -> torch.T
     """softmax(factor * scores) of each row, in ``dtype``."""
     rows, columns = scores.shape
     out = torch.empty((rows, columns), dtype=dtype, device=scores.device)
-    block = min(triton.next_power_of_2(columns), MOST_SCORES)
-    _softmax_kernel[(rows,)](scores, out, columns, factor, BLOCK=block, num_warps=WARPS)
+    _softmax_kernel[(rows,)](scores, out, columns, factor, BLOCK=SCORES, num_warps=WARPS)
     return out
 
 
