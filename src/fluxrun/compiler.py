@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -58,6 +59,23 @@ class CountingBackend:
         return run
 
 
+class LimitWatch(logging.Handler):
+    """Counts the functions dynamo gave up on: after eight recompilations it runs them eagerly, and only logs it."""
+
+    hits = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if str(record.msg).startswith("torch._dynamo hit config."):
+            LimitWatch.hits += 1
+
+    @staticmethod
+    def install() -> None:
+        """Listen to dynamo; once a process."""
+        logger = logging.getLogger("torch._dynamo.convert_frame")
+        if not any(isinstance(handler, LimitWatch) for handler in logger.handlers):
+            logger.addHandler(LimitWatch(logging.WARNING))
+
+
 class Compiler:
     """What a build needs of torch.compile: backends, cache folder, and the counts since it was made."""
 
@@ -75,6 +93,7 @@ class Compiler:
 
         patches = {**(list_mode_options(mode) if mode and mode != "default" else {}), **options}
         backend = CountingBackend(patches)
+        LimitWatch.install()
         if Compiler._last_identity not in (None, backend._identity):
             torch.compiler.reset()
         Compiler._last_identity = backend._identity
@@ -130,6 +149,7 @@ def _counts() -> dict[str, float]:
         "compile_s": _compile_seconds(),
         "graphs_compiled": CountingBackend.compilations,
         "recompiles": CountingBackend.recompilations,
+        "recompile_limit_hits": LimitWatch.hits,
         "graph_calls": CountingBackend.graph_calls,
         "graph_breaks": sum(counters["graph_break"].values()),
         "cache_hits": inductor["fxgraph_cache_hit"] + autograd["autograd_cache_hit"],

@@ -34,6 +34,7 @@ class Workbench:
         self._store = store
         self._session: Session | None = None
         self._key = ""
+        self._graphs: str | None = None
         self._compiled = False
         self.upcoming: Sequence[str] = ()
         """Prompts of the runs still to come over the same weights, where that is known."""
@@ -71,13 +72,14 @@ class Workbench:
             self._session.carry_on(prepared.plan, **shared)
             return self._session
         self.close()
-        self._clear_up()
-        self._session, self._key = self._open(prepared, shared), key
+        graphs = graphs_key(prepared)
+        self._clear_up(keep_graphs=graphs is not None and graphs == self._graphs)
+        self._session, self._key, self._graphs = self._open(prepared, shared), key, graphs
         return self._session
 
-    def _clear_up(self) -> None:
+    def _clear_up(self, keep_graphs: bool) -> None:
         """Free what the last pipeline left behind, so that a job starts with the weights' memory and nothing more."""
-        if self._compiled:
+        if self._compiled and not keep_graphs:
             from fluxrun.compiler import Compiler
 
             # Also keeps a long sweep below the number of recompilations at which dynamo quietly goes eager.
@@ -105,6 +107,18 @@ class Workbench:
         session, self._session = self._session, None
         self._compiled = self._compiled or session.compiled
         session.close()
+
+
+def graphs_key(prepared: Prepared) -> str | None:
+    """What must agree for compiled code to serve another size: all options, with graphs for every size; else None.
+
+    Without ``compile.dynamic=true`` each size gets graphs of its own, so that a job is as fast as it is alone.
+    """
+    option = prepared.plan.options["compile"]
+    if not getattr(option, "dynamic", False) or getattr(option, "cudagraphs", False):
+        return None
+    key = json.loads(build_key(prepared))
+    return json.dumps({name: value for name, value in key.items() if name not in ("size", "batch_size", "references")})
 
 
 def build_key(prepared: Prepared) -> str:

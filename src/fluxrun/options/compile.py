@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fluxrun.compile")
 
+GAVE_UP = (
+    "torch stopped compiling a part of the model after too many recompilations and runs it eagerly "
+    "(compile.dynamic=true compiles once for all sizes)"
+)
+
 Target = Literal["transformer", "vae_decoder", "text_encoder"]
 
 
@@ -124,6 +129,8 @@ class Compile(CompileKnobs):
     def observe(self, pipeline: Any, context: Context) -> Facts:
         """Dynamo's own counters since the option was applied, and how many graphs ran compiled per forward call."""
         counts = context.compiler.counted()
+        if counts["recompile_limit_hits"]:
+            context.plan.note(GAVE_UP)
         steps = context.counters["steps"]
         return {
             **counts,
