@@ -202,7 +202,7 @@ def _remarks(result: Result) -> list[str]:
         for group, fallback in row.fallbacks:
             instead = f"fell back to {row.options[group].effective} ({fallback.stage})"
             found.setdefault(f"! {group}={fallback.option} {instead}: {fallback.reason}", []).append(row.job)
-        if row.reason:
+        if row.reason and row.status == "failed":
             found.setdefault(f"x {explained(row.reason)}", []).append(row.job)
     lines = [f"{text} [{'job' if len(jobs) == 1 else 'jobs'} {_listed(jobs)}]" for text, jobs in found.items()]
     return lines + [f"note: {problem}" for problem in result.problems]
