@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from helpers import CPU, H100, SMALL, fluxrun, said
 
-from fluxrun.artifacts import FORMAT, Artifacts, add_part, made_with, read_parts
+from fluxrun.artifacts import FORMAT, Artifacts, add_part, digest, made_with, read_parts
 from fluxrun.errors import ConfigError
 
 
@@ -89,3 +89,35 @@ def test_a_file_that_is_not_there_yet_is_no_matter(tmp_path):
     found = Artifacts(tmp_path / "none yet", made_with(CPU))
     assert found.load() is None
     assert found.facts == {"file": str(tmp_path / "none yet"), "loaded": {}, "saved": {}}
+
+
+def test_a_process_that_saves_twice_loses_nothing(tmp_path):
+    """torch's own file would then load only what was compiled after the first save."""
+    from torch.compiler._cache import CacheArtifactManager as Manager
+
+    def keys(part: bytes) -> list[str]:
+        return [artifact.key for kind in (Manager.deserialize(part) or {}).values() for artifact in kind]
+
+    file = tmp_path / "team.artifacts"
+    Manager._ensure_cache_artifacts_registered()
+    Manager.clear()
+    try:
+        mine = Artifacts(file, made_with(CPU))
+        mine.load()
+        for number in (1, 2):
+            Manager.record_artifact("pgo", f"key {number}", b"code")
+            mine.save(misses=number)
+        mine.save(misses=2)  # nothing new
+        assert [keys(part) for _, part in read_parts(file)] == [["key 1"], ["key 2"]]
+        assert mine.facts["saved"] == {"pgo": 2}
+    finally:
+        Manager.clear()
+
+
+def test_a_part_that_a_newer_one_covers_is_dropped(tmp_path):
+    file = tmp_path / "team.artifacts"
+    other = ({"torch": "2"}, b"another machine's")
+    add_part(file, {"torch": "1"}, b"old")
+    add_part(file, *other)
+    add_part(file, {"torch": "1"}, b"new", instead=[digest(b"old")])
+    assert list(read_parts(file)) == [other, ({"torch": "1"}, b"new")]

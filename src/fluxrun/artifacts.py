@@ -6,9 +6,10 @@ another torch, GPU or fluxrun are left alone; what was compiled new is added as 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,23 +50,32 @@ def read_parts(file: Path) -> Iterator[tuple[Header, bytes]]:
             yield header, part
 
 
-def add_part(file: Path, header: Header, part: bytes) -> None:
-    """Add a part to a file, which may not exist yet, in one step: another process never reads half of it."""
+def add_part(file: Path, header: Header, part: bytes, instead: Collection[str] = ()) -> None:
+    """Add a part to a file, which may not exist yet, in one step: another process never reads half of it.
+
+    Parts whose ``digest`` is in ``instead`` are left out: the new one holds everything they hold.
+    """
     import os
     import tempfile
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    before = file.read_bytes() if file.exists() else b""
-    line = json.dumps({"format": FORMAT, **header, "bytes": len(part)}).encode() + b"\n"
+    before = list(read_parts(file)) if file.exists() else []
+    kept = [(head, body) for head, body in before if digest(body) not in instead]
     handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     try:
         with os.fdopen(handle, "wb") as stream:
-            stream.write(before + line + part)
+            for head, body in (*kept, (header, part)):
+                stream.write(json.dumps({"format": FORMAT, **head, "bytes": len(body)}).encode() + b"\n" + body)
         os.chmod(temporary, 0o644)
         os.replace(temporary, file)
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def digest(part: bytes) -> str:
+    """What tells parts apart."""
+    return hashlib.sha256(part).hexdigest()
 
 
 @dataclass
@@ -79,6 +89,8 @@ class Artifacts:
     """False for a file that could not be read: it is not written to either."""
     saved_at: float = 0.0
     """Cache misses when it was last written."""
+    _parts: dict[str, set[str]] = field(default_factory=dict)
+    """What each part of the file holds that is for this machine, by the part's digest."""
 
     def load(self) -> str | None:
         """Put the file's artefacts into torch's compile cache; returns what the user should know, or None."""
@@ -93,7 +105,9 @@ class Artifacts:
             return f"compile.cache_artifacts: {one_line(error)}; it is neither used nor written to"
         fitting = [part for header, part in parts if header == self.header]
         for part in fitting:
-            self._count("loaded", _load(part))
+            info = _load(part)
+            self._count("loaded", info)
+            self._parts[digest(part)] = _keys(info)
         if parts and not fitting:
             self.facts["refused"] = self._difference(parts[-1][0])
             return f"compile.cache_artifacts: nothing in {self.file} is for this machine ({self.facts['refused']})"
@@ -110,14 +124,17 @@ class Artifacts:
         if made is None:
             return
         part, info = made
+        _begin_next_part()
+        covered = [name for name, keys in self._parts.items() if keys and keys <= _keys(info)]
         try:
-            add_part(self.file, self.header, part)
-        except OSError as error:
+            add_part(self.file, self.header, part, instead=covered)
+        except (OSError, ConfigError) as error:
             self.usable = False
-            self.facts["refused"] = f"cannot be written: {error.strerror or error}"
+            self.facts["refused"] = f"cannot be written: {one_line(error)}"
             log.warning("compile.cache_artifacts: %s %s", self.file, self.facts["refused"])
             return
-        self.facts["saved"] = {}
+        self._parts = {name: keys for name, keys in self._parts.items() if name not in covered}
+        self._parts[digest(part)] = _keys(info)
         self._count("saved", info)
 
     def _count(self, what: str, info: Any) -> None:
@@ -138,3 +155,18 @@ def _load(part: bytes) -> Any:
     import torch
 
     return torch.compiler.load_cache_artifacts(part)
+
+
+def _keys(info: Any) -> set[str]:
+    return {f"{kind} {key}" for kind, keys in info.artifacts.items() for key in keys} if info is not None else set()
+
+
+def _begin_next_part() -> None:
+    """Let torch's next save hold only what is new since this one.
+
+    By itself it writes everything once more, in a second list of each kind, and loads only the last list of a kind.
+    """
+    from torch.compiler._cache import CacheArtifactManager
+
+    CacheArtifactManager._serializer.clear()
+    CacheArtifactManager._cache_info.clear()
