@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import tiny_folder
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fluxrun import models
 from fluxrun.checkpoint import inspect
 from fluxrun.errors import ConfigError
 from fluxrun.models import WeightsKey
 from fluxrun.options.model import Flux2Model
+from fluxrun.text_encoder import with_explicit_mask
 
 PIPELINES = ("klein", "dev")
 TINY_LAYERS = 4
@@ -136,3 +138,43 @@ def test_the_estimate_before_loading_knows_it(pipeline, source):
     estimated = inspect(option.model_copy(update={"dtype": "float32"}), CPU).component_bytes["text_encoder"]
     actual = base.facts["components"]["text_encoder"]["bytes"]
     assert actual == pytest.approx(estimated, rel=0.05)
+
+
+class Waits(TorchDispatchMode):
+    """What would make the CPU wait for a GPU: a value read, or a shape that depends on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(word in str(func) for word in ("_local_scalar_dense", "is_nonzero", "aten.nonzero", "masked_select")):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layers", ["needed", "all"])
+@pytest.mark.parametrize("length", [48, 8])  # padded; cut off, so that nothing is padded
+@torch.no_grad()
+def test_with_its_mask_made_beforehand_klein_encodes_the_same_and_waits_for_nothing(layers, length):
+    pipeline = models.shell(loaded("klein", "random", layers, (1, 2, 3)))
+
+    def encode() -> tuple[torch.Tensor, list[str]]:
+        with Waits() as waits:
+            embeds, _ = pipeline.encode_prompt(
+                ["a red circle", "a blue square right of a green star"],
+                device="cpu", max_sequence_length=length, text_encoder_out_layers=(1, 2, 3),
+            )  # fmt: skip
+        return embeds, waits.found
+
+    expected, waited = encode()
+    pipeline.text_encoder.forward = with_explicit_mask(pipeline.text_encoder)
+    embeds, waited_now = encode()
+    assert torch.equal(embeds, expected)
+    assert waited
+    assert not waited_now
+
+
+def test_other_text_encoders_keep_their_forward():
+    encoder = loaded("dev", "random", "needed", (1, 2, 3)).pipeline.text_encoder
+    assert with_explicit_mask(encoder) == encoder.forward

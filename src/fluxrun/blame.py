@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 MARKS = {
     "kernels": ("fluxrun/kernels/",),
+    "vae": ("fluxrun/fast_vae", "autoencoder"),
     "attention": ("attention_dispatch", "xformers", "flash_attn", "sageattention", "flex_attention"),
     "quantization": ("torchao", "sdnq"),
     "cache": ("cache_dit",),
     "compile": ("torch/_inductor", "torch/_dynamo", "torch/_functorch", "triton"),
-    "vae": ("autoencoder",),
 }
 """Where in a traceback each group's libraries show up."""
 
@@ -19,8 +19,6 @@ MARKS = {
 def blame(error: BaseException, suspects: Sequence[str]) -> str | None:
     """The group among ``suspects`` whose code the error comes from; else the first, the likeliest; None for none."""
     places = _places(error)
-    if "compile" in suspects and any("RecordingFailed" in place for place in places):
-        return "compile"
     for group, marks in MARKS.items():
         if group in suspects and any(mark in place for place in places for mark in marks):
             return group

@@ -107,6 +107,7 @@ class Graphs:
     def wrap(self, pipeline: Any, targets: Sequence[str]) -> list[str]:
         """Record the forward of each target from its second call on; returns the targets found in the pipeline."""
         from fluxrun.cuda_graphs import GraphedForward
+        from fluxrun.text_encoder import with_explicit_mask
 
         modules = {
             "transformer": pipeline.transformer,
@@ -116,12 +117,16 @@ class Graphs:
         for target in targets:
             if (module := modules[target]) is not None:
                 module.forward = self.forwards[target] = GraphedForward(module.forward)
+                if target == "text_encoder":
+                    module.forward = with_explicit_mask(module)
         return list(self.forwards)
 
     def counted(self) -> Facts:
-        """Graphs recorded by target, and replays since the build or ``start_counting``."""
+        """Graphs recorded by target, replays since the build or ``start_counting``, and why a target has none."""
         recorded = {target: forward.graphs for target, forward in self.forwards.items()}
-        return {"cuda_graphs": recorded, "cuda_graph_replays": self._replays() - self._replays_before}
+        refused = {target: forward.refused for target, forward in self.forwards.items() if forward.refused}
+        facts: Facts = {"cuda_graphs": recorded, "cuda_graph_replays": self._replays() - self._replays_before}
+        return {**facts, "cuda_graphs_refused": refused} if refused else facts
 
     def start_counting(self) -> None:
         """Count replays from here on."""

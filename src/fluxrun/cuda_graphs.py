@@ -6,6 +6,7 @@ launched at once. Recording needs no compiler, so it costs one step's launches a
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,14 +14,12 @@ from typing import Any
 
 import torch
 
+from fluxrun.errors import one_line
+
 log = logging.getLogger("fluxrun.compile")
 
 MOST_GRAPHS = 8
 """Shapes kept per module; further ones run without a graph, so that a sweep over sizes cannot fill the memory."""
-
-
-class RecordingFailed(RuntimeError):
-    """A forward that runs as it is but cannot be recorded (it waits for the device, or decides on its values)."""
 
 
 @dataclass
@@ -37,27 +36,29 @@ class GraphedForward:
 
     The first call is where kernels are compiled, tuned and fail; only what has run once is recorded. Tensor arguments
     are copied into the graph's own before each replay and its outputs copied out, so callers see ordinary values.
-    Arguments that are not tensors must be equal for a graph to be reused.
+    Arguments that are not tensors must be equal for a graph to be reused. A forward that cannot be recorded (it waits
+    for the device, or decides by a tensor's values) goes on as it is; ``refused`` says why.
     """
 
     def __init__(self, forward: Callable[..., Any]) -> None:
         self.forward = forward
         self.graphs = 0
         self.replays = 0
+        self.refused: str | None = None
         self._seen: set[Any] = set()
         self._recorded: dict[Any, _Recorded] = {}
         self._pool: Any = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         key, tensors = _signature(args, kwargs)
-        if key is None or not all(tensor.is_cuda for tensor in tensors):
+        if key is None or self.refused or not all(tensor.is_cuda for tensor in tensors):
             return self.forward(*args, **kwargs)
         if key in self._recorded:
             return self._replay(self._recorded[key], tensors)
-        if key in self._seen and self.graphs < MOST_GRAPHS:
-            self._recorded[key] = self._record(args, kwargs, tensors)
+        if key in self._seen and self.graphs < MOST_GRAPHS and (recorded := self._try_to_record(args, kwargs, tensors)):
+            self._recorded[key] = recorded
             self.graphs += 1
-            return self._replay(self._recorded[key], tensors)
+            return self._replay(recorded, tensors)
         self._seen.add(key)
         return self.forward(*args, **kwargs)
 
@@ -66,6 +67,16 @@ class GraphedForward:
         self._recorded.clear()
         self._seen.clear()
         self._pool = None
+
+    def _try_to_record(self, args: Any, kwargs: Any, tensors: list[torch.Tensor]) -> _Recorded | None:
+        try:
+            return self._record(args, kwargs, tensors)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a library may refuse in any way it likes; it is said, recorded, and run as before
+            self.refused = one_line(error)
+            log.warning("a forward cannot be recorded as a CUDA graph and runs as it is (%s)", self.refused)
+            return None
 
     def _record(self, args: Any, kwargs: Any, tensors: list[torch.Tensor]) -> _Recorded:
         """Record one call over copies of its tensors; nothing is computed yet."""
@@ -76,14 +87,17 @@ class GraphedForward:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        try:
+        # Not torch.cuda.graph: when recording fails it leaves its own stream behind as the current one.
+        with torch.cuda.stream(torch.cuda.Stream()):
             # thread_local: another thread (a progress display, a data loader) may call CUDA meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
                 output = self.forward(*args, **kwargs)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever cannot be recorded is the graph's failure, not the kernel's
-            raise RecordingFailed(f"this forward cannot be recorded as a CUDA graph: {error}") from error
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # says once more what went wrong
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         log.debug("recorded a CUDA graph for inputs %s", [tuple(tensor.shape) for tensor in inputs])
         return _Recorded(graph, inputs, output)
 

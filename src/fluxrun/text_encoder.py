@@ -6,9 +6,11 @@ read, the final norm and the head (a matrix of tokens × vocabulary) would be lo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -55,6 +57,30 @@ class NeededLayers:
         """What was kept and what was left out, with parameters of ``itemsize`` bytes."""
         saved = self.parameters_left_out * itemsize
         return {"layers": self.kept, "layers_of": self.total, "head": "left out", "bytes_saved": saved}
+
+
+def with_explicit_mask(encoder: Any) -> Callable[..., Any]:
+    """The forward of a Qwen3 text encoder with its causal mask made beforehand; any other encoder's as it is.
+
+    Given a [batch, tokens] mask, transformers asks the device whether anything is padded, which no CUDA graph can hold;
+    a mask [batch, 1, tokens, tokens] is taken as it is. The embeddings are the same.
+    """
+    forward: Callable[..., Any] = encoder.forward
+    if encoder.config.model_type != "qwen3":
+        return forward
+
+    def masked(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        if attention_mask is not None and attention_mask.ndim == 2:
+            attention_mask = causal_mask(attention_mask)
+        return forward(*args, attention_mask=attention_mask, **kwargs)
+
+    return masked
+
+
+def causal_mask(padding: torch.Tensor) -> torch.Tensor:
+    """bool [batch, 1, tokens, tokens] of ``padding`` [batch, tokens] (1: a token): who may look at whom."""
+    positions = torch.arange(padding.shape[1], device=padding.device)
+    return (positions[None, :] <= positions[:, None]) & padding.bool()[:, None, None, :]
 
 
 def _count(module: nn.Module) -> int:

@@ -134,11 +134,27 @@ def test_lossless_options_draw_the_same_picture(overrides, tmp_path):
 
 def test_graphs_are_recorded_once_and_replayed(tmp_path):
     targets = "compile.targets=[transformer,vae_decoder,text_encoder]"
-    record = draw(tmp_path / "b", "compile=cudagraphs", targets, "num_images=3", "steps=4")
+    prompts = "prompt=[a red circle, a blue star, a large green ring at the top left]"
+    plain = draw(tmp_path / "a", prompts, "steps=4")
+    record = draw(tmp_path / "b", "compile=cudagraphs", targets, prompts, "steps=4")
     facts = record.options["compile"].facts
-    assert facts["cuda_graphs"]["transformer"] == 1
-    assert facts["cuda_graphs"]["vae_decoder"] == 1
-    assert facts["cuda_graph_replays"] == 3 * 4 - 1 + 2
+    assert facts["cuda_graphs"] == {"transformer": 1, "vae_decoder": 1, "text_encoder": 1}
+    assert facts["cuda_graph_replays"] == (3 * 4 - 1) + 2 + 2
+    assert "cuda_graphs_refused" not in facts
+    assert psnr(pixels(tmp_path / "a", plain), pixels(tmp_path / "b", record)) >= 40
+
+
+def test_a_forward_that_cannot_be_recorded_runs_as_it_is():
+    from fluxrun.cuda_graphs import GraphedForward
+
+    graphed = GraphedForward(lambda x: x + 1 if x.sum() > 0 else x - 1)
+    stream, x = torch.cuda.current_stream(), torch.ones(8, device="cuda")
+    for _ in range(3):
+        assert torch.equal(graphed(x), x + 1)
+    assert graphed.refused
+    assert (graphed.graphs, graphed.replays) == (0, 0)
+    assert torch.cuda.current_stream() == stream
+    assert torch.randn(8, device="cuda").isfinite().all()
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "fp8"])
