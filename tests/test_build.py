@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import CONF, SMALL, draw, fluxrun, hashes, small
+from helpers import CONF, H100, SMALL, draw, fluxrun, hashes, plan_on, small
 
 from fluxrun.errors import OptionUnavailable, OutOfMemory
 from fluxrun.record import RunRecord, read_record
@@ -286,6 +286,20 @@ def test_build_gives_an_ordinary_pipeline(tmp_path, plain):
     assert images[0].size == (64, 64)
     assert snapshot() == before
     assert len(pixel_hash(images[0])) == 64
+
+
+def test_a_pipeline_that_is_handed_out_keeps_its_text_encoder():
+    import fluxrun
+    from fluxrun.build import _keep_whole
+    from fluxrun.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="memory=balanced"):
+        fluxrun.build(small("memory=staged"))
+    plan = plan_on(H100, "model=flux2_dev", "model.weights=random", "compile=regional")
+    assert plan.choices["memory"].effective == "staged"
+    _keep_whole(plan)
+    assert plan.choices["memory"].effective == "balanced"
+    assert "keeps its text encoder" in plan.choices["memory"].facts["chosen_because"]
 
 
 def test_run_from_python(tmp_path, plain):

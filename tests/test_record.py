@@ -255,3 +255,29 @@ def test_the_folder_going_away_is_said(tmp_path, bench, monkeypatch, caplog):
     with pytest.raises(OSError, match="No such file"):
         draw(tmp_path / "run", workbench=bench)
     assert "cannot write" in caplog.text
+
+
+def test_rerun_from_another_folder_finds_relative_paths(tmp_path, bench, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    (tmp_path / "here" / "mine.txt").write_text("a red circle\n")
+    monkeypatch.chdir(tmp_path / "here")
+    record = draw(tmp_path / "run", "prompts_file=mine.txt", workbench=bench)
+    assert record.cwd == str(tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "there")
+    assert rerun(str(tmp_path / "run"), ["hydra.run.dir=again"]) == 0
+
+
+def test_only_paths_that_are_missing_here_are_looked_for_there(tmp_path, monkeypatch):
+    from fluxrun.rerun import with_found_paths
+
+    for name in ("here/both.png", "there/both.png", "there/only.png", "there/model/x"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path / "here")
+    config = {"reference_images": ["both.png", "only.png", "neither.png"], "model": {"path": "model", "id": None}}
+    there = tmp_path / "there"
+    found = with_found_paths(config, str(there))
+    assert found["reference_images"] == ["both.png", str(there / "only.png"), "neither.png"]
+    assert found["model"] == {"path": str(there / "model"), "id": None}
+    assert with_found_paths(config, None)["reference_images"] == config["reference_images"]

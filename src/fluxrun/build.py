@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fluxrun.blame import blame, is_out_of_memory
 from fluxrun.config import Facts, RunConfig
 from fluxrun.context import PATCH_PIXELS, Context
-from fluxrun.errors import Interrupted, OptionUnavailable, OutOfMemory, one_line
+from fluxrun.errors import ConfigError, Interrupted, OptionUnavailable, OutOfMemory, one_line
 from fluxrun.interrupt import Interrupts
 from fluxrun.machine import GIB
 from fluxrun.plan import APPLY_ORDER, BLAME_ORDER, Fallback, Plan
@@ -62,6 +62,8 @@ class Session:
         self._on_change = on_change
         self.before_staged_load: Callable[[], None] = lambda: None
         """memory=staged: what must be encoded before everything but the text encoder is loaded."""
+        self.whole = False
+        """Whether the pipeline is handed out: then it keeps its text encoder, and memory=staged is not for it."""
         self.upcoming: Sequence[str] = ()
         """Prompts of later runs over the same weights: memory=staged encodes them while its text encoder is there."""
         self._staged_counts: Counter[str] = Counter()
@@ -306,7 +308,8 @@ class Session:
         from fluxrun.options.memory import LADDER
 
         choice = self.plan.choices["memory"]
-        rungs = [n for n in LADDER[LADDER.index(choice.effective) + 1 :] if self._usable("memory", n)]
+        below = LADDER[LADDER.index(choice.effective) + 1 :]
+        rungs = [n for n in below if self._usable("memory", n) and not (self.whole and n == "staged")]
         if choice.requested != "auto" or not rungs or self.plan.config.strict:
             raise OutOfMemory(self._advice(rungs)) from error
         record = Fallback(choice.effective, stage, one_line(error), type(error).__name__)
@@ -346,12 +349,15 @@ def build(config: RunConfig) -> Session:
     """The optimized pipeline of a config, with what was applied; for notebooks and node graphs.
 
     ``session.pipeline`` is an ordinary diffusers pipeline, ``session.plan.choices`` says what is in effect and why.
-    Process-wide switches stay set until ``session.close()``.
+    Process-wide switches stay set until ``session.close()``. ``memory=staged`` is refused: it throws the text encoder
+    away after the prompts it was told; where ``auto`` would take it, balanced memory takes its place.
     """
     from fluxrun.runner import prepare
 
     prepared = prepare(config)
+    _keep_whole(prepared.plan)
     session = Session(prepared.plan, references=prepared.references, located=prepared.located)
+    session.whole = True
     session.__enter__()
     try:
         session.assemble()
@@ -359,3 +365,17 @@ def build(config: RunConfig) -> Session:
         session.close()
         raise
     return session
+
+
+def _keep_whole(plan: Plan) -> None:
+    """No staged memory for a pipeline that will be asked to encode prompts later."""
+    choice = plan.choices["memory"]
+    if choice.effective != "staged":
+        return
+    if choice.requested != "auto":
+        raise ConfigError(
+            "memory=staged frees the text encoder, so that a pipeline of your own could encode no prompt; use "
+            "memory=balanced, or fluxrun.run, which knows its prompts beforehand"
+        )
+    plan.switch("memory", "balanced", {"chosen_because": "a pipeline that is handed out keeps its text encoder"})
+    plan.settle()

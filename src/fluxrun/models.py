@@ -175,7 +175,7 @@ def _pretrained(folder: Path, name: str, dtype: str, variant: str | None, needed
     if name not in architectures.MODEL_COMPONENTS:
         return cls.from_pretrained(str(folder), subfolder=name, local_files_only=True)
     # Always said: a folder saved in bfloat16 would otherwise mix a bfloat16 text encoder with a float32 transformer.
-    precision = {"dtype" if library == "transformers" else "torch_dtype": getattr(torch, dtype)}
+    precision = {"dtype": getattr(torch, dtype)}
     used = checkpoint.variant_of(folder, name, variant)
     arguments = {"subfolder": name, "variant": used, "local_files_only": True, **precision}
     if name == "text_encoder" and needed is not None:

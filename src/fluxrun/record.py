@@ -121,6 +121,8 @@ class RunRecord(RecordModel):
     status: Status = "running"
     error: ErrorRecord | None = None
     command: list[str] = []
+    cwd: str | None = None
+    """Where the run was started: what relative paths in its config are relative to. Not in the images."""
     started_at: str
     finished_at: str | None = None
     config: dict[str, Any]
@@ -142,6 +144,7 @@ class RunFolder:
         self.record = RunRecord(
             run_id=uuid.uuid4().hex[:12],
             command=list(command),
+            cwd=os.getcwd(),
             started_at=_now(),
             config=plain(config.source),
             config_hash=config_hash(config),

@@ -41,7 +41,8 @@ def from_folder(folder: Path) -> tuple[RunConfig, list[str]]:
     """A whole run's config and its images' pixel hashes."""
     record = read_record(folder)
     check_knobs(record.config, f"the record in {folder}")
-    return RunConfig.from_dict(record.config), [image.sha256 for image in record.images]
+    config = with_found_paths(record.config, record.cwd)
+    return RunConfig.from_dict(config), [image.sha256 for image in record.images]
 
 
 def from_image(path: Path) -> tuple[RunConfig, list[str]]:
@@ -56,8 +57,40 @@ def from_image(path: Path) -> tuple[RunConfig, list[str]]:
     own = {"prompt": metadata.get("prompt"), "seed": metadata.get("seed"), "prompts_file": None, "num_images": 1}
     # A batch is numerically not the same as one image at a time, but the other images are not known here.
     config |= {**own, "batch_size": 1, "measure": {"warmup": 0, "repeats": 1}}
+    if (path.parent.parent / "run.json").is_file():  # the image is where its run left it
+        config = with_found_paths(config, read_record(path.parent.parent).cwd)
     with Image.open(path) as image:
         return RunConfig.from_dict(config), [pixel_hash(image)]
+
+
+PATHS = (
+    ("prompts_file",),
+    ("reference_images",),
+    ("model", "path"),
+    ("compile", "cache_dir"),
+    ("compile", "cache_artifacts"),
+)
+"""Where in a config paths stand."""
+
+
+def with_found_paths(config: dict[str, Any], cwd: str | None) -> dict[str, Any]:
+    """``config`` with relative paths that are not there from here, but are from where the run was started."""
+
+    def found(value: Any) -> Any:
+        if isinstance(value, list):
+            return [found(entry) for entry in value]
+        if not isinstance(value, str) or cwd is None or Path(value).expanduser().exists():
+            return value
+        return str(Path(cwd) / value) if (Path(cwd) / value).exists() else value
+
+    result = dict(config)
+    for key, *rest in PATHS:
+        node = result.get(key)
+        if not rest:
+            result[key] = found(node)
+        elif isinstance(node, dict) and rest[0] in node:
+            result[key] = {**node, rest[0]: found(node[rest[0]])}
+    return result
 
 
 def output_dir(overrides: Sequence[str]) -> Path:
