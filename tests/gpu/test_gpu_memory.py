@@ -1,0 +1,89 @@
+"""Memory on a real GPU: the budget is real and is lifted again, offloading draws the same, fp8 goes along."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import fluxrun
+from fluxrun.errors import FluxrunError
+from fluxrun.machine import GIB, detect
+from fluxrun.record import RunRecord
+from fluxrun.workbench import Workbench
+
+torch = pytest.importorskip("torch")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+SHAPES = ["model=shapes", "model.dtype=bfloat16", "device=cuda", "vae=full", "prompt=[a red circle, a blue square]"]
+KLEIN = ["model=flux2_klein_4b", "model.weights=random", "device=cuda", "steps=2"]
+
+
+def draw(folder: Path, *overrides: str, workbench: Workbench | None = None) -> RunRecord:
+    record = fluxrun.run(fluxrun.compose(list(overrides)), folder, workbench=workbench)
+    memory = record.options["memory"]
+    print(overrides, memory.effective, memory.facts, record.memory, record.timings.steady_step_s)
+    return record
+
+
+def pixels(record: RunRecord) -> list[str]:
+    return [image.sha256 for image in record.images]
+
+
+def test_a_budget_is_real_and_is_lifted_again(tmp_path: Path) -> None:
+    assert torch.cuda.get_per_process_memory_fraction(0) == 1.0
+    record = draw(tmp_path / "a", *KLEIN, "memory.budget_gb=12")
+    assert record.options["memory"].effective == "staged"
+    assert record.options["memory"].facts["allocator_limit_bytes"] <= 12 * GIB
+    assert record.memory.peak_allocated_bytes < 12 * GIB
+    assert torch.cuda.get_per_process_memory_fraction(0) == 1.0
+    with pytest.raises(FluxrunError, match="out of memory"):
+        draw(tmp_path / "b", *KLEIN, "memory=resident", "memory.budget_gb=12")
+    assert torch.cuda.get_per_process_memory_fraction(0) == 1.0
+
+
+@pytest.mark.parametrize("overrides", [[], ["quantization=fp8"]], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("memory", ["balanced", "group", "staged"])
+def test_the_same_picture(memory: str, overrides: list[str], tmp_path: Path) -> None:
+    resident = draw(tmp_path / "a", *SHAPES, *overrides, "memory=resident")
+    other = draw(tmp_path / "b", *SHAPES, *overrides, f"memory={memory}")
+    for record in (resident, other):
+        assert record.options["quantization"].fallbacks == []
+    assert (other.options["memory"].effective, other.options["memory"].fallbacks) == (memory, [])
+    assert pixels(other) == pixels(resident)
+
+
+def test_blocks_stream_too(tmp_path: Path) -> None:
+    resident = draw(tmp_path / "a", *SHAPES, "memory=resident")
+    other = draw(tmp_path / "b", *SHAPES, "memory=group", "memory.group_level=block")
+    assert pixels(other) == pixels(resident)
+
+
+def test_a_step_cache_beside_balanced_memory_and_compile(tmp_path: Path) -> None:
+    pytest.importorskip("cache_dit")
+    cached = [*SHAPES, "cache=fixed", "compile=regional", "strict=true"]
+    resident = draw(tmp_path / "a", *cached, "memory=resident")
+    other = draw(tmp_path / "b", *cached, "memory=balanced")
+    assert pixels(other) == pixels(resident)
+    assert other.options["compile"].facts["graph_breaks"] == 0
+
+
+def test_large_weights_are_pinned_where_they_lie(tmp_path: Path) -> None:
+    record = draw(tmp_path / "a", *KLEIN, "memory=balanced", "prompt=[a, b]")
+    facts = record.options["memory"].facts
+    assert facts["pinned_bytes"] > 10 * 2**30
+    assert "not_pinned_bytes" not in facts
+    assert facts["components_moved"] == 4
+    # The allocator held one of the two components at a time.
+    assert record.memory.peak_allocated_bytes < 12 * GIB
+
+
+def test_a_later_job_plans_as_the_first_one_did(tmp_path: Path) -> None:
+    """Its own process's weights are not memory that is gone."""
+    with Workbench() as bench:
+        first = draw(tmp_path / "a", *KLEIN, workbench=bench)
+        free = detect().gpus[0].free_bytes
+        second = draw(tmp_path / "b", *KLEIN, "seed=1", "attention=math", workbench=bench)
+        assert bench.loads == ["first load"]
+    assert first.options["memory"].effective == second.options["memory"].effective
+    assert free > torch.cuda.get_device_properties(0).total_memory - 4 * GIB
