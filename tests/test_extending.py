@@ -78,7 +78,7 @@ def test_it_is_listed_and_planned(own, tmp_path):
     planned = fluxrun("plan", "--config-dir", str(own), "vae=brighter", cwd=tmp_path, env=environment)
     assert re.search(r"vae +brighter +brighter", planned.stdout), planned.stderr
     listed = fluxrun("--config-dir", str(own), "--help", cwd=tmp_path, env=environment)
-    assert re.search(r"^vae: auto, brighter, full", listed.stdout, re.MULTILINE)
+    assert re.search(r"^vae: auto, brighter, fast, full", listed.stdout, re.MULTILINE)
 
 
 def test_without_trust_it_is_refused(own, monkeypatch):
