@@ -25,6 +25,7 @@ def test_a_sweep_over_seeds_and_known_prompts_loads_nothing_again(bench, tmp_pat
     assert bench.loads == ["first load", "first load"]  # the text encoder, then the rest
     facts = [record.options["memory"].facts["prompts_encoded_first"] for record in (first, again, other)]
     assert facts == [2, 0, 0]
+    assert [r.options["memory"].facts["prompts_known_before"] for r in (first, again, other)] == [0, 1, 1]
     alone = draw(tmp_path / "alone", *STAGED, "prompt=a blue square")
     assert hashes(other) == hashes(alone)
     # Another option makes a new pipeline over the same weights: the text encoder is not needed for that.

@@ -258,13 +258,19 @@ class Session:
         """For staged memory: load the text encoder alone, encode with it, free it before the rest is loaded."""
         base = self._load("text")
         encode(self._shell(base))
-        self._staged_counts = Counter(prompts_encoded_first=prompts, freed_bytes=base.bytes)
+        self._staged_counts |= Counter(prompts_encoded_first=prompts, freed_bytes=base.bytes)
         del base
         self.store.keep_only([])
 
     def embedding(self, prompt: str) -> Any:
         """memory=staged: the embedding an earlier run has left of ``prompt``, or None."""
         return self.store.embeddings.get(self._embedding_key(prompt))
+
+    def note_known(self, prompts: int) -> None:
+        """memory=staged: count prompts that an earlier run has encoded."""
+        self._staged_counts["prompts_known_before"] += prompts
+        if self.context is not None:
+            self.context.counters["prompts_known_before"] += prompts
 
     def keep_embedding(self, prompt: str, embedding: Any) -> None:
         """memory=staged: leave an embedding to later runs."""

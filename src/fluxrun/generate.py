@@ -323,6 +323,7 @@ class Embeddings:
         session = self.generation.session
         if prompt not in self._known and session.staged and (found := session.embedding(prompt)) is not None:
             self._known[prompt] = found
+            session.note_known(1)
         return prompt in self._known
 
     def forget(self, batch: Sequence[Job]) -> None:

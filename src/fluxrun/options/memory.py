@@ -113,10 +113,8 @@ class Staged(MemoryKnobs):
         return self.limited(context.device)
 
     def observe(self, pipeline: Any, context: Context) -> Facts:
-        return {
-            "prompts_encoded_first": context.counters["prompts_encoded_first"],
-            "freed_bytes": context.counters["freed_bytes"],
-        }
+        counted = ("prompts_encoded_first", "prompts_known_before", "freed_bytes")
+        return {name: context.counters[name] for name in counted}
 
 
 class Offload(MemoryKnobs):
