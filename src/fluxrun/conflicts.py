@@ -31,8 +31,8 @@ def _compiles_and_records(option: Option) -> bool:
     return bool(getattr(option, "cuda_graph", False)) and option.name not in ("none", "cudagraphs")
 
 
-def _compiles_transformer(option: Option) -> bool:
-    return option.name not in ("none", "cudagraphs") and "transformer" in getattr(option, "targets", ())
+def _compiles(target: str) -> Callable[[Option], bool]:
+    return lambda option: option.name not in ("none", "cudagraphs") and target in getattr(option, "targets", ())
 
 
 def _caches_steps(option: Option) -> bool:
@@ -78,9 +78,24 @@ CONFLICTS = (
         "kernels", "diffusers",
     ),
     Conflict(
-        ("kernels", _named("fused")), ("compile", _compiles_transformer),
+        ("kernels", _named("fused")), ("compile", _compiles("transformer")),
         "kernels=fused leaves the compiler nothing to fuse in the transformer",
         "compile", "cudagraphs", ("mode", "scope", "fullgraph", "dynamic", "inductor_options", "cuda_graph"),
+    ),
+    Conflict(
+        ("attention", _named("fp8")), ("kernels", lambda o: o.name != "fused"),
+        "its inputs are written by the fused kernels (kernels=fused)",
+        "attention", "sdpa",
+    ),
+    Conflict(
+        ("vae", _named("fast")), ("compile", _compiles("vae_decoder")),
+        "leaves the compiler nothing to fuse in the decoder (take vae_decoder out of compile.targets)",
+        "vae", "full",
+    ),
+    Conflict(
+        ("vae", _named("fast")), ("memory", _named("sequential")),
+        "sequential offload moves layer by layer, and these are not diffusers' layers",
+        "vae", "full",
     ),
     *(
         Conflict(("compile", recorded), other, why, "compile", instead, ("cuda_graph",))

@@ -12,7 +12,6 @@ from fluxrun.machine import Machine
 
 if TYPE_CHECKING:
     from fluxrun.context import Context
-    from fluxrun.plan import Plan
 
 
 class Attention(Option):
@@ -99,11 +98,6 @@ class Fp8Attention(Attention):
     """Queries, keys, values and output in float8, by cuDNN; the fused kernels write them in that format."""
 
     in_fp8: ClassVar[bool] = True
-
-    def inapplicable(self, plan: Plan) -> str | None:
-        if plan.options["kernels"].name != "fused":
-            return "its inputs are written by the fused kernels (kernels=fused)"
-        return None
 
     def apply(self, pipeline: Any, context: Context) -> Facts:
         """Call cuDNN once with the run's real shape. Facts: as for the other kernels, and the call's first seconds."""

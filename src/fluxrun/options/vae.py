@@ -111,13 +111,6 @@ class FastVae(Vae):
         return "triton is not installed; it comes with torch's CUDA builds"
 
     def inapplicable(self, plan: Plan) -> str | None:
-        if plan.options["memory"].name == "sequential":
-            return "sequential offload moves layer by layer, and these are not diffusers' layers"
-        compile_option = plan.options["compile"]
-        if compile_option.name not in ("none", "cudagraphs") and "vae_decoder" in getattr(
-            compile_option, "targets", ()
-        ):
-            return "leaves the compiler nothing to fuse in the decoder (take vae_decoder out of compile.targets)"
         if self.decode == "sliced":
             return super().inapplicable(plan)
         return None  # one tile is decoded whole: no reason to give up the rest
