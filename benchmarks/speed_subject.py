@@ -17,27 +17,13 @@ SEED = 0
 PROMPT = "a lighthouse at dusk, waves against the rocks, oil on canvas"
 
 
-def built(config: Any) -> Any:
-    """What ``fluxrun.run`` builds for this config; unlike ``fluxrun.build`` it takes memory=staged, with no prompts."""
-    from fluxrun.build import Session
-    from fluxrun.runner import prepare
-
-    prepared = prepare(config)
-    session = Session(prepared.plan, references=prepared.references, located=prepared.located)
-    session.__enter__()
-    try:
-        session.assemble()
-    except BaseException:
-        session.close()
-        raise
-    return session
-
-
 class Subject:
     """A setting's pipeline. ``overrides`` choose model and size; without text encoder the embeddings are random."""
 
     def __init__(self, setting: Setting, overrides: list[str], text_encoder: bool) -> None:
         import fluxrun
+        from fluxrun.build import assembled
+        from fluxrun.runner import prepare
 
         # memory=staged builds without the text encoder, which nobody asks to encode here; resident keeps all of it
         # whatever memory the settings measured beside this one leave free.
@@ -47,7 +33,8 @@ class Subject:
         self.model = model
         self.session: Any = None
         if setting.recipe is None:
-            self.session = built(self.config)
+            # Not fluxrun.build, which would keep the text encoder.
+            self.session = assembled(prepare(self.config))
             self.device = self.session.plan.machine.device
         else:
             self.device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from fluxrun.blame import blame, is_out_of_memory
 from fluxrun.config import Facts, RunConfig
-from fluxrun.context import PATCH_PIXELS, Context
+from fluxrun.context import Context
 from fluxrun.errors import ConfigError, Interrupted, OptionUnavailable, OutOfMemory, one_line
+from fluxrun.estimate import PATCH_PIXELS
 from fluxrun.interrupt import Interrupts
 from fluxrun.machine import GIB
 from fluxrun.plan import APPLY_ORDER, BLAME_ORDER, Fallback, Plan
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from fluxrun.models import Base, Part, WeightsKey, WeightStore
     from fluxrun.options.memory import MemoryKnobs
     from fluxrun.options.quantization import Quantization
+    from fluxrun.runner import Prepared
 
 log = logging.getLogger("fluxrun.build")
 
@@ -362,8 +364,13 @@ def build(config: RunConfig) -> Session:
 
     prepared = prepare(config)
     _keep_whole(prepared.plan)
+    return assembled(prepared, whole=True)
+
+
+def assembled(prepared: Prepared, *, whole: bool = False) -> Session:
+    """A session with its pipeline built; ``whole`` keeps the text encoder whatever has to fall back."""
     session = Session(prepared.plan, references=prepared.references, located=prepared.located)
-    session.whole = True
+    session.whole = whole
     session.__enter__()
     try:
         session.assemble()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxrun.catalog import Catalog
 from fluxrun.config import Facts, Option, RunConfig
+from fluxrun.estimate import PATCH_PIXELS
 from fluxrun.machine import Machine
 from fluxrun.plan import Plan
 
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
     from fluxrun.cuda_graphs import GraphedForward
     from fluxrun.offload import Pins
     from fluxrun.state import ProcessState
-
-PATCH_PIXELS = 16
-"""Edge in pixels of the square that becomes one image token."""
 
 
 class Context:

@@ -18,6 +18,7 @@ PROCESS_BYTES = 4 * GIB
 """What a process with torch and diffusers takes of the computer's own memory besides the weights."""
 
 PATCH_PIXELS = 16
+"""Edge in pixels of the square that becomes one image token."""
 LARGEST_LEAF = 40
 """A transformer is at least so many times its largest layer (klein-4B 45, dev 95)."""
 LARGEST_BLOCK = 16

@@ -35,7 +35,8 @@ def gated_add(x, y, gate):
     return x + gate * y
 
 
-def split_qkv(projected, norms, rotary, into, eps, *, tokens, offset):
+def split_qkv(projected, norms, rotary, into, eps, *, tokens, offset, multipliers=None):
+    assert multipliers is None, "float8 attention has no reference here"
     heads, size = into[0].shape[2:]
     parts = projected[:, : 3 * heads * size].reshape(-1, tokens, 3, heads, size).unbind(2)
     own = tuple(table[offset : offset + tokens] for table in rotary)

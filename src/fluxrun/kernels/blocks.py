@@ -182,7 +182,7 @@ class Attend:
         for rows, norms, count in zip(projected, self.norms, tokens, strict=True):
             self.ops.split_qkv(
                 rows, norms, rotary, (q, k, v), self.attn.norm_q.eps, tokens=count, offset=offset,
-                **({"multipliers": scales.multipliers} if scales else {}),
+                multipliers=scales.multipliers if scales else None,
             )  # fmt: skip
             offset += count
         if self.fp8 and scales:

@@ -84,13 +84,13 @@ class CudaGraphs(CompileKnobs):
     """No compiler: each target's forward runs once as it is, is then recorded as a CUDA graph, and replayed."""
 
     cuda_graph: bool = True
-    """What this option is; setting it has no effect."""
+    """Always on here."""
 
     def requires(self, machine: Machine) -> str | None:
         return machine.needs_cuda()
 
     def unused_knobs(self) -> list[str]:
-        return self.set_apart_from_default("targets", "cuda_graph")
+        return self.set_apart_from_default("targets")
 
     def apply(self, pipeline: Any, context: Context) -> Facts:
         """Wrap the targets' forward; the second call of a shape records it."""
