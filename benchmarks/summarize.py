@@ -64,7 +64,7 @@ TARGETS = (
     Target("first_image", "h100_fast", 5, "first image of a new process beyond load, warm"),
 )
 FLOORS = {"klein": (51.0, 31.0), "dev": (0.41, 0.233)}
-"""A step's floor with every part at its measured ceiling: bf16, and fp8 linears (shared/EVIDENCE.md, Ceilings)."""
+"""A step's floor with every part at its measured ceiling: bf16, and fp8 linears."""
 
 
 # -- reading --------------------------------------------------------------------------------------------------------

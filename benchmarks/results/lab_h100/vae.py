@@ -1,6 +1,6 @@
-"""VAE decode lab: python .carry/vae_lab.py  -> table on stdout, $OUT/vae_lab.json. SMALL=1 (or no GPU): dry run on CPU."""
+"""VAE decode lab: python vae.py  -> table on stdout, $OUT/vae_lab.json. SMALL=1 (or no GPU): dry run on CPU."""
 import os, sys, json, time, copy, statistics, traceback
-T0=time.time(); HERE=os.path.dirname(os.path.abspath(__file__)); sys.path[:0]=[os.path.join(HERE,'..','src'),HERE]
+T0=time.time(); HERE=os.path.dirname(os.path.abspath(__file__)); sys.path[:0]=[os.path.join(HERE,'..','..','..','src'),HERE]
 import torch, torch.nn.functional as F
 from torch import nn
 from diffusers import AutoencoderKLFlux2

@@ -52,7 +52,7 @@ class Fp8(Quantization):
         linears = {n: m for n, m in component.named_modules() if isinstance(m, torch.nn.Linear)}
         chosen = {n for n, m in linears.items() if _in_block(n) and _divisible(m)}
         before = {n: type(linears[n].weight.data) for n in chosen}
-        # torchao's own default also rewrites global inductor settings: compile then takes minutes (EVIDENCE).
+        # torchao's own default also rewrites global inductor settings: compile then takes minutes.
         config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
         quantize_(component, config, filter_fn=lambda module, fqn: fqn in chosen, device=device)
         converted = sum(type(linears[n].weight.data) is not before[n] for n in chosen)
