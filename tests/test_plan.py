@@ -337,3 +337,13 @@ def test_fp8_attention_needs_the_fused_kernels():
     alone = plan_on(machine, *REAL_SIZE, "attention=fp8")
     assert effective(alone)["attention"] == "sdpa"
     assert "kernels=fused" in reasons(alone, "attention")[0][2]
+
+
+def test_conflicts_go_by_what_an_option_does_not_by_its_name():
+    from fluxrun.conflicts import find_conflicts
+    from fluxrun.options.compile import Compile, CudaGraphs
+
+    options = plan_on(H100, *REAL_SIZE, "kernels=fused").options
+    assert not [c for c in find_conflicts({**options, "compile": CudaGraphs(name="mine", fallback="none")}) if c.group]
+    found = find_conflicts({**options, "compile": Compile(name="mine", fallback="none")})
+    assert [(c.group, c.instead) for c in found] == [("compile", "cudagraphs")]

@@ -28,11 +28,20 @@ def _blocks(option: Option) -> bool:
 
 def _compiles_and_records(option: Option) -> bool:
     """Whether a compiled forward is to be recorded as a CUDA graph."""
-    return bool(getattr(option, "cuda_graph", False)) and option.name not in ("none", "cudagraphs")
+    return _compiles_anything(option) and bool(getattr(option, "cuda_graph", False))
+
+
+def _only_records(option: Option) -> bool:
+    """Whether a forward is recorded as it is."""
+    return not _compiles_anything(option) and option.name != "none" and bool(getattr(option, "cuda_graph", False))
+
+
+def _compiles_anything(option: Option) -> bool:
+    return bool(getattr(option, "compiles", False))
 
 
 def _compiles(target: str) -> Callable[[Option], bool]:
-    return lambda option: option.name not in ("none", "cudagraphs") and target in getattr(option, "targets", ())
+    return lambda option: _compiles_anything(option) and target in getattr(option, "targets", ())
 
 
 def _caches_steps(option: Option) -> bool:
@@ -99,7 +108,7 @@ CONFLICTS = (
     ),
     *(
         Conflict(("compile", recorded), other, why, "compile", instead, ("cuda_graph",))
-        for recorded, instead in ((_named("cudagraphs"), "none"), (_compiles_and_records, "regional"))
+        for recorded, instead in ((_only_records, "none"), (_compiles_and_records, "regional"))
         for other, why in (
             (("memory", _offloads), "CUDA graphs need weights that stay where they are, offloading moves them"),
             (("cache", _caches_steps), "a CUDA graph replays every block, a step cache decides which ones run"),
@@ -144,7 +153,7 @@ CONFLICTS = (
         "cache", "none",
     ),
     Conflict(
-        ("quantization", lambda o: o.name != "none"), ("compile", _named("none", "cudagraphs")),
+        ("quantization", lambda o: o.name != "none"), ("compile", lambda o: not _compiles_anything(o)),
         "dynamic quantization without compile is slower than no quantization (diffusers-torchao: 130 s against 6.6 s); "
         "add kernels=fused or compile=regional",
         unless=("kernels", _named("fused")),

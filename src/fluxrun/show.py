@@ -70,7 +70,7 @@ def waiting_line(plan: Plan) -> str | None:
     option = plan.options["compile"]
     if option.name == "none" or not isinstance(option, CompileKnobs):
         return None
-    if option.name == "cudagraphs":
+    if not option.compiles:
         return "first image: nothing to compile; the second step records the CUDA graph"
     folder = cache_folder(option.cache_dir)
     there = f"less if what {folder} holds fits" if holds_anything(folder) else f"{folder} is empty"

@@ -24,7 +24,7 @@ def autotunes(option: CompileKnobs) -> bool:
 
 def autotune_note(option: CompileKnobs) -> str | None:
     """What is said, before it is paid, about the cost of autotuning."""
-    if option.name in ("none", "cudagraphs") or not autotunes(option):
+    if not option.compiles or not autotunes(option):
         return None
     return (
         f"compile={option.name}: expect minutes before the first image: many kernels are timed for every matmul "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -26,6 +26,9 @@ Target = Literal["transformer", "vae_decoder", "text_encoder"]
 
 class CompileKnobs(Option):
     """The knobs all compile options share, so that a preset's survive when the option is swapped."""
+
+    compiles: ClassVar[bool] = False
+    """Whether torch.compile takes part."""
 
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None = None
     """torch.compile's mode."""
@@ -103,6 +106,8 @@ class CudaGraphs(CompileKnobs):
 
 class Compile(CompileKnobs):
     """torch.compile, in place, so that hooks and offloading keep working."""
+
+    compiles: ClassVar[bool] = True
 
     def requires(self, machine: Machine) -> str | None:
         if self.cuda_graph and (reason := machine.needs_cuda()):
