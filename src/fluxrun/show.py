@@ -92,7 +92,7 @@ def also_line(plan: Plan) -> str | None:
 def _would_run(plan: Plan, group: str, name: str) -> bool:
     """Whether an option works here beside the others; one that takes minutes is nothing to suggest."""
     option = plan.catalog.load(group, name)
-    if option.fallback == "error" or (isinstance(option, CompileKnobs) and autotunes(option)):
+    if option.fallback == "error" or autotunes(option):
         return False
     beside = [conflict for conflict in find_conflicts({**plan.options, group: option}) if conflict.group]
     return not (beside or option.requires(plan.machine) or option.inapplicable(plan))

@@ -23,7 +23,7 @@ from fluxrun.baseline import neutral_data, option_data
 from fluxrun.catalog import Catalog
 from fluxrun.comparing import compare
 from fluxrun.compose import compose
-from fluxrun.config import GROUPS, Option, RunConfig, load_option
+from fluxrun.config import GROUPS, RunConfig, load_option
 from fluxrun.errors import ConfigError, FluxrunError, Interrupted, one_line
 from fluxrun.interrupt import Interrupts
 from fluxrun.progress import ConsoleHandler
@@ -32,6 +32,7 @@ from fluxrun.rerun import log_to
 from fluxrun.results import Row, is_neutral_option, read_row, read_rows
 from fluxrun.summary import Progress, finish
 from fluxrun.table import decibels, seconds
+from fluxrun.waiting import autotunes
 from fluxrun.workbench import Workbench
 
 log = logging.getLogger("fluxrun.tune")
@@ -138,7 +139,7 @@ class Tuner:
 
         An option that only does not go with one taken before gets a chance without that one.
         """
-        if not self.thorough and _takes_minutes(load_option(option)):
+        if not self.thorough and autotunes(load_option(option)):
             return None, "not tried: its first image may take minutes (--thorough tries it)"
         if time.perf_counter() - self.started > 60 * self.minutes:
             return None, f"not tried: the {self.minutes:g} minutes were over (--minutes)"
@@ -247,11 +248,6 @@ def noise(row: Row) -> float:
     if row.image_s is None or not row.fastest_image_s:
         return 0.0
     return min(MOST_NOISE, row.image_s / row.fastest_image_s - 1)
-
-
-def _takes_minutes(option: Option) -> bool:
-    """Whether an option tries out kernels while it compiles."""
-    return str(getattr(option, "mode", "")).startswith("max-autotune")
 
 
 def _pace(row: Row) -> str:

@@ -6,25 +6,28 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fluxrun.options.compile import CompileKnobs
 from fluxrun.paths import cache_dir
 
 if TYPE_CHECKING:
+    from fluxrun.config import Option
     from fluxrun.machine import Machine
-    from fluxrun.options.compile import CompileKnobs
 
 AUTOTUNE = ("max_autotune", "max_autotune_gemm", "max_autotune_pointwise", "coordinate_descent_tuning")
 """Inductor settings that time many kernels for each operation."""
 
 
-def autotunes(option: CompileKnobs) -> bool:
-    """Whether the compiler is told to try many kernels."""
+def autotunes(option: Option) -> bool:
+    """Whether the option tells the compiler to try many kernels."""
+    if not isinstance(option, CompileKnobs) or not option.compiles:
+        return False
     asked = any(option.inductor_options.get(name) for name in AUTOTUNE)
     return asked or bool(option.mode and option.mode.startswith("max-autotune"))
 
 
 def autotune_note(option: CompileKnobs) -> str | None:
     """What is said, before it is paid, about the cost of autotuning."""
-    if not option.compiles or not autotunes(option):
+    if not autotunes(option):
         return None
     return (
         f"compile={option.name}: expect minutes before the first image: many kernels are timed for every matmul "
