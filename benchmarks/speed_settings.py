@@ -73,10 +73,10 @@ IMAGE = (PLAIN, plain("regional"), LOSSLESS, FAST)
 VAE_COMPILED = ("compile=regional", "compile.targets=[vae_decoder]", "vae.channels_last=true")
 VAE = (
     PLAIN,
-    plain("vae_compiled"),
     LOSSLESS,
     FAST,
     fluxrun("neutral"),
+    plain("vae_compiled"),
     fluxrun("vae_compile", *VAE_COMPILED),
     fluxrun("vae_compile_cuda_graph", *VAE_COMPILED, "compile.cuda_graph=true"),
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,10 +85,10 @@ class GraphedForward:
         args, kwargs = _map_tensors((args, kwargs), lambda _: next(fresh))
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
         # Not torch.cuda.graph: when recording fails it leaves its own stream behind as the current one.
-        with torch.cuda.stream(torch.cuda.Stream()):
+        with _undone_on_failure(self._pool), torch.cuda.stream(torch.cuda.Stream()):
             # thread_local: another thread (a progress display, a data loader) may call CUDA meanwhile.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
@@ -107,6 +107,21 @@ class GraphedForward:
         recorded.graph.replay()
         self.replays += 1
         return _map_tensors(recorded.output, torch.Tensor.clone)
+
+
+@contextlib.contextmanager
+def _undone_on_failure(pool: Any) -> Iterator[None]:
+    """Mend what torch 2.11 leaves behind when recording fails: a generator and an allocator that still record."""
+    device = torch.cuda.current_device()
+    generator = torch.cuda.default_generators[device]
+    spare = generator.clone_state()
+    try:
+        yield
+    except BaseException:
+        generator.graphsafe_set_state(spare)
+        with contextlib.suppress(RuntimeError):  # says that it is not recording, where torch has seen to it
+            torch._C._cuda_endAllocateToPool(device, pool)
+        raise
 
 
 def _signature(args: Any, kwargs: Any) -> tuple[Any, list[torch.Tensor]]:

@@ -155,6 +155,20 @@ def test_a_forward_that_cannot_be_recorded_runs_as_it_is():
     assert (graphed.graphs, graphed.replays) == (0, 0)
     assert torch.cuda.current_stream() == stream
     assert torch.randn(8, device="cuda").isfinite().all()
+    assert _reuses_what_is_freed()
+
+
+def _reuses_what_is_freed() -> bool:
+    """Whether the allocator still gives unused blocks back when memory runs out: not while it thinks it records."""
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 5 * 2**28) / total, 0)
+    try:
+        blocks = [torch.empty(2**28, dtype=torch.uint8, device="cuda") for _ in range(4)]
+        del blocks
+        return torch.empty(2**30, dtype=torch.uint8, device="cuda").is_cuda
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, 0)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "fp8"])
