@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_sweep.py OUT                       # klein-4B, random weights, about four minutes on an H100
     python benchmarks/gpu_sweep.py OUT --model tiny          # a dry run on any machine
+    python benchmarks/gpu_sweep.py OUT --parts tune          # one of the two parts
     python benchmarks/gpu_sweep.py OUT --keep benchmarks/results --name klein4b   # also copies what is committed
 
 It answers: does a job in the middle of a sweep have the pixels and the steady step time that it has alone? How long is
@@ -12,6 +13,7 @@ tune choose, and does a run with its preset draw as fast?
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +33,11 @@ def main() -> None:
     model = [f"model={given.model}", "model.weights=random"]
     repeats = [f"measure.repeats={given.repeats}"]
     commands = Commands()
-    commands.fluxrun("sweep", "--multirun", *model, *repeats, *GRID, f"hydra.sweep.dir={out / 'sweep'}")
-    write(out / "gpu_sweep.json", summary(commands, out))  # should the machine be taken away meanwhile
-    commands.fluxrun("alone", *model, *repeats, *ALONE, f"hydra.run.dir={out / 'alone'}")
-    if not given.no_tune:
+    if "sweep" in given.parts:
+        commands.fluxrun("sweep", "--multirun", *model, *repeats, *GRID, f"hydra.sweep.dir={out / 'sweep'}")
+        write(out / "gpu_sweep.json", summary(commands, out))  # should the machine be taken away meanwhile
+        commands.fluxrun("alone", *model, *repeats, *ALONE, f"hydra.run.dir={out / 'alone'}")
+    if "tune" in given.parts:
         preset = out / "preset" / "tuned.yaml"
         # On random weights a picture says little about fidelity: the bound only keeps what is plainly broken out.
         bounds = ["--min-psnr", "10", "--minutes", str(given.tune_minutes), "--repeats", "3"]
@@ -43,7 +46,7 @@ def main() -> None:
         commands.fluxrun("tuned", *tuned, f"hydra.run.dir={out / 'tuned'}")
     write(out / "gpu_sweep.json", summary(commands, out))
     if given.keep:
-        _keep(out, given.keep, given.name)
+        _keep(out, given.keep, given.name, given.machine, given.parts)
 
 
 def _arguments() -> argparse.Namespace:
@@ -52,9 +55,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="flux2_klein_4b")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tune-minutes", type=float, default=1.5, help="after so many, tune begins no further option")
-    parser.add_argument("--no-tune", action="store_true", help="leave tune and the run with its preset out")
+    parser.add_argument("--parts", type=lambda text: text.split(","), default=["sweep", "tune"], help="sweep,tune")
     parser.add_argument("--keep", type=Path, help="results folder to copy the small files to")
-    parser.add_argument("--name", default="klein4b", help="the kept folders are NAME_sweep_h100 and NAME_tune_h100")
+    parser.add_argument("--name", default="klein4b", help="the kept folders are NAME_sweep_MACHINE and NAME_tune_MACHINE")
+    parser.add_argument("--machine", default="h100", help="what the kept folders call this GPU")
     return parser.parse_args()
 
 
@@ -117,17 +121,16 @@ def _label(job: dict[str, Any]) -> str:
     return " ".join(o for o in job["overrides"] if o.partition("=")[0] in keys)
 
 
-def _keep(out: Path, results: Path, name: str) -> None:
-    tune, sweep = results / f"{name}_tune_h100", results / f"{name}_sweep_h100"
-    keep(
-        out,
-        {"sweep": sweep, "tune": tune},
-        {
-            "gpu_sweep.json": sweep / "summary.json",
-            "preset/tuned.yaml": tune / "preset" / "tuned.yaml",
-            "tuned/run.json": tune / "run.json",
-        },
-    )
+def _keep(out: Path, results: Path, name: str, machine: str, parts: Sequence[str]) -> None:
+    """Copy each part's small files into its folder; the summary goes along with the first."""
+    folders = {part: results / f"{name}_{part}_{machine}" for part in parts}
+    files = {"gpu_sweep.json": folders[parts[0]] / "summary.json"}
+    if "tune" in parts:
+        files |= {
+            "preset/tuned.yaml": folders["tune"] / "preset" / "tuned.yaml",
+            "tuned/run.json": folders["tune"] / "run.json",
+        }
+    keep(out, folders, files)
 
 
 if __name__ == "__main__":
