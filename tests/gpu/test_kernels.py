@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -33,37 +34,41 @@ def random():
 
 
 @pytest.mark.parametrize("quantize", [False, True])
-@pytest.mark.parametrize("batch", [1, BATCH])
-def test_norm_modulate_and_gated_add(quantize, batch, random):
+@pytest.mark.parametrize(("batch", "width"), [(1, WIDTH), (BATCH, WIDTH), (BATCH, 3072), (1, 4096), (1, 6144)])
+def test_norm_modulate_and_gated_add(quantize, batch, width, random):
     import reference
 
     from fluxrun.kernels import triton_ops
 
-    x, y, modulation = random(batch, TOKENS, WIDTH), random(batch, TOKENS, WIDTH), random(batch, 1, 6 * WIDTH)
+    x, y, modulation = random(batch, TOKENS, width), random(batch, TOKENS, width), random(batch, 1, 6 * width)
     shift, scale, gate = modulation.chunk(6, -1)[:3]
     for add in (None, (gate, y)):
         summed, rows = triton_ops.norm_modulate(x, shift, scale, 1e-6, quantize=quantize, add=add)
         wanted_sum, wanted = reference.norm_modulate(x, shift, scale, 1e-6, quantize=quantize, add=add)
         assert torch.equal(summed, wanted_sum)
-        assert error(rows, wanted) < (5e-3 if quantize else 1e-3)
+        if quantize or width % 512:
+            assert error(rows, wanted) < (5e-3 if quantize else 1e-3)
+        else:
+            assert torch.equal(rows, wanted)  # sums in the order of torch's own kernel
     assert torch.equal(triton_ops.gated_add(x, y, gate), reference.gated_add(x, y, gate))
 
 
-def test_split_qkv(random):
+@pytest.mark.parametrize(("heads", "size"), [(3, 128), (24, 128), (6, 64), (12, 32)])
+def test_split_qkv(heads, size, random):
     import reference
 
     from fluxrun.kernels import triton_ops
 
-    projected, norms = random(BATCH * TOKENS, 3 * WIDTH + 64), (random(SIZE), random(SIZE))
-    rotary = tuple(torch.randn(TOKENS + 5, SIZE // 2, device="cuda").repeat_interleave(2, 1) for _ in range(2))
+    projected, norms = random(BATCH * TOKENS, 3 * heads * size + 64), (random(size), random(size))
+    rotary = tuple(torch.randn(TOKENS + 5, size // 2, device="cuda").repeat_interleave(2, 1) for _ in range(2))
     rooms = [
-        [torch.full((BATCH, TOKENS + 5, HEADS, SIZE), 7.0, device="cuda").bfloat16() for _ in range(3)] for _ in "ab"
+        [torch.full((BATCH, TOKENS + 5, heads, size), 7.0, device="cuda").bfloat16() for _ in range(3)] for _ in "ab"
     ]
     for ops, room in zip((triton_ops, reference), rooms, strict=True):
         ops.split_qkv(projected, norms, rotary, room, 1e-6, tokens=TOKENS, offset=5)
     for mine, wanted in zip(*rooms, strict=True):
+        assert torch.equal(mine, wanted)
         assert (mine[:, :5] == 7).all()
-        assert error(mine, wanted) < 3e-3
 
 
 @pytest.mark.parametrize("quantize", [False, True])
@@ -76,7 +81,40 @@ def test_pack(quantize, random):
     for attended in (None, random(BATCH, TOKENS, HEADS, SIZE), random(BATCH, HEADS, TOKENS, SIZE).permute(0, 2, 1, 3)):
         for gate_up in (rows[:, WIDTH:], None)[: 1 if attended is None else 2]:
             result = triton_ops.pack(attended, gate_up, quantize=quantize)
-            assert error(result, reference.pack(attended, gate_up, quantize=quantize)) < (5e-3 if quantize else 1e-3)
+            wanted = reference.pack(attended, gate_up, quantize=quantize)
+            assert error(result, wanted) < 5e-3 if quantize else torch.equal(result, wanted)
+
+
+@pytest.mark.parametrize("pipeline", ["klein", "dev"])
+def test_a_whole_transformer_is_eager_to_the_bit(pipeline):
+    from fluxrun.kernels import blocks, triton_ops
+
+    transformer, inputs = small_transformer(pipeline)
+    with torch.no_grad():
+        eager = transformer(**inputs)[0]
+        blocks.fuse(transformer, triton_ops, counters := Counter())
+        assert torch.equal(transformer(**inputs)[0], eager)
+    assert counters["fused_block_calls"] == 4
+
+
+def small_transformer(pipeline: str):
+    """The real class, with heads of 128 and a width that torch's norm kernel reads 512 values at a time."""
+    from diffusers import Flux2Transformer2DModel
+
+    torch.manual_seed(0)
+    transformer = Flux2Transformer2DModel(
+        in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=SIZE, num_attention_heads=8,
+        joint_attention_dim=64, timestep_guidance_channels=64, guidance_embeds=pipeline == "dev",
+    ).to("cuda", torch.bfloat16).eval()  # fmt: skip
+    numbers = {"device": "cuda", "dtype": torch.bfloat16}
+    ids = torch.cartesian_prod(*(torch.arange(n, device="cuda") for n in (1, 12, 12, 1))).float()[None]
+    text_ids = torch.cartesian_prod(*(torch.arange(n, device="cuda") for n in (1, 1, 1, 33))).float()[None]
+    inputs = {
+        "hidden_states": torch.randn(1, 144, 16, **numbers), "encoder_hidden_states": torch.randn(1, 33, 64, **numbers),
+        "timestep": torch.tensor([0.7], **numbers), "img_ids": ids, "txt_ids": text_ids, "return_dict": False,
+        "guidance": torch.tensor([4.0], **numbers) if pipeline == "dev" else None,
+    }  # fmt: skip
+    return transformer, inputs
 
 
 def test_fp8_attention(random):

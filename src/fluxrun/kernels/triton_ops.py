@@ -1,8 +1,14 @@
 """The fused kernels themselves. Each rounds to the tensors' dtype wherever diffusers' eager code does.
 
 Between two matmuls a FLUX.2 block reads and writes the same rows several times (norm, modulation, rotary, SwiGLU,
-concatenation, and with float8 the row maximum and the cast). Each kernel here does one such stretch in one pass: a
-program holds a row in registers, so every byte is read once and written once.
+concatenation, and with float8 the row maximum and the cast). Each kernel here does one such stretch in one pass.
+
+Where nothing is quantized the results are eager's to the bit: a last bit that differs in one norm moves the output of
+a whole model by as much as another attention kernel does (2e-2 for klein, 5e-2 for dev, on random weights). So sums
+are taken in the order of torch's CUDA kernel (aten/src/ATen/native/cuda/layer_norm_kernel.cu,
+``vectorized_layer_norm_kernel``): 128 threads, each over its 4 of every 512 values, then pairwise, 16 threads apart, 8,
+4, 2, 1, and so the 4 warps. Triton's own reductions pair in that order where a thread holds those 4 values, which
+is why programs here have 4 warps and 512 values at a time.
 """
 
 from __future__ import annotations
@@ -16,7 +22,6 @@ import triton.language as tl
 
 FP8_MAX: tl.constexpr = tl.constexpr(448.0)  # largest float8_e4m3fn
 TINY: tl.constexpr = tl.constexpr(1e-12)  # keeps the scale of an all-zero row finite; torchao's value
-HEADS_PER_PROGRAM = 8
 ROWS_PER_PROGRAM = 8
 EXACT = {"enable_fp_fusion": False}
 """A multiply-add contracted into one operation would skip the rounding that eager does between the two."""
@@ -32,6 +37,10 @@ class Scaled(NamedTuple):
 
 
 Rows = torch.Tensor | Scaled
+
+AT_ONCE: tl.constexpr = tl.constexpr(512)
+"""Values that torch's norm kernel reads at once, 4 in each of 128 threads."""
+THREADS: tl.constexpr = tl.constexpr(128)
 
 
 @triton.jit
@@ -59,7 +68,83 @@ def _store(value, out, scales, row, columns, mask, width, QUANTIZE: tl.constexpr
 
 
 @triton.jit
+def _modulated(normed, scale, shift, like):
+    """``(1 + scale) * normed + shift``, each step rounded as eager rounds it."""
+    return _rounded(_rounded(_rounded(1.0 + scale, like) * normed, like) + shift, like)
+
+
+@triton.jit
+def _fours(value, ROWS: tl.constexpr, THREADS: tl.constexpr):
+    """[ROWS, 4 * THREADS] -> the first, second, third and fourth value of each thread, [ROWS, THREADS] each."""
+    odd, even = tl.split(tl.reshape(value, (ROWS, THREADS, 2, 2)))
+    first, third = tl.split(odd)
+    second, fourth = tl.split(even)
+    return first, second, third, fourth
+
+
+@triton.jit
+def _with(mean, squares, value, COUNT: tl.constexpr):
+    """Welford's running mean and sum of squared differences with one more value, the COUNT-th."""
+    delta = value - mean
+    updated = tl.fma(delta, 1.0 / COUNT, mean)
+    return updated, tl.fma(delta, value - updated, squares)
+
+
+@triton.jit
+def _merged(mean_a, squares_a, count_a, mean_b, squares_b, count_b):
+    """Two of Welford's results as one."""
+    delta = mean_a - mean_b
+    count = count_a + count_b
+    share_a, share_b = tl.div_rn(count_a, count), tl.div_rn(count_b, count)
+    return share_a * mean_a + share_b * mean_b, squares_a + squares_b + delta * delta * count_a * share_b, count
+
+
+@triton.jit
+def _stream_part(x, y, gate, start, gate_start, columns, ADD: tl.constexpr):
+    """Some columns of a row of ``x``, or of ``x + gate * y``."""
+    value = tl.load(x + start + columns).to(tl.float32)
+    if ADD:
+        update = tl.load(y + start + columns).to(tl.float32)
+        amount = tl.load(gate + gate_start + columns).to(tl.float32)
+        value = _rounded(value + _rounded(amount * update, x), x)
+    return value
+
+
+@triton.jit
 def _norm_modulate_kernel(
+    x, y, gate, shift, scale, summed, out, tokens, gate_stride, mod_stride,
+    WIDTH: tl.constexpr, EPS: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    sample = row // tokens
+    start = row.to(tl.int64) * WIDTH
+    mean = tl.zeros((1, THREADS), tl.float32)
+    squares = tl.zeros((1, THREADS), tl.float32)
+    for part in tl.static_range(WIDTH // AT_ONCE):
+        columns = part * AT_ONCE + tl.arange(0, AT_ONCE)
+        value = _stream_part(x, y, gate, start, sample * gate_stride, columns, ADD)
+        if ADD:
+            tl.store(summed + start + columns, value.to(summed.dtype.element_ty))
+        first, second, third, fourth = _fours(tl.reshape(value, (1, AT_ONCE)), 1, THREADS)
+        mean, squares = _with(mean, squares, first, 4 * part + 1)
+        mean, squares = _with(mean, squares, second, 4 * part + 2)
+        mean, squares = _with(mean, squares, third, 4 * part + 3)
+        mean, squares = _with(mean, squares, fourth, 4 * part + 4)
+    counts = tl.full((1, THREADS), WIDTH // THREADS, tl.float32)
+    mean, squares, _ = tl.reduce((mean, squares, counts), 1, _merged)
+    mean, squares = tl.sum(mean, 0), tl.sum(squares, 0)  # of one: a number
+    inverse = tl.rsqrt(tl.div_rn(squares, WIDTH * 1.0) + EPS)
+    for part in tl.static_range(WIDTH // AT_ONCE):
+        columns = part * AT_ONCE + tl.arange(0, AT_ONCE)
+        value = _stream_part(x, y, gate, start, sample * gate_stride, columns, ADD)
+        factor = tl.load(scale + sample * mod_stride + columns).to(tl.float32)
+        offset = tl.load(shift + sample * mod_stride + columns).to(tl.float32)
+        result = _modulated(_rounded(inverse * (value - mean), x), factor, offset, x)
+        tl.store(out + start + columns, result.to(out.dtype.element_ty))
+
+
+@triton.jit
+def _norm_modulate_row_kernel(
     x, y, gate, shift, scale, summed, out, scales, tokens, gate_stride, mod_stride,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, EPS: tl.constexpr, ADD: tl.constexpr, QUANTIZE: tl.constexpr,
 ):  # fmt: skip
@@ -78,9 +163,9 @@ def _norm_modulate_kernel(
     centred = tl.where(mask, value - mean, 0.0)
     variance = tl.sum(centred * centred, 0) / WIDTH
     normed = _rounded(centred * (1.0 / tl.sqrt(variance + EPS)), x)
-    factor = _rounded(1.0 + tl.load(scale + sample * mod_stride + columns, mask=mask, other=0.0).to(tl.float32), x)
+    factor = tl.load(scale + sample * mod_stride + columns, mask=mask, other=0.0).to(tl.float32)
     offset = tl.load(shift + sample * mod_stride + columns, mask=mask, other=0.0).to(tl.float32)
-    result = _rounded(_rounded(factor * normed, x) + offset, x)
+    result = _modulated(normed, factor, offset, x)
     _store(result, out, scales, row, columns, mask, WIDTH, QUANTIZE)
 
 
@@ -116,17 +201,24 @@ def _qkv_kernel(
     if which == 2:
         tl.store(v + target, _cast(value, multiplier, v, QUANTIZE), mask=mask)
     else:
-        if which == 0:
-            weight = tl.load(weight_q + channel).to(tl.float32)
-        else:
-            weight = tl.load(weight_k + channel).to(tl.float32)
-        power = tl.sum(value * value, 1)[:, None] / SIZE
-        normed = _rounded(value * (1.0 / tl.sqrt(power + EPS)) * weight, projected)
-        even, odd = tl.split(tl.reshape(normed, (HEADS, SIZE // 2, 2)))
-        turned = tl.reshape(tl.join(-odd, even), (HEADS, SIZE))
-        angle = token * SIZE + channel
-        result = normed * tl.load(cos + angle) + turned * tl.load(sin + angle)
-        result = _rounded(result, projected)
+        # Every head reads the same weights and angles, each of its threads the four that it needs.
+        same = channel + head * 0
+        weight = tl.load(weight_q + same)
+        if which == 1:
+            weight = tl.load(weight_k + same)
+        first, second, third, fourth = _fours(value, HEADS, SIZE // 4)
+        squares = tl.fma(fourth, fourth, tl.fma(third, third, tl.fma(second, second, first * first)))
+        inverse = tl.rsqrt(tl.sum(squares, 1)[:, None] * (1.0 / SIZE) + EPS)
+        by_1, by_2, by_3, by_4 = _fours(weight.to(tl.float32), HEADS, SIZE // 4)
+        cos_1, cos_2, cos_3, cos_4 = _fours(tl.load(cos + token * SIZE + same), HEADS, SIZE // 4)
+        sin_1, sin_2, sin_3, sin_4 = _fours(tl.load(sin + token * SIZE + same), HEADS, SIZE // 4)
+        first = _rounded(by_1 * (inverse * first), projected)
+        second = _rounded(by_2 * (inverse * second), projected)
+        third = _rounded(by_3 * (inverse * third), projected)
+        fourth = _rounded(by_4 * (inverse * fourth), projected)
+        odd = tl.join(first * cos_1 - second * sin_1, third * cos_3 - fourth * sin_3)
+        even = tl.join(second * cos_2 + first * sin_2, fourth * cos_4 + third * sin_4)
+        result = _rounded(tl.reshape(tl.join(odd, even), (HEADS, SIZE)), projected)
         if which == 0:
             tl.store(q + target, _cast(result, multiplier, q, QUANTIZE), mask=mask)
         else:
@@ -202,7 +294,13 @@ def norm_modulate(
     gate, y = add if add is not None else (shift, x)
     summed = torch.empty_like(x) if add is not None else x
     out, scales = _rows(x, batch * tokens, width, quantize)
-    _norm_modulate_kernel[(batch * tokens,)](
+    if not quantize and width % AT_ONCE.value == 0:
+        _norm_modulate_kernel[(batch * tokens,)](
+            x, y, gate, shift, scale, summed, out, tokens, _stride(gate), _stride(shift),
+            WIDTH=width, EPS=eps, ADD=add is not None, num_warps=4, **EXACT,
+        )  # fmt: skip
+        return summed, out
+    _norm_modulate_row_kernel[(batch * tokens,)](
         x, y, gate, shift, scale, summed, out, scales, tokens, _stride(gate), _stride(shift),
         WIDTH=width, BLOCK=triton.next_power_of_2(width), EPS=eps, ADD=add is not None, QUANTIZE=quantize,
         num_warps=_warps(width), **EXACT,
@@ -241,11 +339,12 @@ def split_qkv(
     """
     q, k, v = into
     heads, size = q.shape[2:]
-    grid = (projected.shape[0], triton.cdiv(heads, HEADS_PER_PROGRAM), 3)
+    at_once = max(1, AT_ONCE.value // size)
+    grid = (projected.shape[0], triton.cdiv(heads, at_once), 3)
     _qkv_kernel[grid](
         projected, *norms, *rotary, q, k, v, tokens, projected.stride(0), offset, heads,
         q.stride(0), q.stride(1), q.stride(2), projected if multipliers is None else multipliers,
-        SIZE=size, HEADS=HEADS_PER_PROGRAM, EPS=eps, QUANTIZE=multipliers is not None, num_warps=4, **EXACT,
+        SIZE=size, HEADS=at_once, EPS=eps, QUANTIZE=multipliers is not None, num_warps=4, **EXACT,
     )  # fmt: skip
 
 
