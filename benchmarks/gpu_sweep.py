@@ -57,7 +57,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tune-minutes", type=float, default=1.5, help="after so many, tune begins no further option")
     parser.add_argument("--parts", type=lambda text: text.split(","), default=["sweep", "tune"], help="sweep,tune")
     parser.add_argument("--keep", type=Path, help="results folder to copy the small files to")
-    parser.add_argument("--name", default="klein4b", help="the kept folders are NAME_sweep_MACHINE and NAME_tune_MACHINE")
+    parser.add_argument("--name", default="klein4b", help="the kept folders: NAME_sweep_MACHINE, NAME_tune_MACHINE")
     parser.add_argument("--machine", default="h100", help="what the kept folders call this GPU")
     return parser.parse_args()
 

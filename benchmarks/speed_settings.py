@@ -104,10 +104,10 @@ class MemoryRow:
 
 MEMORY = (
     MemoryRow("klein-9B bf16, auto", "klein_9b", 24, ("memory=auto", "memory.budget_gb=24")),
-    MemoryRow("dev bf16, staged", "dev", 80, ("memory=staged", "compile=regional"), steps=8),
-    MemoryRow("klein-9B bf16, staged", "klein_9b", 24, ("memory=staged",)),
-    MemoryRow("klein-9B bf16, balanced", "klein_9b", 24, ("memory=balanced",)),
+    MemoryRow("dev bf16, staged", "dev", 80, ("memory=staged", "kernels=fused"), steps=8),
     MemoryRow("klein-9B bf16, group", "klein_9b", 24, ("memory=group",)),
+    MemoryRow("klein-9B bf16, balanced", "klein_9b", 24, ("memory=balanced",)),
+    MemoryRow("klein-9B bf16, staged", "klein_9b", 24, ("memory=staged",)),
     MemoryRow("klein-4B bf16, auto", "klein_4b", 12, ("memory=auto", "memory.budget_gb=12")),
     MemoryRow("dev fp8, group", "dev", 24, ("memory=group", "quantization=fp8"), steps=2),
     MemoryRow("dev fp8, auto", "dev", 24, ("memory=auto", "memory.budget_gb=24", "quantization=fp8"), steps=2),

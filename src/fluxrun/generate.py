@@ -208,8 +208,8 @@ class Generation:
         """Bring options, timings and memory in the record up to date; written with every image."""
         self.session.observe()
         self.folder.plan(self.session.plan)
-        self.timings.load_s = self.session.timings["load_s"]
-        self.timings.apply_s = self.session.timings["apply_s"]
+        for name, seconds in self.session.timings.items():  # import_s, load_s, apply_s
+            setattr(self.timings, name, seconds)
         if self.session.context is not None and self.session.context.compiler.active:
             self.timings.compile_s = self.session.context.compiler.seconds()
         steps = [s for image in self.timings.step_s for s in image]

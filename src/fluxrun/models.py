@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
-from diffusers.pipelines.flux2.pipeline_flux2_klein import Flux2KleinPipeline
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
@@ -149,9 +147,19 @@ def _settle(module: nn.Module, name: str, device: str, quantize: Quantize | None
 
 def _assemble(kind: architectures.PipelineKind, distilled: bool, parts: dict[str, Any]) -> DiffusionPipeline:
     """The pipeline object of ``parts``; missing ones stay None."""
+    cls: Any = pipeline_class(kind)
+    return cls(**parts, is_distilled=distilled) if kind == "klein" else cls(**parts)
+
+
+def pipeline_class(kind: architectures.PipelineKind) -> type[DiffusionPipeline]:
+    """diffusers' class, imported when it is asked for: each brings libraries that the other does without."""
     if kind == "klein":
-        return Flux2KleinPipeline(**parts, is_distilled=distilled)
-    return Flux2Pipeline(**parts)
+        from diffusers.pipelines.flux2.pipeline_flux2_klein import Flux2KleinPipeline
+
+        return Flux2KleinPipeline
+    from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
+
+    return Flux2Pipeline
 
 
 # --- pretrained -----------------------------------------------------------------------------------

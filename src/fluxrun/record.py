@@ -72,6 +72,8 @@ class Spread(RecordModel):
 class Timings(RecordModel):
     """Seconds. Lists have one entry per prompt (text_encode_s) or per image drawn."""
 
+    import_s: float = 0.0
+    """Importing torch, diffusers and transformers; next to nothing after the first run of a process."""
     load_s: float = 0.0
     apply_s: float = 0.0
     first_call_s: float | None = None
