@@ -34,7 +34,7 @@ from speed_machine import gpu_memory_gb, gpu_state, versions  # noqa: E402
 from speed_rounds import Rounds, Row, groups_that_fit  # noqa: E402
 from speed_settings import Setting  # noqa: E402
 from speed_worker import Job  # noqa: E402
-from summarize import line_of, table_of  # noqa: E402
+from summary_tables import line_of, table_of  # noqa: E402
 
 
 @dataclass

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import summarize
+from summary_rows import ERROR, read, summary
+from summary_tables import tables
 
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = ["model", "setting", "metric", "unit", "value", "plain_diffusers", "target", "met", "command"]
@@ -104,21 +106,21 @@ def found(rows: list[dict[str, Any]], setting: str, metric: str, model: str = "k
 
 
 def test_summary_judges_what_was_measured_against_the_targets(tmp_path: Path) -> None:
-    rows = summarize.summary(summarize.read([write(tmp_path)]))
+    rows = summary(read([write(tmp_path)]))
     assert all(list(r) == KEYS for r in rows)
     step = found(rows, "h100_lossless", "denoising step")
     assert (step["value"], step["plain_diffusers"], step["target"], step["met"]) == (52.0, 85.0, 55, True)
     assert step["command"] == "python benchmarks/speed.py OUT --only klein"
     dev = found(rows, "h100_fast", "denoising step", "dev")
     assert (dev["value"], dev["unit"], dev["met"]) == (0.255, "s", True)
-    error = found(rows, "h100_lossless", summarize.ERROR)
+    error = found(rows, "h100_lossless", ERROR)
     assert (error["value"], error["met"]) == (0.02, True)
     warm = found(rows, "h100_fast", "first image of a new process beyond imports and load, warm")
     assert (warm["value"], warm["target"], warm["met"]) == (2.5, 5, True)
 
 
 def test_summary_says_what_fell_back_and_what_was_not_measured(tmp_path: Path) -> None:
-    rows = summarize.summary(summarize.read([write(tmp_path)]))
+    rows = summary(read([write(tmp_path)]))
     fast = found(rows, "h100_fast (compile: cudagraphs → none)", "denoising step")
     assert (fast["value"], fast["target"], fast["met"]) == (40.0, 37, False)
     missing = found(rows, "h100_lossless", "denoising step", "dev")
@@ -132,14 +134,14 @@ def test_the_newest_measurement_counts_and_dry_runs_do_not(tmp_path: Path) -> No
     dry = {**section("klein", [steps("h100_lossless", 1.0)], at="2026-11-25T10:00:00+00:00"), "tiny": True}
     (folder / "klein_again.json").write_text(json.dumps(newer))
     (folder / "klein_dry.json").write_text(json.dumps(dry))
-    step = found(summarize.summary(summarize.read([folder])), "h100_lossless", "denoising step")
+    step = found(summary(read([folder])), "h100_lossless", "denoising step")
     assert (step["value"], step["plain_diffusers"]) == (50.0, 84.0)
 
 
 def test_main_writes_summary_tables_and_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     results = write(tmp_path).parent
-    names = summarize.tables([], [])
+    names = tables([], [])
     markers = "".join(f"<!-- speed:{name} -->STALE<!-- /speed:{name} -->\n" for name in names)
     docs = tmp_path / "docs" / "performance.md"
     docs.parent.mkdir()
@@ -162,8 +164,8 @@ def test_main_writes_summary_tables_and_plots(tmp_path: Path, monkeypatch: pytes
 
 def test_the_document_is_made_from_the_results_in_the_repository() -> None:
     results = ROOT / "benchmarks" / "results"
-    measured = summarize.read(sorted(results.glob("speed*/")))
-    rows = summarize.summary(measured)
+    measured = read(sorted(results.glob("speed*/")))
+    rows = summary(measured)
     assert json.loads((results / "summary.json").read_text(encoding="utf-8")) == rows
     text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     assert summarize.document(text, measured, rows) == text, "run python benchmarks/summarize.py"
