@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from summarize import Measured
+    from summary_rows import Measured
 
 GREY, BLUE, ORANGE, GREEN = "#9aa5b1", "#2f6fb3", "#d9822b", "#3c8d5a"
 LABELS = {
