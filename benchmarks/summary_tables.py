@@ -180,10 +180,10 @@ def _times_plain(one: Measured | None, key: str) -> float | None:
 
 def _stages_table(measured: Sequence[Measured]) -> str:
     def line(one: Measured) -> list[str]:
-        stages = [median(samples(one.row, key), 1e3) for key in ("text_s", "denoise_s", "decode_s")]
+        stages = [median(samples(one.row, key), 1e3) for key in ("text_s", "denoise_s", "decode_s", "total_s")]
         return [f"`{one.row['setting']}`", *(f"{stage:.4g}" for stage in stages if stage is not None)]
 
-    header = ("setting", "text encoder, ms", "4 steps, ms", "decode to PIL, ms")
+    header = ("setting", "text encoder, ms", "4 steps, ms", "decode to PIL, ms", "all in one go, ms")
     return markdown(header, (line(one) for one in newest(measured, "image").values()))
 
 
