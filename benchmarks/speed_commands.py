@@ -41,9 +41,11 @@ def memory_budgets(
     """Every model under its limit on the GPU's memory."""
     for row in rows:
         # The second image is the one that counts: the first one also pays for kernels chosen and memory found.
-        arguments = [*models[row.model], f"steps={row.steps}", "measure.repeats=2", *row.overrides]
+        repeats = () if row.plain else ("measure.repeats=2",)
+        arguments = [*models[row.model], f"steps={row.steps}", *repeats, *row.overrides]
         about = {"setting": row.name, "model": row.model, "budget_gb": row.budget_gb, "overrides": arguments}
-        command = [sys.executable, str(HERE / "speed_capped.py"), f"{row.budget_gb:g}"]
+        script = "speed_offloaded.py" if row.plain else "speed_capped.py"
+        command = [sys.executable, str(HERE / script), f"{row.budget_gb:g}"]
         with tempfile.TemporaryDirectory(prefix="fluxrun-speed-") as folder:
             seconds = min(150.0, deadline - time.monotonic())
             save(about | {"steps": row.steps} | run(command, arguments, Path(folder) / "run", seconds, log))

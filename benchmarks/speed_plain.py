@@ -13,13 +13,17 @@ import torch
 from torch import nn
 
 
-def plain_pipeline(model: Any, device: str, text_encoder: bool) -> Any:
-    """A diffusers pipeline of ``model``'s architecture (a fluxrun ``Flux2Model``) with random weights on ``device``."""
+def plain_pipeline(model: Any, device: str, text_encoder: bool, dtype: str | None = None) -> Any:
+    """A diffusers pipeline of ``model``'s architecture (a fluxrun ``Flux2Model``) with random weights on ``device``.
+
+    ``dtype``: a torch dtype's name; None is the model's, where that says ``auto`` the device's usual one.
+    """
     from diffusers import Flux2KleinPipeline, Flux2Pipeline
 
     from fluxrun.random_weights import random_source
 
-    dtype = {"auto": "bfloat16" if device.startswith("cuda") else "float32"}.get(model.dtype, model.dtype)
+    usual = "bfloat16" if device.startswith("cuda") else "float32"
+    dtype = dtype or (usual if model.dtype == "auto" else model.dtype)
     make = random_source(model, dtype, device, None)
     names = ["text_encoder", "tokenizer"] if text_encoder else []
     parts = dict.fromkeys(("text_encoder", "tokenizer"))

@@ -100,17 +100,21 @@ class MemoryRow:
     budget_gb: float
     overrides: tuple[str, ...]
     steps: int = 4
+    plain: bool = False
+    """Plain diffusers with ``enable_model_cpu_offload`` instead; overrides choose the model only."""
 
 
 MEMORY = (
     MemoryRow("klein-9B bf16, auto", "klein_9b", 24, ("memory=auto", "memory.budget_gb=24")),
     MemoryRow("dev bf16, staged", "dev", 80, ("memory=staged", "kernels=fused"), steps=8),
+    MemoryRow("klein-9B bf16, plain diffusers' model offload", "klein_9b", 24, (), plain=True),
+    MemoryRow("dev fp8, auto", "dev", 24, ("memory=auto", "memory.budget_gb=24", "quantization=fp8"), steps=2),
+    MemoryRow("dev bf16, plain diffusers' model offload", "dev", 80, (), steps=8, plain=True),
     MemoryRow("klein-9B bf16, group", "klein_9b", 24, ("memory=group",)),
     MemoryRow("klein-9B bf16, balanced", "klein_9b", 24, ("memory=balanced",)),
     MemoryRow("klein-9B bf16, staged", "klein_9b", 24, ("memory=staged",)),
     MemoryRow("klein-4B bf16, auto", "klein_4b", 12, ("memory=auto", "memory.budget_gb=12")),
     MemoryRow("dev fp8, group", "dev", 24, ("memory=group", "quantization=fp8"), steps=2),
-    MemoryRow("dev fp8, auto", "dev", 24, ("memory=auto", "memory.budget_gb=24", "quantization=fp8"), steps=2),
     MemoryRow("dev bf16, balanced", "dev", 80, ("memory=balanced",), steps=8),
 )
 

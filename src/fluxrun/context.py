@@ -120,11 +120,15 @@ class Graphs:
         return list(self.forwards)
 
     def counted(self) -> Facts:
-        """Graphs recorded by target, replays since the build or ``start_counting``, and why a target has none."""
+        """Graphs recorded by target, replays since the build or ``start_counting``, and what was dropped or refused."""
         recorded = {target: forward.graphs for target, forward in self.forwards.items()}
         refused = {target: forward.refused for target, forward in self.forwards.items() if forward.refused}
         facts: Facts = {"cuda_graphs": recorded, "cuda_graph_replays": self._replays() - self._replays_before}
-        return {**facts, "cuda_graphs_refused": refused} if refused else facts
+        if dropped := {target: forward.dropped for target, forward in self.forwards.items() if forward.dropped}:
+            facts["cuda_graphs_dropped"] = dropped
+        if refused:
+            facts["cuda_graphs_refused"] = refused
+        return facts
 
     def start_counting(self) -> None:
         """Count replays from here on."""

@@ -19,7 +19,7 @@ from fluxrun.errors import one_line
 log = logging.getLogger("fluxrun.compile")
 
 MOST_GRAPHS = 8
-"""Shapes kept per module; further ones run without a graph, so that a sweep over sizes cannot fill the memory."""
+"""Graphs kept per module, those used last, so that a sweep over sizes cannot fill the memory."""
 
 
 @dataclass
@@ -43,6 +43,7 @@ class GraphedForward:
     def __init__(self, forward: Callable[..., Any]) -> None:
         self.forward = forward
         self.graphs = 0
+        self.dropped = 0
         self.replays = 0
         self.refused: str | None = None
         self._seen: set[Any] = set()
@@ -54,8 +55,9 @@ class GraphedForward:
         if key is None or self.refused or not all(tensor.is_cuda for tensor in tensors):
             return self.forward(*args, **kwargs)
         if key in self._recorded:
+            self._recorded[key] = self._recorded.pop(key)  # the last one is the one used last
             return self._replay(self._recorded[key], tensors)
-        if key in self._seen and self.graphs < MOST_GRAPHS and (recorded := self._try_to_record(args, kwargs, tensors)):
+        if key in self._seen and (recorded := self._try_to_record(args, kwargs, tensors)):
             self._recorded[key] = recorded
             self.graphs += 1
             return self._replay(recorded, tensors)
@@ -86,6 +88,9 @@ class GraphedForward:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         torch.cuda.synchronize()
+        while len(self._recorded) >= MOST_GRAPHS:
+            self._recorded.pop(next(iter(self._recorded)))
+            self.dropped += 1
         graph = torch.cuda.CUDAGraph()
         # Not torch.cuda.graph: when recording fails it leaves its own stream behind as the current one.
         with _undone_on_failure(self._pool), torch.cuda.stream(torch.cuda.Stream()):

@@ -182,6 +182,17 @@ def test_graphs_are_recorded_once_and_replayed(tmp_path):
     assert psnr(pixels(tmp_path / "a", plain), pixels(tmp_path / "b", record)) >= 40
 
 
+def test_graphs_used_longest_ago_make_room(monkeypatch):
+    from fluxrun import cuda_graphs
+
+    monkeypatch.setattr(cuda_graphs, "MOST_GRAPHS", 2)
+    graphed = cuda_graphs.GraphedForward(lambda x: x * 2)
+    for size in (1, 1, 2, 2, 1, 3, 3, 1, 2):  # 3 takes the place of 2, then 2 that of 3
+        x = torch.arange(float(size), device="cuda")
+        assert torch.equal(graphed(x), x * 2)
+    assert (graphed.graphs, graphed.dropped, graphed.replays) == (4, 2, 6)
+
+
 def test_a_forward_that_cannot_be_recorded_runs_as_it_is():
     from fluxrun.cuda_graphs import GraphedForward
 
