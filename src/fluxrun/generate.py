@@ -17,6 +17,7 @@ from fluxrun.errors import Interrupted
 from fluxrun.progress import Steps
 from fluxrun.prompts import Job, texts_of
 from fluxrun.record import MemoryRecord, RunFolder, Timings, spread
+from fluxrun.saving import Saver
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -62,17 +63,26 @@ class Generation:
         batches = [self.jobs[n : n + self.config.batch_size] for n in range(0, len(self.jobs), self.config.batch_size)]
         for _ in range(self.config.measure.warmup):
             self._note_first_call(self._draw_or_fall_back(batches[0], "warm-up"))
-        for number, batch in enumerate(batches, 1):
-            self._draw_and_save(batch, f"image {number}/{len(batches)}")
-            self.embeds.forget(batch)
+        with self._saver() as saver:
+            for number, batch in enumerate(batches, 1):
+                self._draw_and_save(batch, f"image {number}/{len(batches)}", saver)
+                self.embeds.forget(batch)
+            self.stage = "save"
 
-    def _draw_and_save(self, batch: Sequence[Job], text: str) -> None:
+    def _saver(self) -> Saver:
+        """Where pictures go: beside drawing if that leaves the CPU idle, and no repeats are to be timed undisturbed."""
+        beside = self.device != "cpu" and self.config.measure.repeats == 1
+        return Saver(self.folder, self.config.output_format, beside=beside)
+
+    def _draw_and_save(self, batch: Sequence[Job], text: str, saver: Saver) -> None:
         for repeat in range(self.config.measure.repeats):
             self.session.interrupts.check()
             drawn = self._draw_or_fall_back(batch, text if repeat == 0 else f"{text}, repeat {repeat + 1}")
             self._record(drawn)
             if repeat == 0:
-                self._save(drawn, batch)
+                self.stage = "save"
+                for image, job in zip(drawn.images, batch, strict=True):
+                    saver.save(image, job, f"denoise {drawn.denoise_s:.2f} s, decode {drawn.decode_s:.2f} s")
         self._summarise()
 
     def _draw_or_fall_back(self, batch: Sequence[Job], text: str) -> Drawn:
@@ -193,16 +203,6 @@ class Generation:
     def _note_first_call(self, drawn: Drawn) -> None:
         if self.timings.first_call_s is None and drawn.step_s:
             self.timings.first_call_s = drawn.step_s[0]
-
-    def _save(self, drawn: Drawn, batch: Sequence[Job]) -> None:
-        self.stage = "save"
-        for image, job in zip(drawn.images, batch, strict=True):
-            started = time.perf_counter()
-            path = self.folder.save(image, job.prompt, job.seed, self.config.output_format)
-            self.timings.save_s.append(time.perf_counter() - started)
-            log.info(
-                "saved %s (seed %d, denoise %.2f s, decode %.2f s)", path, job.seed, drawn.denoise_s, drawn.decode_s
-            )
 
     def _summarise(self) -> None:
         """Bring options, timings and memory in the record up to date; written with every image."""

@@ -181,9 +181,8 @@ class RunFolder:
         }
         self.record.notes = list(plan.notes)
 
-    def save(self, image: Image, prompt: str, seed: int, output_format: str) -> Path:
-        """Save one picture with its metadata and add it to the record; returns its path."""
-        number = len(self.record.images)
+    def write_image(self, number: int, image: Image, prompt: str, seed: int, output_format: str) -> ImageRecord:
+        """Save the run's picture ``number`` with its metadata; changes nothing else, so any thread may call it."""
         path = self.path / "images" / f"{number:03d}_seed{seed}.{'jpg' if output_format == 'jpeg' else output_format}"
         metadata = {
             "prompt": prompt,
@@ -193,18 +192,19 @@ class RunFolder:
             "environment": self.record.environment,
         }
         save_image(image, path, metadata, output_format)
-        self.record.images.append(
-            ImageRecord(
-                path=str(path.relative_to(self.path)),
-                prompt=prompt,
-                seed=seed,
-                width=image.width,
-                height=image.height,
-                sha256=pixel_hash(image),
-            )
+        return ImageRecord(
+            path=str(path.relative_to(self.path)),
+            prompt=prompt,
+            seed=seed,
+            width=image.width,
+            height=image.height,
+            sha256=pixel_hash(image),
         )
+
+    def add(self, image: ImageRecord) -> None:
+        """Add a saved picture to the record."""
+        self.record.images.append(image)
         self.write()
-        return path
 
     def finish(self, status: Status, error: BaseException | None = None, stage: str = "") -> None:
         """Close the record with its status."""
