@@ -276,8 +276,22 @@ _STARTED_AT = datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _task(dirs: tuple[Path, ...]) -> Task:
-    """Hydra's task function; it may travel to another process, where there is no sweep to report to."""
-    return lambda node: _current.job(node) if _current is not None else _job_elsewhere(node, dirs)
+    """Hydra's task function. It may be pickled and sent to another process: so it holds nothing but ``dirs``."""
+
+    def task(node: DictConfig) -> float | None:
+        from fluxrun.sweep import run_job
+
+        return run_job(node, dirs)
+
+    return task
+
+
+def run_job(node: DictConfig, dirs: tuple[Path, ...]) -> float | None:
+    """One job, in the sweep of this process or, where there is none, by itself; returns a sweep's objective."""
+    if _current is not None:
+        return _current.job(node)
+    _job_elsewhere(node, dirs)
+    return None
 
 
 def _job_elsewhere(node: DictConfig, dirs: tuple[Path, ...]) -> None:
