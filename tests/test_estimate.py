@@ -74,6 +74,15 @@ def test_working_memory_goes_by_size_and_tiles():
     assert working_bytes(planned(H100, "flux2_klein_4b", "vae=full", "batch_size=2")) == 2 * working_bytes(whole)
 
 
+@pytest.mark.parametrize(("model", "measured_gb"), [("flux2_klein_4b", 8.6 - 8.0), ("flux2_dev", 64.7 - 61.4)])
+def test_fused_kernels_keep_a_copy(model, measured_gb):
+    # One step's peak with and without, in GB (2**30 bytes): benchmarks/results/speed_h200/klein.json and dev.json.
+    plain, fused = (working_bytes(planned(H100, model, f"kernels={name}")) for name in ("diffusers", "fused"))
+    assert (fused - plain) / GIB == pytest.approx(measured_gb, abs=0.1)
+    fp8 = working_bytes(planned(H100, model, "kernels=fused", "quantization=fp8"))
+    assert (fp8 - plain) * 2 == fused - plain
+
+
 def test_blocks_take_more_than_layers_and_sizes_may_be_unknown():
     leaf, block = (
         memory_needs(planned(H100, "flux2_dev", "memory=group", f"memory.group_level={level}"))
