@@ -43,7 +43,7 @@ def test_the_wait_is_told_before_it_is_paid(monkeypatch, tmp_path):
         assert str(show.waiting_line(plan)).startswith("first image: minutes for the compiler")
         assert any("expect minutes before the first image" in note for note in plan.notes)
     regional = plan_on(H100, *KLEIN, "compile=regional")
-    assert show.waiting_line(regional) == f"first image: about 4-15 s for the compiler ({tmp_path} is empty)"
+    assert show.waiting_line(regional) == f"first image: about 4-19 s for the compiler ({tmp_path} is empty)"
     (tmp_path / "fxgraph").mkdir()
     (tmp_path / "fxgraph" / "ab").touch()
     assert "less if what" in str(show.waiting_line(regional))

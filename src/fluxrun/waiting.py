@@ -31,7 +31,7 @@ def autotune_note(option: CompileKnobs) -> str | None:
         return None
     return (
         f"compile={option.name}: expect minutes before the first image: many kernels are timed for every matmul "
-        "(H100: dev not done after 200 s, and cuBLAS won every large one; compile=regional takes 4-15 s)"
+        "(H100: dev not done after 200 s, and cuBLAS won every large one; compile=regional takes 4-19 s)"
     )
 
 
@@ -41,7 +41,7 @@ def expected_wait(option: CompileKnobs, machine: Machine) -> str:
         return "minutes"
     if not machine.accelerated:
         return "about 10-25 s"
-    wait = "about 4-15 s" if option.scope == "blocks" else "about 10-40 s"
+    wait = "about 4-19 s" if option.scope == "blocks" else "about 10-40 s"
     return f"{wait}, and 10 s for the decoder" if "vae_decoder" in option.targets else wait
 
 
