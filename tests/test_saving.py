@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
+import time
 
 import pytest
 from PIL import Image
 
 from fluxrun.compose import compose
+from fluxrun.errors import Interrupted
 from fluxrun.prompts import Job
 from fluxrun.record import RunFolder, read_record
 from fluxrun.saving import MOST_WAITING, Saver
@@ -23,13 +26,13 @@ def folder(tmp_path):
 
 def hold_back(folder, monkeypatch):
     """No picture is written before the returned event is set."""
-    go, write = threading.Event(), folder.write_image
+    go, write = threading.Event(), folder._save
 
     def slow(*arguments):
         assert go.wait(30)
         return write(*arguments)
 
-    monkeypatch.setattr(folder, "write_image", slow)
+    monkeypatch.setattr(folder, "_save", slow)
     return go
 
 
@@ -48,6 +51,35 @@ def test_pictures_wait_beside_drawing_and_come_in_order(folder, monkeypatch):
     assert [image.seed for image in record.images] == list(range(MOST_WAITING))
     assert all((folder.path / image.path).exists() for image in record.images)
     assert len(record.timings.save_s) == MOST_WAITING
+
+
+def test_a_picture_is_in_the_record_as_soon_as_it_is_on_disk(folder):
+    """Whatever kills the run while the next one is drawn."""
+    with Saver(folder, "png", beside=True) as saver:
+        saver.save(PICTURE, Job("a star", 0), "drawn")
+        until = time.monotonic() + 30
+        while not (known := read_record(folder.path).images) and time.monotonic() < until:
+            time.sleep(0.01)
+        assert [image.path for image in known] == ["images/000_seed0.png"]
+
+
+def abandoned(folder, go):
+    """What a second signal does while a picture is written and another one waits, but for ending the process."""
+    with Saver(folder, "png", beside=True) as saver:
+        saver.save(PICTURE, Job("a star", 0), "drawn")
+        saver.save(PICTURE, Job("a star", 1), "drawn")
+        threading.Timer(0.2, go.set).start()
+        folder.abandon(Interrupted("interrupted"), "denoise")
+        assert os.listdir(folder.path / "images") == ["000_seed0.png"]
+        folder._saving.release()
+
+
+def test_a_second_signal_finishes_the_picture_that_is_being_written(folder, monkeypatch):
+    with pytest.raises(Interrupted, match="the run has ended"):
+        abandoned(folder, hold_back(folder, monkeypatch))
+    record = read_record(folder.path)
+    assert record.status == "interrupted"
+    assert [image.seed for image in record.images] == [0]
 
 
 def test_a_slow_disk_holds_drawing_up(folder, monkeypatch):
@@ -85,7 +117,7 @@ def test_a_full_disk_is_an_error_at_the_end(folder, monkeypatch):
     go = hold_back(folder, monkeypatch)
 
     def fill():
-        monkeypatch.setattr(folder, "write_image", disk_full)
+        monkeypatch.setattr(folder, "_save", disk_full)
         threading.Timer(0.2, go.set).start()
 
     with pytest.raises(OSError, match="disk full"):
@@ -97,7 +129,7 @@ def test_a_full_disk_does_not_hide_why_the_run_ended(folder, monkeypatch, caplog
     go = hold_back(folder, monkeypatch)
 
     def fill():
-        monkeypatch.setattr(folder, "write_image", disk_full)
+        monkeypatch.setattr(folder, "_save", disk_full)
         threading.Timer(0.2, go.set).start()
 
     with pytest.raises(RuntimeError, match="the step failed"):

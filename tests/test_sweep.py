@@ -271,3 +271,18 @@ def test_a_wrong_sweep_is_refused_whole(
         dispatch(overrides)
     assert len(said(str(refused.value))) == 1
     assert not (tmp_path / "outputs").exists()
+
+
+def test_a_signal_in_a_jobs_last_moment_ends_the_sweep_after_it(tmp_path, monkeypatch):
+    from fluxrun import runner
+
+    finish = runner._finish
+
+    def finish_and_signal(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        finish(*arguments)
+
+    monkeypatch.setattr(runner, "_finish", finish_and_signal)
+    monkeypatch.setattr("sys.argv", ["fluxrun"])
+    assert dispatch(["--multirun", *SMALL, "seed=0,1", f"hydra.sweep.dir={tmp_path}"]) == 130
+    assert statuses(tmp_path) == {"0": "completed", "1": "pending"}

@@ -9,6 +9,8 @@ import os
 import statistics
 import subprocess
 import tempfile
+import threading
+import time
 import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from fluxrun.errors import ConfigError, FluxrunError, one_line
+from fluxrun.errors import ConfigError, FluxrunError, Interrupted, one_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,6 +34,8 @@ METADATA_KEY = "fluxrun"
 EXIF_IMAGE_DESCRIPTION = 0x010E
 MOST_EXIF_BYTES = 65_000
 """A JPEG segment holds 65533 bytes."""
+PATIENCE_S = 2.0
+"""What a second signal waits at most for the picture that is being written; as a rule a tenth of that."""
 Status = Literal["running", "completed", "failed", "interrupted"]
 
 
@@ -151,6 +155,11 @@ class RunFolder:
             config=plain(config.source),
             config_hash=config_hash(config),
         )
+        self._saving = threading.Lock()
+        """Held while a picture is written and added to the record."""
+        self._writing = threading.RLock()
+        """Held while run.json is replaced: an older text must not come after a newer one."""
+        self._closed = False
         self._claim()
 
     def _claim(self) -> None:
@@ -166,7 +175,8 @@ class RunFolder:
 
     def write(self) -> None:
         """Write run.json as it stands."""
-        write_atomically(self.path / "run.json", self.record.model_dump_json(indent=1))
+        with self._writing:
+            write_atomically(self.path / "run.json", self.record.model_dump_json(indent=1))
 
     def plan(self, plan: Plan) -> None:
         """Take over the plan's choices: requested, effective, fallbacks, facts."""
@@ -181,8 +191,22 @@ class RunFolder:
         }
         self.record.notes = list(plan.notes)
 
-    def write_image(self, number: int, image: Image, prompt: str, seed: int, output_format: str) -> ImageRecord:
-        """Save the run's picture ``number`` with its metadata; changes nothing else, so any thread may call it."""
+    def save(self, number: int, image: Image, prompt: str, seed: int, output_format: str) -> Path:
+        """Save the run's picture ``number`` with its metadata, and add it to the record; returns its path.
+
+        Not on the main thread: there a signal's ``abandon`` waits for the picture that is being written.
+        """
+        with self._saving:
+            if self._closed:
+                raise Interrupted("the run has ended")
+            started = time.perf_counter()
+            path, saved = self._save(number, image, prompt, seed, output_format)
+            self.record.timings.save_s.append(time.perf_counter() - started)
+            self.record.images.append(saved)
+            self.write()
+        return path
+
+    def _save(self, number: int, image: Image, prompt: str, seed: int, output_format: str) -> tuple[Path, ImageRecord]:
         path = self.path / "images" / f"{number:03d}_seed{seed}.{'jpg' if output_format == 'jpeg' else output_format}"
         metadata = {
             "prompt": prompt,
@@ -192,7 +216,7 @@ class RunFolder:
             "environment": self.record.environment,
         }
         save_image(image, path, metadata, output_format)
-        return ImageRecord(
+        return path, ImageRecord(
             path=str(path.relative_to(self.path)),
             prompt=prompt,
             seed=seed,
@@ -200,11 +224,6 @@ class RunFolder:
             height=image.height,
             sha256=pixel_hash(image),
         )
-
-    def add(self, image: ImageRecord) -> None:
-        """Add a saved picture to the record."""
-        self.record.images.append(image)
-        self.write()
 
     def finish(self, status: Status, error: BaseException | None = None, stage: str = "") -> None:
         """Close the record with its status."""
@@ -215,7 +234,9 @@ class RunFolder:
         self.write()
 
     def abandon(self, error: BaseException, stage: str) -> None:
-        """Close the record from within a signal handler: what was being written at that moment is taken away."""
+        """Close the record from within a signal handler: the picture being written is finished, if that is soon."""
+        self._closed = True
+        self._saving.acquire(timeout=PATIENCE_S)  # and kept: nothing is saved any more
         self.finish("interrupted", error, stage)
         for unfinished in (*self.path.glob(".run.json.*"), *self.path.glob("images/.*.part")):
             unfinished.unlink(missing_ok=True)
@@ -389,8 +410,6 @@ def git_commit() -> str | None:
 
 def status_of(error: BaseException) -> Status:
     """The record's status for what ended a run."""
-    from fluxrun.errors import Interrupted
-
     return "interrupted" if isinstance(error, (Interrupted, KeyboardInterrupt)) else "failed"
 
 

@@ -68,16 +68,19 @@ def run(
         on_first=lambda: log.warning("stopping at the next step; Ctrl+C again ends at once"),
         on_second=lambda: folder.abandon(interrupts.error(), stage.name),
     )
-    try:
-        with interrupts, _borrowed(workbench) as bench:
-            _run(config, folder, interrupts, stage, machine, bench, reporter or Reporter())
-    except BaseException as error:
-        ended = interrupts.error() if interrupts.requested else error
-        _finish(folder, started, ended, stage.name)
-        if ended is not error:
-            raise ended from None
-        raise
-    _finish(folder, started, None, "")
+    with interrupts:
+        try:
+            with _borrowed(workbench) as bench:
+                _run(config, folder, interrupts, stage, machine, bench, reporter or Reporter())
+        except BaseException as error:
+            ended = interrupts.error() if interrupts.requested else error
+            _finish(folder, started, ended, stage.name)
+            if ended is not error:
+                raise ended from None
+            raise
+        _finish(folder, started, None, "")
+    if workbench is not None and interrupts.requested:  # too late for this run, but not for those that follow
+        workbench.interrupted = interrupts.error()
     return folder.record
 
 

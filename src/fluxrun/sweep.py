@@ -210,6 +210,8 @@ def draw(data: dict[str, Any], dirs: tuple[Path, ...], folder: Path, sweep: Swee
     config = RunConfig.from_dict(data, dirs)
     sweep.workbench.upcoming = prompts_beside(data, [job.data for job in sweep.grid or ()])
     run(config, folder, command=sweep.command, workbench=sweep.workbench, reporter=sweep.view.reporter)
+    if sweep.workbench.interrupted is not None:
+        raise sweep.workbench.interrupted
 
 
 # --- planning -------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from fluxrun.config import GROUPS
+from fluxrun.errors import Interrupted
 from fluxrun.interrupt import Interrupts
 from fluxrun.progress import Reporter
 from fluxrun.prompts import texts_of
@@ -36,6 +37,8 @@ class Workbench:
         self._key = ""
         self._graphs: str | None = None
         self._compiled = False
+        self.interrupted: Interrupted | None = None
+        """A signal that came when a run was all but done: the runs that follow are not begun."""
         self.upcoming: Sequence[str] = ()
         """Prompts of the runs still to come over the same weights, where that is known."""
 
