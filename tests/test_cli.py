@@ -132,6 +132,8 @@ def test_doctor_lists_every_option(tmp_path):
     assert done.returncode == 0
     for name in option_names("attention"):
         assert re.search(rf"attention +{name} ", done.stdout)
+    assert re.search(r"\nh100_fast +attention=fp8: needs a CUDA GPU", done.stdout)
+    assert re.search(r"\ncpu +runs as it is", done.stdout)
 
 
 # --- drawing ----------------------------------------------------------------------------------------------------

@@ -6,12 +6,14 @@ from rich.console import Console
 from rich.table import Table
 
 from fluxrun.catalog import Catalog
+from fluxrun.compose import compose
 from fluxrun.config import RunConfig
 from fluxrun.conflicts import find_conflicts
+from fluxrun.errors import FluxrunError, one_line
 from fluxrun.estimate import budget_bytes, memory_needs, ram_needs, working_bytes
 from fluxrun.machine import GIB, Machine, detect
 from fluxrun.options.compile import CompileKnobs
-from fluxrun.plan import Choice, Plan
+from fluxrun.plan import Choice, Plan, make_plan
 from fluxrun.runner import Prepared
 from fluxrun.waiting import autotunes, cache_folder, expected_wait, holds_anything
 
@@ -112,7 +114,7 @@ def _proof(group: str, choice: Choice, machine: Machine) -> str:
 
 
 def show_doctor(config: RunConfig) -> None:
-    """This machine, its libraries, and for every option whether it is usable, proven by a call where that is needed."""
+    """This machine, its libraries, which options are usable (proven by a call where that is needed), and presets."""
     machine = detect().on(config.device)
     _show_machine(machine)
     table = Table("group", "option", "usable", "why not", box=None, pad_edge=False)
@@ -122,6 +124,25 @@ def show_doctor(config: RunConfig) -> None:
             reason = _usable(catalog, group, name, machine)
             table.add_row(group, name, "no" if reason else "yes", reason or "")
     out.print(table)
+    out.print(_presets(config, machine))
+
+
+def _presets(config: RunConfig, machine: Machine) -> Table:
+    """Every preset, and what of it would fall back here: planned with the config's model, nothing is loaded."""
+    table = Table("preset", "here", box=None, pad_edge=False)
+    for name in Catalog(config.config_dirs).names("preset"):
+        table.add_row(name, _fallbacks_of(name, config, machine) or "runs as it is")
+    return table
+
+
+def _fallbacks_of(preset: str, config: RunConfig, machine: Machine) -> str:
+    own = config.config_dirs[0] if len(config.config_dirs) > 1 else None
+    try:
+        asked = compose([f"+preset={preset}", f"model={config.model.name}"], config_dir=own)
+        choices = make_plan(asked, machine).choices.items()
+    except FluxrunError as error:
+        return one_line(error)
+    return "; ".join(f"{group}={f.option}: {f.reason}" for group, choice in choices for f in choice.fallbacks)
 
 
 def _usable(catalog: Catalog, group: str, name: str, machine: Machine) -> str | None:
