@@ -163,6 +163,13 @@ def image(run: Run, section: Section) -> None:
     side_by_side(run, turns, [run.settings(*known.IMAGE, *run.added)], gigabytes)
 
 
+def files(run: Run, section: Section) -> None:
+    """klein-4B, prompts to PNG files: everything a user waits for."""
+    turns = rounds_of(run, section, "files", run.job("files", "klein_4b"), rounds=3)
+    gigabytes = known.KLEIN_GB + known.TEXT_ENCODER_GB
+    side_by_side(run, turns, [run.settings(*known.FILES)], gigabytes)
+
+
 def long(run: Run, section: Section) -> None:
     """dev, embeddings to PIL image, all 50 steps: half of them computed, against plain diffusers."""
     turns = rounds_of(run, section, "long", run.job("long", "dev", steps=6 if run.tiny else 50), rounds=3)
@@ -234,6 +241,7 @@ SECTIONS = {
     "klein": Kind(klein, 150),
     "vae": Kind(vae, 90),
     "image": Kind(image, 100),
+    "files": Kind(files, 90),
     "dev": Kind(dev, 190),
     "long": Kind(long, 120),
     "first_image": Kind(first_image, 180),

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from speed_subject import Subject
 
 Reply = dict[str, Any]
+PROMPTS = tuple(f"a lighthouse at dusk, {what}" for what in ("oil", "ink", "pastel", "gouache", "fresco", "etching"))
+"""What ``Files`` draws."""
 
 
 @dataclass(frozen=True)
@@ -254,6 +257,60 @@ class Image(Task):
         return self._error(torch.from_numpy(np.asarray(image, dtype=np.float32) / 255))
 
 
+class Files(Task):
+    """Prompts to PNG files, one by one: text encoder, drawing and saving, as a user waits for them.
+
+    Plain diffusers is given a prompt and saves the picture as PIL does by itself; fluxrun does all of it in one run.
+    """
+
+    text_encoder = True
+
+    def build(self, argument: Any) -> Reply:
+        """fluxrun builds at its first run."""
+        if self.job.setting.recipe is not None:
+            return super().build(argument)
+        from fluxrun.workbench import Workbench
+
+        self.bench = Workbench()
+        return {}
+
+    def warm(self, _: Any) -> Reply:
+        first_s = self._seconds()
+        self._seconds()
+        return {"first_call_s": first_s}
+
+    def turn(self, argument: Any) -> Reply:
+        return {"file_s": [self._seconds() / len(PROMPTS)]}
+
+    def facts(self, argument: Any) -> Reply:
+        """What was in effect, by the last run's record."""
+        if self.job.setting.recipe is not None:
+            return super().facts(argument)
+        options = {group: option.model_dump() for group, option in self.record.options.items()}
+        for option in options.values():
+            option["fallbacks"] = [f"{f['option']}: {f['reason']} ({f['stage']})" for f in option["fallbacks"]]
+        return {"options": options, "peak_gb": round(self.record.memory.peak_allocated_bytes / 2**30, 2)}
+
+    def _seconds(self) -> float:
+        with tempfile.TemporaryDirectory(prefix="fluxrun-speed-") as folder:
+            started = time.perf_counter()
+            (self._plain if self.job.setting.recipe is not None else self._fluxrun)(Path(folder))
+            return time.perf_counter() - started
+
+    def _plain(self, folder: Path) -> None:
+        for number, prompt in enumerate(PROMPTS):
+            self.subject.draw(prompt=prompt, **self.subject.text_arguments())[0].save(folder / f"{number}.png")
+
+    def _fluxrun(self, folder: Path) -> None:
+        import fluxrun
+
+        prompts = folder / "prompts.txt"
+        prompts.write_text("\n".join(PROMPTS), encoding="utf-8")
+        # resident, whatever memory the settings measured beside this one leave free.
+        given = [*self.job.overrides, *self.job.setting.overrides, "memory=resident", f"prompts_file={prompts}"]
+        self.record = fluxrun.run(fluxrun.compose(given), folder / "run", workbench=self.bench)
+
+
 class Long(Task):
     """Embeddings to PIL image over all of a model's steps; the first image is drawn whole, a cache needs it."""
 
@@ -328,6 +385,7 @@ TASKS: dict[str, Callable[[Job], Task]] = {
     "steps": Steps,
     "decode": Decode,
     "image": Image,
+    "files": Files,
     "long": Long,
     "sizes": Sizes,
     "roofline": Roofline,

@@ -17,10 +17,19 @@ MAIN_SAMPLE = {
     "dev": ("step_ms", "s", 1e-3, "denoising step"),
     "vae": ("decode_ms", "ms", 1.0, "VAE decode 1024x1024"),
     "image": ("total_s", "s", 1.0, "prompt to PIL image, 4 steps"),
+    "files": ("file_s", "s", 1.0, "prompt to PNG file, one of six"),
     "long": ("total_s", "s", 1.0, "embeddings to PIL image, 50 steps"),
 }
 """What each section is about: sample key, unit, factor to that unit, metric."""
-MODEL = {"klein": "klein-4B", "dev": "dev", "vae": "VAE", "image": "klein-4B", "long": "dev", "sizes": "klein-4B"}
+MODEL = {
+    "klein": "klein-4B",
+    "dev": "dev",
+    "vae": "VAE",
+    "image": "klein-4B",
+    "files": "klein-4B",
+    "long": "dev",
+    "sizes": "klein-4B",
+}
 ERROR = "relative L2 against plain eager, one step"
 
 
@@ -119,7 +128,7 @@ def median(values: Sequence[float], scale: float = 1.0) -> float | None:
 
 def summary(measured: Sequence[Measured]) -> list[Row]:
     """The issue's table first, then everything else that was measured."""
-    rows = [row for section in ("klein", "vae", "image", "dev", "long") for row in _timed(measured, section)]
+    rows = [row for section in MAIN_SAMPLE for row in _timed(measured, section)]
     rows += [*_first_images(measured), *_sizes(measured), *_memory(measured), *_roofline(measured)]
     targets = [_with_target(target, rows) for target in TARGETS]
     taken = {id(row) for _, row in targets if row is not None}

@@ -43,7 +43,7 @@ def line_of(row: Row) -> str:
 
 
 def _samples_line(row: Row) -> str:
-    key = next(key for key in ("total_s", "decode_ms", "step_ms") if key in row["samples"])
+    key = next(key for key in ("total_s", "file_s", "decode_ms", "step_ms") if key in row["samples"])
     values, unit = samples(row, key), key.rpartition("_")[2]
     parts = [f"{median(values):8.4g} {unit} ({min(values):.4g}–{max(values):.4g}, n={len(values)})"]
     if row.get("rel_l2") is not None:
