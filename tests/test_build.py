@@ -268,7 +268,7 @@ def test_build_gives_an_ordinary_pipeline(tmp_path, plain):
     import torch
 
     import fluxrun
-    from fluxrun.record import pixel_hash
+    from fluxrun.picture import pixel_hash
     from fluxrun.state import snapshot
 
     before = snapshot()

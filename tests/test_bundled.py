@@ -10,7 +10,8 @@ from helpers import composed
 from PIL import Image
 
 from fluxrun.errors import ConfigError
-from fluxrun.record import RunRecord, pixel_hash
+from fluxrun.picture import pixel_hash
+from fluxrun.record import RunRecord
 from fluxrun.runner import prepare, run
 from fluxrun.shapes.captions import parse
 from fluxrun.shapes.checker import score

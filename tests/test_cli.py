@@ -14,7 +14,8 @@ import yaml
 from helpers import SMALL, fluxrun, option_names, said
 from PIL import Image
 
-from fluxrun.record import read_metadata, read_record
+from fluxrun.picture import read_metadata
+from fluxrun.record import read_record
 
 AWKWARD = '"It\'s 50% #1 (really)!", ${HOME}, é'
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "torchao", "huggingface_hub")

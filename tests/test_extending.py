@@ -11,7 +11,8 @@ from helpers import draw, fluxrun
 from fluxrun.catalog import Catalog
 from fluxrun.compose import compose, config_dirs
 from fluxrun.errors import ConfigError
-from fluxrun.record import read_metadata, read_record
+from fluxrun.picture import read_metadata
+from fluxrun.record import read_record
 
 CLASS = '''
 from pydantic import Field

@@ -9,7 +9,7 @@ import pytest
 from helpers import draw, hashes
 from PIL import Image
 
-from fluxrun.record import pixel_hash
+from fluxrun.picture import pixel_hash
 from fluxrun.workbench import Workbench
 
 PROMPT = "a red circle left of a blue square"

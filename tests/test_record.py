@@ -13,13 +13,11 @@ from PIL import Image
 
 from fluxrun.compose import compose
 from fluxrun.errors import ConfigError
+from fluxrun.picture import pixel_hash, read_metadata, save_image
 from fluxrun.record import (
     RunFolder,
     RunRecord,
-    pixel_hash,
-    read_metadata,
     read_record,
-    save_image,
     spread,
     write_atomically,
 )

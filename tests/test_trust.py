@@ -10,7 +10,7 @@ from PIL import Image
 
 from fluxrun.compose import compose
 from fluxrun.errors import ConfigError, TrustError
-from fluxrun.record import save_image
+from fluxrun.picture import save_image
 from fluxrun.rerun import from_image
 from fluxrun.trust import check_target
 

@@ -1,4 +1,4 @@
-"""run.json and the images: what was asked, what ran, why the two differ, and what each part cost."""
+"""run.json: what was asked, what ran, why the two differ, and what each part cost."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from fluxrun.errors import ConfigError, FluxrunError, Interrupted, one_line
+from fluxrun.picture import pixel_hash, save_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,10 +31,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fluxrun.record")
 
-METADATA_KEY = "fluxrun"
-EXIF_IMAGE_DESCRIPTION = 0x010E
-MOST_EXIF_BYTES = 65_000
-"""A JPEG segment holds 65533 bytes."""
 PATIENCE_S = 2.0
 """What a second signal waits at most for the picture that is being written; as a rule a tenth of that."""
 Status = Literal["running", "completed", "failed", "interrupted"]
@@ -283,57 +280,6 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def save_image(image: Image, path: Path, metadata: dict[str, Any], output_format: str) -> None:
-    """Write the file with ``metadata`` as JSON: a PNG text chunk, or EXIF for JPEG and WebP. Atomic."""
-    from PIL import PngImagePlugin
-
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        if output_format == "png":
-            info = PngImagePlugin.PngInfo()
-            info.add_itxt(METADATA_KEY, json.dumps(metadata, ensure_ascii=False))
-            # zlib's default level takes half a second for 1024x1024, longer than drawing it; level 1 a fifth of that.
-            image.save(temporary, format="PNG", pnginfo=info, compress_level=1)
-        else:
-            exif = _exif(image, metadata)
-            if output_format == "jpeg" and len(exif.tobytes()) > MOST_EXIF_BYTES:
-                log.warning("%s: its config is too long for this format, only run.json has it", path.name)
-                exif = _exif(image, {key: metadata[key] for key in ("run_id", "seed") if key in metadata})
-            options: dict[str, Any] = {"quality": 95} if output_format == "jpeg" else {"lossless": True}
-            image.save(temporary, format=output_format.upper(), exif=exif, **options)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _exif(image: Image, metadata: dict[str, Any]) -> Any:
-    exif = image.getexif()
-    # EXIF text is ASCII: other characters travel as JSON escapes.
-    exif[EXIF_IMAGE_DESCRIPTION] = json.dumps({METADATA_KEY: metadata})
-    return exif
-
-
-def read_metadata(path: Path) -> dict[str, Any]:
-    """The metadata fluxrun wrote into an image. Raises ConfigError if there is none or it cannot be read."""
-    from PIL import Image as PillowImage
-    from PIL import UnidentifiedImageError
-
-    try:
-        with PillowImage.open(path) as image:
-            text = image.info.get(METADATA_KEY)
-            described = image.getexif().get(EXIF_IMAGE_DESCRIPTION)
-    except (UnidentifiedImageError, OSError) as error:
-        raise ConfigError(f"cannot read {path} as an image: {one_line(error)}") from error
-    try:
-        metadata = json.loads(text) if text else json.loads(described)[METADATA_KEY] if described else None
-    except (json.JSONDecodeError, KeyError, TypeError):
-        metadata = None
-    if not isinstance(metadata, dict) or "config" not in metadata:
-        raise ConfigError(f"{path} carries no fluxrun metadata: only images that fluxrun saved can be run again")
-    return metadata
-
-
 def read_record(folder: Path) -> RunRecord:
     """The record of a run folder. Raises ConfigError if there is none or it does not follow the schema."""
     from pydantic import ValidationError
@@ -345,11 +291,6 @@ def read_record(folder: Path) -> RunRecord:
         raise ConfigError(f"{folder} is not a run folder: it has no run.json") from error
     except (OSError, ValidationError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as a fluxrun record: {one_line(error)}") from error
-
-
-def pixel_hash(image: Image) -> str:
-    """SHA-256 of the picture's RGB bytes, row by row."""
-    return hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()
 
 
 def config_hash(config: RunConfig) -> str:

@@ -11,7 +11,8 @@ from typing import Any
 
 from fluxrun.config import RunConfig
 from fluxrun.errors import ConfigError
-from fluxrun.record import RunRecord, exit_code_of, pixel_hash, read_metadata, read_record
+from fluxrun.picture import pixel_hash, read_metadata
+from fluxrun.record import RunRecord, exit_code_of, read_record
 from fluxrun.trust import check_knobs
 
 log = logging.getLogger("fluxrun.rerun")
