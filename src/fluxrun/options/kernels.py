@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fluxrun.config import Facts, Option
 from fluxrun.machine import Machine
@@ -22,6 +22,9 @@ class FusedKernels(Option):
     They round where diffusers' eager code rounds. With ``quantization=fp8`` they also write the float8 rows that the
     next matmul reads, so that quantizing costs no pass of its own.
     """
+
+    joins_projections: ClassVar[bool] = True
+    """Keeps a copy of projections over the same input, side by side: the memory estimate counts it."""
 
     def requires(self, machine: Machine) -> str | None:
         if reason := machine.needs_cuda((8, 0)):
