@@ -167,7 +167,7 @@ def files(run: Run, section: Section) -> None:
     """klein-4B, prompts to PNG files: everything a user waits for."""
     turns = rounds_of(run, section, "files", run.job("files", "klein_4b"), rounds=3)
     gigabytes = known.KLEIN_GB + known.TEXT_ENCODER_GB
-    side_by_side(run, turns, [run.settings(*known.FILES)], gigabytes)
+    side_by_side(run, turns, [run.settings(*known.IMAGE)], gigabytes)
 
 
 def long(run: Run, section: Section) -> None:

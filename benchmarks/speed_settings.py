@@ -70,7 +70,6 @@ KLEIN = (
 
 DEV = (PLAIN, plain("regional"), LOSSLESS, FAST)
 IMAGE = (PLAIN, plain("regional"), LOSSLESS, FAST)
-FILES = IMAGE
 VAE_COMPILED = ("compile=regional", "compile.targets=[vae_decoder]", "vae.channels_last=true")
 VAE = (
     PLAIN,

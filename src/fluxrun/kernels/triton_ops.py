@@ -3,13 +3,14 @@
 Between two matmuls a FLUX.2 block reads and writes the same rows several times (norm, modulation, rotary, SwiGLU,
 concatenation, and with float8 the row maximum and the cast). Each kernel here does one such stretch in one pass.
 
-Where nothing is quantized the results are eager's to the bit: a last bit that differs in one norm moves the output of
-a whole model by as much as another attention kernel does (2e-2 for klein, 5e-2 for dev, on random weights). So sums
-are taken in the order of torch's CUDA kernel (aten/src/ATen/native/cuda/layer_norm_kernel.cu,
-``vectorized_layer_norm_kernel``): 128 threads, each over its 4 of every 512 values, then pairwise, 16 threads apart, 8,
-4, 2, 1, and so the 4 warps. Triton's own reductions pair in that order where a thread holds those 4 values, which
-is why programs here have 4 warps and 512 values at a time. So it is with torch 2.11 and Triton 3.6, by
-``tests/gpu/test_kernels.py``; should either change its order, the results differ in last bits again.
+In bfloat16, unquantized, and for widths that 512 divides, the results are eager's to the bit: a last bit that differs
+in one norm moves the output of a whole model by as much as another attention kernel does (2e-2 for klein-4B, 5e-2 for
+dev, on random weights). So sums are taken in the order of torch's CUDA kernel
+(aten/src/ATen/native/cuda/layer_norm_kernel.cu, ``vectorized_layer_norm_kernel``): 128 threads, each over its 4 of
+every 512 values, then pairwise, 16 threads apart, 8, 4, 2, 1, and so the 4 warps. Triton's own reductions pair in
+that order where a thread holds those 4 values, which is why programs here have 4 warps and 512 values at a time. So
+it is with torch 2.11 and Triton 3.6, by ``tests/gpu/test_kernels.py``; should either change its order, the results
+differ in last bits again.
 """
 
 from __future__ import annotations
