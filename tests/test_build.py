@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -238,6 +240,38 @@ def test_the_end_of_the_ladder(options, tmp_path):
         draw(tmp_path / "run", "attention=always_hungry", config_dir=options)
     record = read_record(tmp_path / "run")
     assert [f.option for f in record.options["memory"].fallbacks] == ["resident"]
+
+
+@pytest.fixture
+def shells(monkeypatch):
+    """Weak references to the transformers of all pipelines made; none may be made while another is there."""
+    from fluxrun import models
+
+    made: list[weakref.ref] = []
+    original = models.shell
+
+    def shell(base):
+        assert not [one for one in made if one() is not None]
+        pipeline = original(base)
+        made.append(weakref.ref(pipeline.transformer))
+        return pipeline
+
+    monkeypatch.setattr(models, "shell", shell)
+    gc.collect()
+    gc.disable()
+    yield made
+    gc.enable()
+
+
+@pytest.mark.parametrize("attention", ["at_first_call", "in_apply"])
+def test_what_failed_is_freed_before_another_is_built(options, shells, bench, tmp_path, attention):
+    draw(tmp_path / "run", f"attention={attention}", config_dir=options, workbench=bench)
+    assert len(shells) == 2
+
+
+def test_nothing_outlives_a_run(shells, tmp_path):
+    draw(tmp_path / "run")
+    assert [one() for one in shells] == [None]
 
 
 # --- a broken library -------------------------------------------------------------------------------------------

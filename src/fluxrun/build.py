@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -297,12 +298,8 @@ class Session:
 
     def _fall_back(self, group: str, stage: str, error: BaseException) -> None:
         reason = one_line(error)
-        log.debug("%s failed at %s", group, stage, exc_info=error)
-        self.release()
+        log.debug("%s failed at %s\n%s", group, stage, "".join(traceback.format_exception(error)))
         if is_out_of_memory(error):
-            from fluxrun.models import free_memory
-
-            free_memory()
             record = self._step_down(stage, error)
             group = "memory"
         else:
@@ -315,6 +312,21 @@ class Session:
             "%s=%s cannot be used, falling back to %s (%s: %s)",
             group, record.option, self.plan.choices[group].effective, stage, reason,
         )  # fmt: skip
+        self._let_go(error)
+
+    def _let_go(self, error: BaseException) -> None:
+        """Free the failed pipeline's memory before another one is built.
+
+        The error's frames still hold all they were working on; they are in the log, and nobody needs them now.
+        """
+        from fluxrun.models import free_memory
+
+        self.release()
+        cause: BaseException | None = error
+        while cause is not None:
+            cause.__traceback__ = None
+            cause = cause.__cause__ or cause.__context__
+        free_memory()
 
     def _step_down(self, stage: str, error: BaseException) -> Fallback:
         """Out of memory: with memory=auto the next rung of the ladder, else say what would fit."""

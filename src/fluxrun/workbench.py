@@ -29,10 +29,10 @@ log = logging.getLogger("fluxrun.workbench")
 
 
 class Workbench:
-    """Hands out one session at a time; ``close`` (or leaving the ``with`` block) puts the process back as it was."""
+    """One session at a time; ``close`` puts the process back as it was, leaving the block frees weights."""
 
-    def __init__(self, store: WeightStore | None = None) -> None:
-        self._store = store
+    def __init__(self) -> None:
+        self._store: WeightStore | None = None
         self._session: Session | None = None
         self._key = ""
         self._graphs: str | None = None
@@ -49,6 +49,8 @@ class Workbench:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+        if self._store is not None:
+            self._store.clear()
 
     @property
     def loads(self) -> list[str]:
