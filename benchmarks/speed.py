@@ -4,6 +4,7 @@
     python benchmarks/speed.py OUT --only klein,vae --budget 240    # some of them, and the most seconds they may take
     python benchmarks/speed.py OUT --only klein --limits klein=300  # more time for a section: more of its settings
     python benchmarks/speed.py OUT --only klein --keep h100_fast --add "mine: quantization=fp8 compile=default"
+    python benchmarks/speed.py OUT --only memory --keep "dev fp8 group 24"  # a row of that table, and its GB
     python benchmarks/speed.py OUT --model tiny                     # a dry run on any machine
 
 Each section writes OUT/SECTION.json as it goes (raw samples, what was in effect, clocks before and after), so that a
@@ -196,7 +197,8 @@ def sizes(run: Run, section: Section) -> None:
 def memory(run: Run, section: Section) -> None:
     """Models under a limit on the GPU's memory, by where their weights lie."""
     until = run.until("memory")
-    memory_budgets(known.MEMORY, run.models, until, section.add, run.out / "logs" / "memory.log")
+    rows = [row for row in known.MEMORY if run.keep is None or f"{row.key} {row.budget_gb:g}" in run.keep]
+    memory_budgets(rows, run.models, until, section.add, run.out / "logs" / "memory.log")
 
 
 def rounds_of(run: Run, section: Section, name: str, jobs: Callable[[Setting], Job], rounds: int = 0) -> Rounds:

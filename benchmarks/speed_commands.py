@@ -47,7 +47,7 @@ def memory_budgets(
         script = "speed_offloaded.py" if row.plain else "speed_capped.py"
         command = [sys.executable, str(HERE / script), f"{row.budget_gb:g}"]
         with tempfile.TemporaryDirectory(prefix="fluxrun-speed-") as folder:
-            seconds = min(150.0, deadline - time.monotonic())
+            seconds = min(row.seconds, deadline - time.monotonic())
             save(about | {"steps": row.steps} | run(command, arguments, Path(folder) / "run", seconds, log))
 
 

@@ -102,20 +102,33 @@ class MemoryRow:
     steps: int = 4
     plain: bool = False
     """Plain diffusers with ``enable_model_cpu_offload`` instead; overrides choose the model only."""
+    seconds: float = 150
+    """The longest it may take."""
 
+    @property
+    def key(self) -> str:
+        """What ``--keep`` calls it: commas separate names there."""
+        return self.name.replace(",", "")
+
+
+RTX_4090 = "+preset=rtx4090_24gb"
+PLAIN_OFFLOAD = "plain diffusers' model offload"
 
 MEMORY = (
     MemoryRow("klein-9B bf16, auto", "klein_9b", 24, ("memory=auto", "memory.budget_gb=24")),
+    MemoryRow("dev fp8, preset rtx4090_24gb", "dev", 24, (RTX_4090,), steps=8),
     MemoryRow("dev bf16, staged", "dev", 80, ("memory=staged", "kernels=fused"), steps=8),
-    MemoryRow("klein-9B bf16, plain diffusers' model offload", "klein_9b", 24, (), plain=True),
-    MemoryRow("dev fp8, auto", "dev", 24, ("memory=auto", "memory.budget_gb=24", "quantization=fp8"), steps=2),
-    MemoryRow("dev bf16, plain diffusers' model offload", "dev", 80, (), steps=8, plain=True),
-    MemoryRow("klein-9B bf16, group", "klein_9b", 24, ("memory=group",)),
-    MemoryRow("klein-9B bf16, balanced", "klein_9b", 24, ("memory=balanced",)),
-    MemoryRow("klein-9B bf16, staged", "klein_9b", 24, ("memory=staged",)),
+    MemoryRow(f"klein-9B bf16, {PLAIN_OFFLOAD}", "klein_9b", 24, (), plain=True),
+    MemoryRow("dev fp8, group", "dev", 24, ("memory=group", "quantization=fp8"), steps=8),
+    MemoryRow("klein-9B bf16, group", "klein_9b", 12, ("memory=group",)),
+    MemoryRow("klein-9B bf16, auto", "klein_9b", 12, ("memory=auto", "memory.budget_gb=12", "kernels=fused")),
     MemoryRow("klein-4B bf16, auto", "klein_4b", 12, ("memory=auto", "memory.budget_gb=12")),
-    MemoryRow("dev fp8, group", "dev", 24, ("memory=group", "quantization=fp8"), steps=2),
+    MemoryRow("klein-9B bf16, staged", "klein_9b", 24, ("memory=staged",)),
+    MemoryRow("klein-9B bf16, balanced", "klein_9b", 24, ("memory=balanced",)),
+    MemoryRow("klein-9B bf16, group", "klein_9b", 24, ("memory=group",)),
+    MemoryRow("dev bf16, auto", "dev", 48, ("memory=auto", "memory.budget_gb=48", "kernels=fused"), steps=8),
     MemoryRow("dev bf16, balanced", "dev", 80, ("memory=balanced",), steps=8),
+    MemoryRow(f"dev bf16, {PLAIN_OFFLOAD}", "dev", 80, (), steps=8, plain=True, seconds=300),
 )
 
 MODELS: dict[str, tuple[str, ...]] = {

@@ -105,12 +105,13 @@ def newest(measured: Sequence[Measured], section: str) -> dict[str, Measured]:
     found: dict[str, Measured] = {}
     for one in measured:
         if one.section == section:
-            found.setdefault(_identity(one.row), one)
+            found.setdefault(identity(one.row), one)
     return found
 
 
-def _identity(row: Row) -> str:
-    return row["what"] if "what" in row else f"{row['setting']} {row.get('state', '')}".strip()
+def identity(row: Row) -> str:
+    """What a row is about, within its section."""
+    return row["what"] if "what" in row else f"{row['setting']} {row.get('state') or row.get('budget_gb', '')}".strip()
 
 
 def samples(row: Row, key: str) -> list[float]:
@@ -189,6 +190,11 @@ def _memory(measured: Sequence[Measured]) -> Iterator[Row]:
             (f"image of {steps} steps under {limit}", "s", image_s(one.row)),
         ):
             yield _entry(one, model, metric, unit, value, None)
+
+
+def step_s(row: Row) -> float | None:
+    """Seconds of a run's step once everything is warm; None for plain diffusers, whose steps are not timed there."""
+    return (row["timings"].get("steady_step_s") or {}).get("median")
 
 
 def peak_gb(row: Row) -> float:

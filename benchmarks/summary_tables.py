@@ -12,12 +12,14 @@ from summary_rows import (
     Row,
     beyond_load,
     fallen_back,
+    identity,
     image_s,
     median,
     newest,
     peak_gb,
     read,
     samples,
+    step_s,
     summary,
 )
 
@@ -217,17 +219,21 @@ def _is_count(key: str) -> bool:
 
 def _memory_table(measured: Sequence[Measured]) -> str:
     """Also what did not work: that a mode does not fit is a result."""
-    contents = [one.content for one in measured if one.section == "memory"][:1]
+    found = {name: one.row for name, one in newest(measured, "memory").items()}
+    for content in {id(one.content): one.content for one in measured if one.section == "memory"}.values():
+        for row in content["rows"]:
+            found.setdefault(identity(row), row)
 
     def line(row: Row) -> list[str]:
         about = [row["setting"], f"{row['budget_gb']:g} GB"]
         if row["status"] != "measured":
-            return [*about, "–", "–", "–", f"{row['status']}: {row['error']}"]
+            return [*about, "–", "–", "–", "–", f"{row['status']}: {row['error']}"]
         used = row["options"]["memory"]["effective"]
-        return [*about, used, f"{peak_gb(row):.1f} GB", f"{image_s(row):.2f} s", f"{row['steps']} steps"]
+        step = f"{step_s(row):.3f} s" if step_s(row) else "–"
+        return [*about, used, f"{peak_gb(row):.1f} GB", step, f"{image_s(row):.2f} s", f"{row['steps']} steps"]
 
-    header = ("what", "limit", "placement", "peak", "s per image", "note")
-    return markdown(header, (line(row) for content in contents for row in content["rows"]))
+    header = ("what", "limit", "placement", "peak", "step", "s per image", "note")
+    return markdown(header, map(line, sorted(found.values(), key=lambda row: (row["model"], row["budget_gb"]))))
 
 
 def _roofline_table(measured: Sequence[Measured]) -> str:

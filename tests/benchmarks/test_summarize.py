@@ -86,7 +86,11 @@ def write(folder: Path) -> Path:
         "sizes": section("sizes", [row("h100_fast", {}, turns=turns)]),
         "first_image": section("first_image", [process("h100_fast", 6.0, state="warm", overrides=[])]),
         "memory": section(
-            "memory", [process("klein-9B bf16, staged", 20.0, budget_gb=24, steps=4), {**missed, "budget_gb": 24}]
+            "memory",
+            [
+                process("klein-9B bf16, staged", 20.0, model="klein_9b", budget_gb=24, steps=4),
+                {**missed, "budget_gb": 24},
+            ],
         ),
         "roofline": section(
             "roofline", [{"what": "bf16 matmul, square", "unit": "TFLOP/s", "samples": [700.0, 710.0]}]
