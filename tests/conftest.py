@@ -38,3 +38,19 @@ def config_dir(tmp_path: Path) -> Path:
 def trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The environment lifts the trust rule."""
     monkeypatch.setenv("FLUXRUN_TRUST_CONFIG", "1")
+
+
+@pytest.fixture
+def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offload "to" the CPU: copies are made, as to a GPU, and everything else is real."""
+    import torch
+
+    from fluxrun import offload
+    from fluxrun.options.memory import Offload
+
+    def copied(tensor: torch.Tensor, device: object) -> torch.Tensor:
+        copy = tensor.detach().clone()
+        return torch.nn.Parameter(copy, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else copy
+
+    monkeypatch.setattr(Offload, "requires", lambda self, machine: None)
+    monkeypatch.setattr(offload, "copied", copied)

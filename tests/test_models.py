@@ -16,6 +16,7 @@ from torch import nn
 from fluxrun import models
 from fluxrun.models import WeightsKey, WeightStore
 from fluxrun.options.model import Flux2Model
+from fluxrun.tensors import tensor_bytes
 
 PIPELINES = ("klein", "dev")
 
@@ -203,7 +204,7 @@ def test_shell_shares_storage_but_no_object(base):
         assert not {id(m) for m in module.modules()} & {id(m) for m in copy.modules()}
     assert shell.scheduler is not base.pipeline.scheduler
     assert shell.tokenizer is not base.pipeline.tokenizer
-    assert models.tensor_bytes(t for m in modules(shell).values() for t in m.parameters()) == models.tensor_bytes(
+    assert tensor_bytes(t for m in modules(shell).values() for t in m.parameters()) == tensor_bytes(
         t for p in (shell, base.pipeline) for m in modules(p).values() for t in m.parameters()
     )
 
@@ -255,7 +256,7 @@ def test_shell_over_torchao_tensors(config):
     assert torch.equal(draw(shell), expected)
     assert not torch.equal(draw(plain.pipeline), expected)
     tensors = [list(m.transformer.parameters()) for m in (base.pipeline, shell)]
-    assert models.tensor_bytes(tensors[0]) == models.tensor_bytes(tensors[0] + tensors[1])
+    assert tensor_bytes(tensors[0]) == tensor_bytes(tensors[0] + tensors[1])
     shell.transformer.x_embedder.weight = nn.Parameter(torch.zeros(1))
     assert torch.equal(draw(base.pipeline), expected)
 

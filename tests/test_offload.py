@@ -7,7 +7,6 @@ import torch
 from helpers import draw, hashes, small
 
 from fluxrun import offload
-from fluxrun.options.memory import Offload
 from fluxrun.workbench import Workbench
 
 
@@ -15,18 +14,6 @@ from fluxrun.workbench import Workbench
 def bench():
     with Workbench() as workbench:
         yield workbench
-
-
-@pytest.fixture
-def on_a_cpu(monkeypatch):
-    """Offload "to" the CPU: copies are made, as to a GPU, and everything else is real."""
-    monkeypatch.setattr(Offload, "requires", lambda self, machine: None)
-
-    def copied(tensor, device):
-        copy = tensor.detach().clone()
-        return torch.nn.Parameter(copy, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else copy
-
-    monkeypatch.setattr(offload, "copied", copied)
 
 
 def quantized_layer() -> torch.nn.Module:
@@ -46,7 +33,7 @@ def test_a_guest_leaves_its_weights_at_home(kind):
     if kind == "tied":
         module[1].weight = module[0].weight
     before = [id(tensor) for tensor in (*module.parameters(), *module.buffers())]
-    guest = offload.Guest(module)
+    guest = offload.Guest(offload.slots(module))
     guest.visit(torch.device("meta"))
     away = list(module.parameters())
     assert {tensor.device.type for tensor in (*away, *module.buffers())} == {"meta"}

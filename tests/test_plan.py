@@ -211,7 +211,8 @@ def test_vae_auto():
         ("flux2_klein_4b", 13, "staged"),
         ("flux2_dev", 139, "resident"),
         ("flux2_dev", 78, "staged"),
-        ("flux2_dev", 24, "group"),
+        ("flux2_dev", 24, "block_swap"),
+        ("flux2_dev", 13, "group"),
         ("flux2_dev", 4, "sequential"),
         ("flux2_dev", 1, "sequential"),
     ],
@@ -226,7 +227,7 @@ def test_memory_auto_takes_the_fastest_rung_that_fits(model, free_gb, expected):
 
 def test_memory_auto_keeps_to_a_budget_and_counts_quantization():
     budget = plan_on(H100, "model=flux2_dev", "model.weights=random", "memory.budget_gb=24")
-    assert effective(budget)["memory"] == "group"
+    assert effective(budget)["memory"] == "block_swap"
     whole = memory_needs(plan_on(H100, "model=flux2_dev", "model.weights=random"))
     eight_bit = memory_needs(plan_on(H100, "model=flux2_dev", "model.weights=random", "quantization=fp8"))
     assert whole
@@ -316,6 +317,20 @@ def test_what_holds_on_to_weights_gives_way_to_offloading(memory):
     assert (effective(plan)["kernels"], effective(plan)["compile"]) == ("diffusers", "none")
     knob = plan_on(H100, *REAL_SIZE, "compile=regional", "compile.cuda_graph=true", f"memory={memory}")
     assert not getattr(knob.options["compile"], "cuda_graph", False)
+
+
+def test_fused_kernels_stay_where_blocks_are_swapped():
+    plan = plan_on(H100, *REAL_SIZE, "kernels=fused", "quantization=fp8", "memory=block_swap")
+    assert (effective(plan)["kernels"], plan.notes) == ("fused", [])
+    compiled = plan_on(H100, *REAL_SIZE, "compile=regional", "memory=block_swap")
+    assert "graph break" in reasons(compiled, "compile")[0][2]
+
+
+def test_knobs_of_another_placement_are_said_to_be_unused():
+    assert any(
+        "memory.blocks_to_swap" in note for note in plan_on(H100, "memory=group", "memory.blocks_to_swap=3").notes
+    )
+    assert not plan_on(H100, "memory=block_swap", "memory.blocks_to_swap=3").notes
 
 
 def test_a_recorded_graph_gives_way_to_a_step_cache():

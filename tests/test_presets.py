@@ -42,12 +42,17 @@ def test_every_line_of_a_preset_says_why(name):
     [
         (RTX_4090, "rtx4090_24gb", "flux2_klein_4b", {"memory": "resident", "quantization": "fp8", "kernels": "fused"}),
         (RTX_4090, "rtx4090_24gb", "flux2_klein_9b", {"memory": "resident", "quantization": "fp8", "kernels": "fused"}),
-        (RTX_4090, "rtx4090_24gb", "flux2_dev", {"memory": "group", "quantization": "fp8", "kernels": "diffusers"}),
+        (RTX_4090, "rtx4090_24gb", "flux2_dev", {"memory": "block_swap", "quantization": "fp8", "kernels": "fused"}),
         (H100, "rtx4090_24gb", "flux2_klein_9b", {"memory": "resident"}),
         (RTX_4070, "low_vram_12gb", "flux2_klein_4b", {"memory": "resident", "quantization": "fp8", "vae": "tiled"}),
         (RTX_3060, "low_vram_12gb", "flux2_klein_4b", {"memory": "staged", "quantization": "none", "vae": "tiled"}),
         (RTX_4070, "low_vram_12gb", "flux2_klein_9b", {"memory": "staged", "quantization": "fp8"}),
-        (RTX_3060, "low_vram_12gb", "flux2_klein_9b", {"memory": "group", "quantization": "none"}),
+        (
+            RTX_3060,
+            "low_vram_12gb",
+            "flux2_klein_9b",
+            {"memory": "block_swap", "quantization": "none", "kernels": "fused"},
+        ),
         (H100, "cpu", "flux2_klein_4b", {"memory": "resident", "compile": "none"}),
     ],
 )

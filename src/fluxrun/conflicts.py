@@ -18,6 +18,10 @@ def _offloads(option: Option) -> bool:
     return bool(getattr(option, "offloads", False))
 
 
+def _moves_weights(option: Option) -> bool:
+    return _offloads(option) and not getattr(option, "swaps_blocks", False)
+
+
 def _classifier_free(option: Option) -> bool:
     return getattr(option, "pipeline", None) == "klein" and getattr(option, "distilled", True) is False
 
@@ -82,8 +86,8 @@ class Conflict:
 
 CONFLICTS = (
     Conflict(
-        ("kernels", _named("fused")), ("memory", _offloads),
-        "the fused kernels keep the weights where they were found, offloading moves them",
+        ("kernels", _named("fused")), ("memory", _moves_weights),
+        "the fused kernels read the weights where they found them, this offloading moves them (memory=block_swap goes)",
         "kernels", "diffusers",
     ),
     Conflict(
@@ -130,9 +134,9 @@ CONFLICTS = (
         "compile", "max_autotune_no_cudagraphs", ("mode",),
     ),
     Conflict(
-        ("compile", lambda o: o.name != "none"), ("memory", _named("sequential", "group")),
-        "the weights move inside the compiled region, layer by layer: a graph break per layer (memory=balanced moves "
-        "them outside of it)",
+        ("compile", lambda o: o.name != "none"), ("memory", _named("block_swap", "group", "sequential")),
+        "the weights move inside the compiled region: a graph break per layer or block (memory=balanced moves them "
+        "outside of it)",
         "compile", "none",
     ),
     Conflict(

@@ -23,8 +23,14 @@ LARGEST_LEAF = 40
 """A transformer is at least so many times its largest layer (klein-4B 45, dev 95)."""
 LARGEST_BLOCK = 16
 """The same for its blocks (klein-4B 16, dev 33)."""
+OUTSIDE_BLOCKS = 16
+"""The same for what of it lies outside its blocks (klein-4B 20, dev 40)."""
 LARGEST_TEXT_LEAF = 8
 """The same for a cut text encoder, whose largest layer is the embedding table (klein-4B)."""
+SPARE_BYTES = GIB // 2
+"""What block swap leaves free: torch's allocator loses some between blocks of memory of different sizes."""
+SMALL_TEXT_BYTES = 3 * GIB // 2
+"""Most that a text encoder has in tensors too small to be swapped (klein-4B 1.4 GB, klein-9B 0.5, dev 0.6)."""
 
 
 def budget_bytes(memory: MemoryKnobs, machine: Machine) -> int:
@@ -52,16 +58,23 @@ def working_bytes(plan: Plan) -> int:
     # The most that lives at once in a single block is about 22 times its two-byte input: projection, q, k, attention,
     # the gated MLP's halves, and their concatenation.
     tokens = (height // PATCH_PIXELS) * (width // PATCH_PIXELS) + plan.model.max_sequence_length
-    return max(decode, plan.config.batch_size * tokens * _width(plan) * 2 * 22) + _joined_bytes(plan)
+    return max(decode, plan.config.batch_size * tokens * _width(plan) * 2 * 22) + joined_bytes(plan)
 
 
-def _joined_bytes(plan: Plan) -> int:
+def joined_bytes(plan: Plan) -> int:
     """The second copy that fused kernels keep of what they multiply at once: query, key and value of both streams of
-    every double block. In bf16 klein-4B 0.5 GB, dev 3.4 (measured: 0.6 and 3.3)."""
-    if not getattr(plan.options["kernels"], "joins_projections", False):
+    every double block. In bf16 klein-4B 0.5 GB, dev 3.4 (measured: 0.6 and 3.3). Swapped blocks have them side by
+    side, and need none."""
+    if not getattr(plan.options["kernels"], "joins_projections", False) or plan.options["memory"].swaps_blocks:  # type: ignore[attr-defined]
         return 0
     size = 2 if plan.options["quantization"].name == "none" else 1
     return int(_sizes(plan).get("num_layers", 8)) * 2 * 3 * _width(plan) ** 2 * size
+
+
+def _in_single_blocks(plan: Plan) -> int:
+    """How many single blocks a transformer's blocks amount to; a double block has the weights of two."""
+    sizes = _sizes(plan)
+    return 2 * int(sizes.get("num_layers", 8)) + int(sizes.get("num_single_layers", 48))
 
 
 def _width(plan: Plan) -> int:
@@ -89,10 +102,21 @@ def memory_needs(plan: Plan) -> dict[str, int] | None:
         "resident": outside + text + transformer + vae + work,
         "staged": outside + max(text, transformer + vae + work),
         "balanced": outside + vae + max(text, transformer + work),
+        "block_swap": outside + vae + _least_swapping(plan, text, transformer, work),
         # One group computes while the next one arrives.
         "group": outside + vae + 2 * max(transformer // largest, text // LARGEST_TEXT_LEAF) + work,
         "sequential": outside + leaf + work,
     }
+
+
+def _least_swapping(plan: Plan, text: int, transformer: int, work: int) -> int:
+    """What block swap cannot do with less of: two blocks, what lies outside them, a step's working memory, whose place
+    the text encoder takes meanwhile."""
+    assert plan.weight_bytes
+    outside_blocks = plan.weight_bytes["transformer"] // OUTSIDE_BLOCKS
+    two_blocks = 2 * transformer * 2 // _in_single_blocks(plan)
+    text_encoder = text // LARGEST_TEXT_LEAF + min(text, SMALL_TEXT_BYTES)
+    return SPARE_BYTES + outside_blocks + two_blocks + max(work - joined_bytes(plan), text_encoder)
 
 
 def ram_needs(plan: Plan) -> dict[str, int] | None:
@@ -103,7 +127,8 @@ def ram_needs(plan: Plan) -> dict[str, int] | None:
     unquantized = plan.weight_bytes.get("transformer", 0)
     passing = PROCESS_BYTES + max(text, unquantized)
     staying = PROCESS_BYTES + max(unquantized, text + transformer + vae)  # the transformer is loaded first
-    return {"resident": passing, "staged": passing, "balanced": staying, "group": staying, "sequential": staying}
+    offloaded = ("balanced", "block_swap", "group", "sequential")
+    return {"resident": passing, "staged": passing, **dict.fromkeys(offloaded, staying)}
 
 
 def _parts(plan: Plan) -> tuple[int, int, int]:

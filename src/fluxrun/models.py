@@ -26,6 +26,7 @@ from fluxrun import architectures, checkpoint, hub
 from fluxrun.errors import ConfigError
 from fluxrun.offload import Pins
 from fluxrun.random_weights import random_source
+from fluxrun.tensors import tensor_bytes
 from fluxrun.text_encoder import NeededLayers
 
 if TYPE_CHECKING:
@@ -86,6 +87,12 @@ class Base:
     """Bytes of all weights and buffers, shared storages counted once."""
     pins: Pins = field(default_factory=Pins, compare=False)
     """What of them is page-locked, for offloading."""
+
+
+def _tensors(modules: Iterable[nn.Module]) -> Iterator[torch.Tensor]:
+    for module in modules:
+        yield from module.parameters()
+        yield from module.buffers()
 
 
 def _silent(_: str) -> None:
@@ -284,35 +291,6 @@ def _fresh(part: Any) -> Any:
     if part is None:
         return None
     return type(part).from_config(part.config) if hasattr(type(part), "from_config") else copy.deepcopy(part)
-
-
-# --- sizes ----------------------------------------------------------------------------------------
-
-
-def _tensors(modules: Iterable[nn.Module]) -> Iterator[torch.Tensor]:
-    for module in modules:
-        yield from module.parameters()
-        yield from module.buffers()
-
-
-def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The ordinary tensors inside ``tensor``: itself, or a quantized one's data and scales."""
-    if type(tensor) in (torch.Tensor, nn.Parameter) or not hasattr(tensor, "__tensor_flatten__"):
-        yield tensor
-        return
-    names, _ = tensor.__tensor_flatten__()  # type: ignore[operator]
-    for name in names:
-        yield from plain_tensors(getattr(tensor, name))
-
-
-def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the storages behind ``tensors``, shared ones once."""
-    storages = {
-        (plain.device, plain.untyped_storage().data_ptr()): plain.untyped_storage().nbytes()
-        for tensor in tensors
-        for plain in plain_tensors(tensor)
-    }
-    return sum(storages.values())
 
 
 # --- the store ------------------------------------------------------------------------------------

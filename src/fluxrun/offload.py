@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+
+from fluxrun.tensors import plain_tensors, tensor_bytes
 
 PINNED_FROM_BYTES = 32 * 2**20
 """Smaller tensors may share a page with others, which can be registered only once."""
@@ -29,7 +31,7 @@ class TakeTurns:
 
     def __init__(self, pipeline: Any, device: str, counters: Counter[str]) -> None:
         self.guests = {
-            name: Guest(module)
+            name: Guest(slots(module))
             for name in ("text_encoder", "transformer")
             if isinstance(module := getattr(pipeline, name), nn.Module)
         }
@@ -64,10 +66,10 @@ class TakeTurns:
 
 
 class Guest:
-    """A module whose weights stay where they are: a visit gives it copies, going home the originals again."""
+    """Weights that stay where they are: a visit gives their modules copies, going home the originals again."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.home: list[Slot] = list(_slots(module))
+    def __init__(self, home: Iterable[Slot]) -> None:
+        self.home = list(home)
 
     def visit(self, device: torch.device) -> int:
         """Copy every weight and buffer to ``device``, tied ones once; returns the bytes copied."""
@@ -76,7 +78,7 @@ class Guest:
             if id(tensor) not in copies:
                 copies[id(tensor)] = copied(tensor, device)
             table[name] = copies[id(tensor)]
-        return _bytes(copies.values())
+        return tensor_bytes(copies.values())
 
     def go_home(self) -> None:
         """Put the originals back; the copies are freed."""
@@ -90,16 +92,11 @@ def copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
 
 
-def _slots(module: nn.Module) -> Iterator[Slot]:
+def slots(module: nn.Module) -> Iterator[Slot]:
+    """Where each parameter and buffer of a module and those inside it is kept: table, name, tensor."""
     for owner in module.modules():
         for table in (owner._parameters, owner._buffers):
             yield from ((table, name, tensor) for name, tensor in table.items() if tensor is not None)
-
-
-def _bytes(tensors: Any) -> int:
-    from fluxrun.models import tensor_bytes
-
-    return tensor_bytes(tensors)
 
 
 # --- group offload --------------------------------------------------------------------------------
@@ -171,10 +168,8 @@ class Pins:
 
 def _large_storages(pipeline: Any) -> list[torch.UntypedStorage]:
     """The large storages of text encoder and transformer that lie on the CPU, each once."""
-    from fluxrun.models import plain_tensors
-
     modules = [m for m in (pipeline.text_encoder, pipeline.transformer) if isinstance(m, nn.Module)]
-    tensors = (plain for m in modules for _, _, tensor in _slots(m) for plain in plain_tensors(tensor))
+    tensors = (plain for m in modules for _, _, tensor in slots(m) for plain in plain_tensors(tensor))
     found = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors if t.device.type == "cpu"}
     return [storage for storage in found.values() if storage.nbytes() >= PINNED_FROM_BYTES]
 

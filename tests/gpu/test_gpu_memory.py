@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import fluxrun
+from fluxrun import offload
 from fluxrun.errors import FluxrunError
 from fluxrun.machine import GIB, detect
 from fluxrun.record import RunRecord
@@ -51,6 +52,34 @@ def test_the_same_picture(memory: str, overrides: list[str], tmp_path: Path) -> 
         assert record.options["quantization"].fallbacks == []
     assert (other.options["memory"].effective, other.options["memory"].fallbacks) == (memory, [])
     assert pixels(other) == pixels(resident)
+
+
+@pytest.mark.parametrize("overrides", [[], ["kernels=fused"], ["quantization=fp8", "kernels=fused"]], ids=" ".join)
+@pytest.mark.parametrize("count", [2, 5, 99])
+def test_swapped_blocks_draw_the_same(
+    overrides: list[str], count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offload, "PINNED_FROM_BYTES", 2**16)  # the weights of a small model are small
+    resident = draw(tmp_path / "a", *SHAPES, *overrides, "memory=resident")
+    swapped = draw(tmp_path / "b", *SHAPES, *overrides, "memory=block_swap", f"memory.blocks_to_swap={count}")
+    facts = swapped.options["memory"].facts
+    assert (swapped.options["memory"].fallbacks, swapped.options["kernels"].fallbacks) == ([], [])
+    assert facts["blocks_swapped"] == min(count, facts["blocks"])
+    assert pixels(swapped) == pixels(resident)
+
+
+@pytest.mark.parametrize("budget", [8, 10])
+def test_as_many_blocks_stay_as_the_budget_allows(budget: int, tmp_path: Path) -> None:
+    """klein-4B at real size: the same picture within a budget, with real copies that real matmuls have to wait for."""
+    resident = draw(tmp_path / "a", *KLEIN, "kernels=fused", "memory=resident", "num_images=2")
+    swapped = draw(
+        tmp_path / "b", *KLEIN, "kernels=fused", "memory=block_swap", f"memory.budget_gb={budget}", "num_images=2"
+    )
+    facts = swapped.options["memory"].facts
+    assert pixels(swapped) == pixels(resident)
+    assert swapped.memory.peak_allocated_bytes < budget * GIB
+    assert 0 < facts["blocks_swapped"] < facts["blocks"]
+    assert swapped.options["kernels"].fallbacks == []
 
 
 def test_blocks_stream_too(tmp_path: Path) -> None:

@@ -17,25 +17,26 @@ Rotary = tuple[torch.Tensor, torch.Tensor]
 class Projection:
     """One matmul for one or more Linear layers over the same input, in their dtype or in torchao's row-wise float8.
 
-    Several layers' weights are put side by side once (a copy); a single layer's are used where they lie.
-    Raises ValueError for layers it cannot stand in for.
+    Weights are used where they lie; those of several layers are put side by side once (a copy) unless they already are.
+    Raises ValueError for layers it cannot stand in for, and with ``in_place`` for those it would have to copy.
     """
 
-    def __init__(self, *linears: nn.Linear) -> None:
+    def __init__(self, *linears: nn.Linear, in_place: bool = False) -> None:
         if any(type(linear) is not nn.Linear or linear.bias is not None for linear in linears):
             raise ValueError("only plain torch.nn.Linear layers without bias are supported")
         weights: list[Any] = [linear.weight.data for linear in linears]
         self.quantized = all(hasattr(weight, "qdata") for weight in weights)
         if self.quantized:
-            self.weight = _joined([weight.qdata for weight in weights])
-            scale = _joined([weight.scale.float().reshape(-1, 1) for weight in weights])
+            self.weight = _joined([weight.qdata for weight in weights], in_place)
+            # Too small to come and go with a swapped block's weights, so that a copy will do.
+            scale = torch.cat([weight.scale.float().reshape(-1, 1) for weight in weights])
             self.scale = scale.reshape(1, -1)
             if self.weight.dtype != torch.float8_e4m3fn or self.scale.shape[1] != self.weight.shape[0]:
                 raise ValueError("of the quantized formats only float8 e4m3 with one scale per row is supported")
         elif any(type(weight) is not torch.Tensor for weight in weights):
             raise ValueError(f"weights of type {type(weights[0]).__name__} are not supported")
         else:
-            self.weight = _joined(weights)
+            self.weight = _joined(weights, in_place)
 
     def __call__(self, rows: Any, dtype: torch.dtype) -> torch.Tensor:
         """rows [n, in] (or float8 with scales) -> [n, out] in ``dtype``."""
@@ -46,8 +47,22 @@ class Projection:
         )
 
 
-def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _joined(parts: list[torch.Tensor], in_place: bool) -> torch.Tensor:
+    """[rows, in] of each -> [all rows, in]."""
+    if len(parts) == 1:
+        return parts[0]
+    if _side_by_side(parts):
+        return parts[0].as_strided((sum(len(part) for part in parts), *parts[0].shape[1:]), parts[0].stride())
+    if in_place:
+        raise ValueError("weights that are multiplied at once do not lie side by side, and their memory is shared")
+    return torch.cat(parts)
+
+
+def _side_by_side(parts: list[torch.Tensor]) -> bool:
+    """Whether these are one matrix's rows already."""
+    ends = [part.data_ptr() + part.nbytes for part in parts]
+    one = len({part.untyped_storage().data_ptr() for part in parts}) == 1
+    return one and all(p.is_contiguous() for p in parts) and ends[:-1] == [part.data_ptr() for part in parts[1:]]
 
 
 class FusedSingleBlock:
@@ -92,15 +107,16 @@ class FusedSingleBlock:
 class FusedDoubleBlock:
     """The forward of a ``Flux2TransformerBlock``, each stream's three projections in one matmul."""
 
-    def __init__(self, block: Any, ops: Any, counters: Counter[str], fp8_attention: bool) -> None:
+    def __init__(self, block: Any, ops: Any, counters: Counter[str], fp8_attention: bool, in_place: bool) -> None:
         self.ops, self.counters, attn = ops, counters, block.attn
         self.eps = block.norm1.eps
         self.image = _Stream(
-            Projection(attn.to_q, attn.to_k, attn.to_v), Projection(attn.to_out[0]), block.ff, _norms(attn)
-        )
+            Projection(attn.to_q, attn.to_k, attn.to_v, in_place=in_place), Projection(attn.to_out[0]),
+            block.ff, _norms(attn),
+        )  # fmt: skip
         self.text = _Stream(
-            Projection(attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), Projection(attn.to_add_out),
-            block.ff_context, (attn.norm_added_q.weight, attn.norm_added_k.weight),
+            Projection(attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, in_place=in_place),
+            Projection(attn.to_add_out), block.ff_context, (attn.norm_added_q.weight, attn.norm_added_k.weight),
         )  # fmt: skip
         self.attend = Attend(attn, [self.text.norms, self.image.norms], ops, fp8_attention)
 
@@ -193,14 +209,19 @@ class Attend:
         ), {}
 
 
-def fuse(transformer: Any, ops: Any, counters: Counter[str], *, fp8_attention: bool = False) -> dict[str, int]:
+def fuse(
+    transformer: Any, ops: Any, counters: Counter[str], *, fp8_attention: bool = False, in_place: bool = False
+) -> dict[str, int]:
     """Give every block of a ``Flux2Transformer2DModel`` its fused forward; returns how many of each kind.
 
     ``ops`` has the kernels (``triton_ops``); ``counters["fused_block_calls"]`` is counted up with every call.
+    ``in_place``: weights must be used where they lie, since what lies there changes (block swap).
 
     Raises ValueError, with nothing changed, when a block's layers are not what the kernels expect.
     """
-    double = [FusedDoubleBlock(block, ops, counters, fp8_attention) for block in transformer.transformer_blocks]
+    double = [
+        FusedDoubleBlock(block, ops, counters, fp8_attention, in_place) for block in transformer.transformer_blocks
+    ]
     single = [FusedSingleBlock(block, ops, counters, fp8_attention) for block in transformer.single_transformer_blocks]
     blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
     for block, forward in zip(blocks, [*double, *single], strict=True):

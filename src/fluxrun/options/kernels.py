@@ -39,8 +39,13 @@ class FusedKernels(Option):
         from fluxrun.kernels import triton_ops
         from fluxrun.kernels.blocks import fuse
 
-        fp8 = getattr(context.options["attention"], "in_fp8", False)
-        return dict(fuse(pipeline.transformer, triton_ops, context.counters, fp8_attention=fp8))
+        return dict(
+            fuse(
+                pipeline.transformer, triton_ops, context.counters,
+                fp8_attention=getattr(context.options["attention"], "in_fp8", False),
+                in_place=getattr(context.options["memory"], "swaps_blocks", False),
+            )
+        )  # fmt: skip
 
     def observe(self, pipeline: Any, context: Context) -> Facts:
         """Calls of fused blocks from Python; the replays of a CUDA graph are the ``compile`` group's to count."""

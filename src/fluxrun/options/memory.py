@@ -7,15 +7,19 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from fluxrun.config import Facts, Option
-from fluxrun.estimate import CONTEXT_BYTES, budget_bytes, memory_needs, ram_needs
+from fluxrun.estimate import CONTEXT_BYTES, budget_bytes, memory_needs, ram_needs, working_bytes
 from fluxrun.machine import GIB, Machine
 
 if TYPE_CHECKING:
     from fluxrun.context import Context
     from fluxrun.plan import Plan
 
-LADDER = ("resident", "staged", "balanced", "group", "sequential")
+LADDER = ("resident", "staged", "balanced", "block_swap", "group", "sequential")
 """From fastest to smallest: ``memory=auto`` steps down it when a run does not fit."""
+
+
+KNOBS_OF = {"group": ("group_level", "blocks_per_group", "use_stream"), "block_swap": ("blocks_to_swap",)}
+"""Knobs that only one option uses; ``auto`` hands them on."""
 
 
 class MemoryKnobs(Option):
@@ -33,19 +37,21 @@ class MemoryKnobs(Option):
     use_stream: bool = True
     """Group offload: copy the next group while this one computes (CUDA)."""
 
+    blocks_to_swap: int | None = Field(None, ge=0)
+    """Block swap: how many transformer blocks come and go; None is as few as the budget allows."""
+
     staged: bool = Field(False, frozen=True, exclude=True)
     """Whether text encoder and the rest are loaded one after the other."""
 
     offloads: bool = Field(False, frozen=True, exclude=True)
     """Whether the weights are loaded to the CPU's memory and moved by hooks."""
 
+    swaps_blocks: bool = Field(False, frozen=True, exclude=True)
+    """Whether offloaded blocks find their weights at one address in every step, those of a module side by side."""
+
     def unused_knobs(self) -> list[str]:
-        used = {"budget_gb"} | (
-            {"group_level", "blocks_per_group", "use_stream"} if self.name in ("auto", "group") else set()
-        )
-        fields = type(self).model_fields
-        knobs = ("budget_gb", "group_level", "blocks_per_group", "use_stream")
-        return [k for k in knobs if k not in used and getattr(self, k) != fields[k].get_default()]
+        unused = [knob for name, knobs in KNOBS_OF.items() if self.name not in ("auto", name) for knob in knobs]
+        return [knob for knob in unused if getattr(self, knob) != type(self).model_fields[knob].get_default()]
 
     def limit(self, device: str) -> None:
         """Before anything is loaded: hold torch's allocator to the budget, like a smaller GPU; state.py undoes it."""
@@ -146,6 +152,35 @@ class Balanced(Offload):
 
     def observe(self, pipeline: Any, context: Context) -> Facts:
         return {name: context.counters[name] for name in ("components_moved", "bytes_moved")}
+
+
+class BlockSwap(Offload):
+    """As many transformer blocks as fit stay on the GPU; the others, and the text encoder's, stream through it."""
+
+    swaps_blocks: bool = Field(True, frozen=True, exclude=True)
+
+    def apply(self, pipeline: Any, context: Context) -> Facts:
+        """Facts: blocks and how many of them are swapped; a step copies ``swapped_bytes``."""
+        from fluxrun.block_swap import SwapBlocks
+
+        pinned = self.pinned(pipeline, context)
+        room = budget_bytes(self, context.machine) - CONTEXT_BYTES
+        swap = SwapBlocks(
+            pipeline, context.device, context.counters,
+            room=room, working=working_bytes(context.plan), count=self.blocks_to_swap,
+        )  # fmt: skip
+        pipeline._fluxrun_swap = swap
+        away = swap.transformer.away
+        return {
+            "blocks": len(swap.transformer.blocks),
+            "blocks_swapped": len(away),
+            "swapped_bytes": sum(block.bytes for block in away),
+            **pinned,
+            **self.limited(context.device),
+        }
+
+    def observe(self, pipeline: Any, context: Context) -> Facts:
+        return {name: context.counters[name] for name in ("blocks_copied", "bytes_copied")}
 
 
 class Sequential(Offload):

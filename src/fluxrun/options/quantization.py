@@ -41,7 +41,7 @@ class Fp8(Quantization):
         return machine.needs_cuda((8, 9)) or machine.lacks("torchao", "0.15")
 
     def quantize(self, component: Any, name: str, device: str) -> Facts:
-        """Layer by layer on ``device``, so that the unquantized weights never lie there whole.
+        """Layer by layer on the GPU, so that the unquantized weights never lie there whole; then each to ``device``.
 
         Raises RuntimeError when not one layer was converted: zero converted is a failure, not a success."""
         if name not in self.components:
@@ -54,7 +54,11 @@ class Fp8(Quantization):
         before = {n: type(linears[n].weight.data) for n in chosen}
         # torchao's own default also rewrites global inductor settings: compile then takes minutes.
         config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False)
-        quantize_(component, config, filter_fn=lambda module, fqn: fqn in chosen, device=device)
+        # For weights that are to be offloaded, too: on a CPU dev takes minutes.
+        where = device if device.startswith("cuda") else "cuda"
+        for linear in (linears[n] for n in chosen):
+            quantize_(linear, config, filter_fn=lambda *_: True, device=where)
+            linear.to(device)
         converted = sum(type(linears[n].weight.data) is not before[n] for n in chosen)
         if not converted:
             raise RuntimeError(f"torchao converted 0 of {len(linears)} linear layers of the {name}")
