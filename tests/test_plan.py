@@ -12,6 +12,7 @@ from helpers import (
     CPU_WITHOUT_COMPILER,
     H100,
     RTX_4090,
+    SMALL,
     T4,
     cuda_machine,
     effective,
@@ -333,9 +334,67 @@ def test_knobs_of_another_placement_are_said_to_be_unused():
     assert not plan_on(H100, "memory=block_swap", "memory.blocks_to_swap=3").notes
 
 
-def test_a_recorded_graph_gives_way_to_a_step_cache():
-    plan = plan_on(H100, *REAL_SIZE, "compile=cudagraphs", "cache=fixed", "cache.force=true", "steps=20")
-    assert effective(plan)["compile"] == ("none" if effective(plan)["cache"] == "fixed" else "cudagraphs")
+WITH_CACHE_DIT = replace(H100, packages={**H100.packages, "cache-dit": "1.5.3"})
+STEP_CACHE = (*REAL_SIZE, "cache=fixed", "steps=20")
+
+
+@pytest.mark.parametrize(
+    ("targets", "left"),
+    [
+        ("transformer,vae_decoder,text_encoder", ("vae_decoder", "text_encoder")),
+        ("text_encoder,transformer", ("text_encoder",)),
+    ],
+)
+def test_beside_a_step_cache_only_the_transformers_graph_is_given_up(targets, left):
+    asked = (*STEP_CACHE, "compile=cudagraphs", f"compile.targets=[{targets}]")
+    plan = plan_on(WITH_CACHE_DIT, *asked)
+    assert (effective(plan)["compile"], effective(plan)["cache"]) == ("cudagraphs", "fixed")
+    assert plan.options["compile"].targets == left
+    ((option, stage, reason),) = reasons(plan, "compile")
+    assert (option, stage) == ("cudagraphs", "requires")
+    assert "step cache" in reason
+    assert reason.endswith("transformer is taken out of compile.targets")
+    assert not [note for note in plan.notes if note.startswith("compile.")]
+    with pytest.raises(OptionUnavailable, match="step cache"):
+        plan_on(WITH_CACHE_DIT, *asked, "strict=true")
+
+
+def test_the_transformers_graph_alone_gives_way_to_a_step_cache():
+    plan = plan_on(WITH_CACHE_DIT, *STEP_CACHE, "compile=cudagraphs")
+    assert effective(plan)["compile"] == "none"
+    ((option, _, reason),) = reasons(plan, "compile")
+    assert option == "cudagraphs"
+    assert reason.endswith("which ones run")
+
+
+@pytest.mark.parametrize("compile", [("compile=cudagraphs",), ("compile=regional", "compile.cuda_graph=true")])
+def test_graphs_of_other_targets_stand_beside_a_step_cache(compile):
+    plan = plan_on(WITH_CACHE_DIT, *STEP_CACHE, *compile, "compile.targets=[vae_decoder,text_encoder]")
+    assert plan.options["compile"].cuda_graph
+    assert not reasons(plan, "compile")
+
+
+def test_a_compiled_transformer_stays_a_target_beside_a_step_cache():
+    asked = ("compile=regional", "compile.cuda_graph=true", "compile.targets=[transformer,text_encoder]")
+    plan = plan_on(WITH_CACHE_DIT, *STEP_CACHE, *asked)
+    option = plan.options["compile"]
+    assert (option.name, option.cuda_graph, option.targets) == ("regional", False, ("transformer", "text_encoder"))
+
+
+def test_narrowed_graphs_fall_back_like_any_option():
+    plan = plan_on(WITH_CACHE_DIT, *STEP_CACHE, "compile=cudagraphs", "compile.targets=[transformer,vae_decoder]")
+    plan.fall_back("compile", "first_call", "the driver refused")
+    assert effective(plan)["compile"] == "none"
+
+
+def test_what_stays_in_part_is_announced_as_that(caplog):
+    from fluxrun.runner import _announce
+
+    asked = (*SMALL, "cache=fixed", "steps=8", "compile=cudagraphs", "compile.targets=[transformer,vae_decoder]")
+    prepared = prepare(compose(asked), WITH_CACHE_DIT)
+    with caplog.at_level("WARNING", logger="fluxrun"):
+        _announce(prepared)
+    assert "compile=cudagraphs cannot be used, falling back to a part of it (a CUDA graph of the" in caplog.text
 
 
 def test_cuda_graphs_need_a_gpu():

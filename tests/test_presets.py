@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 from helpers import CONF, H100, RTX_4090, cuda_machine, draw, effective, plan_on
@@ -60,3 +61,10 @@ def test_what_a_preset_comes_to(machine, preset, model, expected):
     plan = plan_on(machine, f"+preset={preset}", f"model={model}", "model.weights=random")
     assert effective(plan) | expected == effective(plan)
     assert plan.machine.device == ("cpu" if preset == "cpu" else "cuda")
+
+
+def test_the_fast_preset_keeps_what_graphs_it_can_beside_a_step_cache():
+    machine = replace(H100, packages={**H100.packages, "cache-dit": "1.5.3"})
+    plan = plan_on(machine, "+preset=h100_fast", "model=flux2_dev", "model.weights=random", "cache=fixed")
+    assert effective(plan).items() >= {"compile": "cudagraphs", "cache": "fixed", "kernels": "fused"}.items()
+    assert plan.options["compile"].targets == ("vae_decoder", "text_encoder")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fluxrun.record import FallbackRecord
-from fluxrun.results import Chosen, Row, is_neutral_option, label, neutral_options
-from fluxrun.table import described, effective, seconds, table_lines
+from fluxrun.results import Chosen, Result, Row, is_neutral_option, label, neutral_options
+from fluxrun.table import described, effective, seconds, show_result, table_lines
 
 WIDTHS = (60, 80, 120, 160)
 
@@ -66,6 +67,18 @@ def test_what_ran_instead_is_in_the_jobs_line() -> None:
     rows = [fell, chosen]
     assert [described(r, rows) for r in rows] == ["attention=xformers→sdpa!", "attention=auto→cudnn"]
     assert effective(fell) == "attention=sdpa!"
+
+
+def test_an_option_that_stayed_in_part_did_not_fall_back_to_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = row("0", compile="cudagraphs")
+    reason = FallbackRecord(option="cudagraphs", stage="requires", reason="transformer is taken out")
+    kept.options["compile"] = Chosen(requested="cudagraphs", effective="cudagraphs", fallbacks=[reason])
+    show_result(Result(status="completed", jobs=[kept]), tmp_path)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "compile=cudagraphs fell back to a part of it (requires): transformer is taken out" in said
+    assert described(kept, [kept, row("1")]) == "compile=cudagraphs!"
 
 
 def test_a_prompts_brackets_are_text() -> None:

@@ -17,6 +17,7 @@ from fluxrun.cli import dispatch
 from fluxrun.compose import compose
 from fluxrun.config import GROUPS
 from fluxrun.errors import ConfigError
+from fluxrun.record import FallbackRecord
 from fluxrun.results import Chosen, Row
 from fluxrun.runner import prepare
 from fluxrun.tune import Trial, Tuner, search_order
@@ -109,6 +110,19 @@ def test_an_option_gets_a_chance_without_one_taken_before_that_it_does_not_go_wi
     found, _ = search._made_usable("compile", "regional", dict(search._candidates("compile"))["regional"])
     assert found is not None
     assert (found["compile"]["name"], found["kernels"]["name"]) == ("regional", "diffusers")
+
+
+def test_only_an_option_that_was_replaced_is_given_up(tmp_path: Path) -> None:
+    search = tuner(tmp_path, "compile=cudagraphs", "compile.targets=[transformer,text_encoder]", "kernels=fused")
+    fell = [FallbackRecord(option="some", stage="requires", reason="a conflict")]
+    same = {group: Chosen(requested=name, effective=name) for group, name in search.chosen.items()}
+    gave_way = {
+        "compile": Chosen(requested="cudagraphs", effective="cudagraphs", fallbacks=fell),
+        "kernels": Chosen(requested="fused", effective="diffusers", fallbacks=fell),
+    }
+    search._take(search.data, Row(job="1", folder="1", status="completed", options=same | gave_way))
+    assert search.chosen == {**search.chosen, "compile": "cudagraphs", "kernels": "diffusers"}
+    assert search.data["compile"]["targets"] == ["transformer", "text_encoder"]
 
 
 def test_what_takes_minutes_or_comes_too_late_is_not_tried(tmp_path: Path) -> None:

@@ -44,8 +44,12 @@ def _compiles_anything(option: Option) -> bool:
     return bool(getattr(option, "compiles", False))
 
 
+def _with_target(target: str, test: Callable[[Option], bool]) -> Callable[[Option], bool]:
+    return lambda option: test(option) and target in getattr(option, "targets", ())
+
+
 def _compiles(target: str) -> Callable[[Option], bool]:
-    return lambda option: _compiles_anything(option) and target in getattr(option, "targets", ())
+    return _with_target(target, _compiles_anything)
 
 
 def _caches_steps(option: Option) -> bool:
@@ -77,11 +81,18 @@ class Conflict:
     """Knobs of the replaced option that are not handed on."""
     unless: tuple[str, Callable[[Option], bool]] | None = None
     """A third option that settles it."""
+    target: str | None = None
+    """The only one of the option's targets that the conflict is about: for its other ones the option stays."""
 
     def holds(self, options: Options) -> bool:
         """Whether both sides are chosen, and nothing settles it."""
         settled = self.unless is not None and self.unless[1](options[self.unless[0]])
         return not settled and all(test(options[group]) for group, test in (self.a, self.b))
+
+    def narrowed(self, option: Option) -> Option | None:
+        """The option for its other targets; None where it has none, or where the conflict is about all of it."""
+        others = tuple(target for target in getattr(option, "targets", ()) if target != self.target)
+        return option.model_copy(update={"targets": others}) if self.target and others else None
 
 
 CONFLICTS = (
@@ -111,11 +122,22 @@ CONFLICTS = (
         "vae", "full",
     ),
     *(
-        Conflict(("compile", recorded), other, why, "compile", instead, ("cuda_graph",))
+        Conflict(
+            ("compile", recorded), ("memory", _offloads),
+            "CUDA graphs need weights that stay where they are, offloading moves them",
+            "compile", instead, ("cuda_graph",),
+        )
         for recorded, instead in ((_only_records, "none"), (_compiles_and_records, "regional"))
-        for other, why in (
-            (("memory", _offloads), "CUDA graphs need weights that stay where they are, offloading moves them"),
-            (("cache", _caches_steps), "a CUDA graph replays every block, a step cache decides which ones run"),
+    ),
+    *(
+        Conflict(
+            ("compile", _with_target("transformer", recorded)), ("cache", _caches_steps),
+            "a CUDA graph of the transformer replays every block, a step cache decides which ones run",
+            "compile", instead, ("cuda_graph",), target=target,
+        )
+        # Where something compiles, the transformer stays a target: out of the targets it would not be compiled either.
+        for recorded, instead, target in (
+            (_only_records, "none", "transformer"), (_compiles_and_records, "regional", None),
         )
     ),
     Conflict(

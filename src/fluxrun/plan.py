@@ -28,12 +28,17 @@ MOST_CHANGES = 50
 
 @dataclass(frozen=True)
 class Fallback:
-    """An option that could not be used: when that showed (``requires``, ``apply``, ``first_call``) and why."""
+    """An option not usable, or only in part: when that showed (``requires``, ``apply``, ``first_call``) and why."""
 
     option: str
     stage: str
     reason: str
     error_type: str | None = None
+
+
+def stand_in(option: str, effective: str) -> str:
+    """What an option fell back to, in words: it may have kept its name and lost a knob."""
+    return "a part of it" if option == effective else effective
 
 
 @dataclass
@@ -149,12 +154,13 @@ class Plan:
                 self.note(conflict.why)
                 continue
             choice = self.choices[conflict.group]
-            record = Fallback(choice.effective, "requires", conflict.why)
             if self.config.strict:
                 raise OptionUnavailable(f"{conflict.group}={choice.effective}: {conflict.why} (strict=true)")
-            choice.fallbacks.append(record)
+            narrowed = conflict.narrowed(choice.option)
+            change = f": {conflict.target} is taken out of {conflict.group}.targets" if narrowed else ""
+            choice.fallbacks.append(Fallback(choice.effective, "requires", conflict.why + change))
             # Handing on the knob that makes the conflict would only bring it back.
-            choice.option = self.catalog.load(
+            choice.option = narrowed or self.catalog.load(
                 conflict.group, conflict.instead, like=choice.option, without=conflict.drop
             )
             choice.facts = {}

@@ -43,7 +43,7 @@ class RecordModel(BaseModel):
 
 
 class FallbackRecord(RecordModel):
-    """An option that could not be used."""
+    """An option that could not be used, or only a part of it."""
 
     option: str
     stage: Literal["requires", "apply", "first_call"]

@@ -87,6 +87,8 @@ def conflict_table() -> str:
     rows = ["| groups | why | what happens |", "|---|---|---|"]
     for c in CONFLICTS:
         then = f"`{c.group}={c.instead}`" if c.group else "it is said, nothing is changed"
+        if c.target:
+            then = f"`{c.target}` is taken out of `{c.group}.targets`; {then} where it is the only one"
         rows.append(f"| `{c.a[0]}` and `{c.b[0]}` | {c.why} | {then} |")
     return "\n".join(rows)
 

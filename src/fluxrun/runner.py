@@ -15,7 +15,7 @@ from fluxrun.config import RunConfig
 from fluxrun.errors import FluxrunError, one_line
 from fluxrun.interrupt import Interrupts
 from fluxrun.machine import Machine, detect
-from fluxrun.plan import Plan, make_plan
+from fluxrun.plan import Plan, make_plan, stand_in
 from fluxrun.progress import Reporter
 from fluxrun.prompts import Job, jobs_of, load_reference_images
 from fluxrun.record import RunFolder, RunRecord, environment, exit_code_of, status_of
@@ -143,7 +143,7 @@ def _announce(prepared: Prepared) -> None:
                 "%s=%s cannot be used, falling back to %s (%s)",
                 group,
                 fallback.option,
-                choice.effective,
+                stand_in(fallback.option, choice.effective),
                 fallback.reason,
             )
     for note in plan.notes:

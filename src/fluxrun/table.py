@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from fluxrun.plan import stand_in
 from fluxrun.results import Result, Row, distinctive, is_neutral_option, label, value_at
 
 GIB = 2**30
@@ -200,7 +201,7 @@ def _remarks(result: Result) -> list[str]:
     found: dict[str, list[str]] = {}
     for row in result.jobs:
         for group, fallback in row.fallbacks:
-            instead = f"fell back to {row.options[group].effective} ({fallback.stage})"
+            instead = f"fell back to {stand_in(fallback.option, row.options[group].effective)} ({fallback.stage})"
             found.setdefault(f"! {group}={fallback.option} {instead}: {fallback.reason}", []).append(row.job)
         if row.reason and row.status == "failed":
             found.setdefault(f"x {explained(row.reason)}", []).append(row.job)

@@ -175,7 +175,9 @@ class Tuner:
     def _take(self, data: dict[str, Any], row: Row) -> None:
         """Go on from here; an option of another group that had to give way is given up."""
         catalog = Catalog(self.dirs)
-        gave_way = {g: row.options[g].effective for g in self.chosen if row.options[g].fell_back}
+        fell_back = {g: row.options[g].effective for g in self.chosen if row.options[g].fell_back}
+        # Loaded anew, an option that only lost a knob would lose its other ones, too.
+        gave_way = {g: name for g, name in fell_back.items() if name != data[g]["name"]}
         self.data = {**data, **{g: option_data(catalog, g, name) for g, name in gave_way.items()}}
         self.chosen = {group: self.data[group]["name"] for group in self.chosen}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import summarize
-from summary_rows import ERROR, read, summary
+from summary_rows import ERROR, fallen_back, read, summary
 from summary_tables import tables
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,6 +130,11 @@ def test_summary_says_what_fell_back_and_what_was_not_measured(tmp_path: Path) -
     missing = found(rows, "h100_lossless", "denoising step", "dev")
     assert (missing["value"], missing["met"], missing["target"]) == (None, None, 0.425)
     assert not any(r["setting"] == "broken" for r in rows)
+
+
+def test_an_option_that_stayed_in_part_is_no_other_one() -> None:
+    kept = {"requested": "cudagraphs", "effective": "cudagraphs", "fallbacks": ["cudagraphs: a step cache (requires)"]}
+    assert fallen_back({"options": {"compile": kept}}) == " (compile: cudagraphs → a part of it)"
 
 
 def test_the_newest_measurement_counts_and_dry_runs_do_not(tmp_path: Path) -> None:
