@@ -163,7 +163,7 @@ def test_main_writes_summary_tables_and_plots(tmp_path: Path, monkeypatch: pytes
     assert "STALE" not in text
     assert "| klein-4B | `h100_lossless` | denoising step | 85 ms | **52** ms | 1.63× | ≤ 55 ms | yes |" in text
     assert "| `h100_lossless` | **52** | 51–53, n=4 | 1.63× | 1.15× | 2.0e-02 | 1.5 s |" in text
-    assert "| klein-9B bf16, staged | 24 GB | staged | 18.0 GB | 0.45 s | 4 steps |" in text
+    assert "| klein-9B bf16, staged | 24 GB | staged | 18.0 GB | – | 0.45 s | 4 steps |" in text
     assert "not measured: not finished" in text
     assert "| `h100_fast` | 1024×1024 | 40 | 1.0 s | recompiles 1 |" in text
     assert json.loads((results / "summary.json").read_text())
