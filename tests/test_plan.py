@@ -381,6 +381,12 @@ def test_a_compiled_transformer_stays_a_target_beside_a_step_cache():
     assert (option.name, option.cuda_graph, option.targets) == ("regional", False, ("transformer", "text_encoder"))
 
 
+@pytest.mark.parametrize("name", ["default", "reduce_overhead"])
+def test_what_compiles_another_target_whole_stands_beside_a_step_cache(name):
+    plan = plan_on(WITH_CACHE_DIT, *STEP_CACHE, f"compile={name}", "compile.targets=[vae_decoder]")
+    assert (effective(plan)["compile"], reasons(plan, "compile")) == (name, [])
+
+
 def test_narrowed_graphs_fall_back_like_any_option():
     plan = plan_on(WITH_CACHE_DIT, *STEP_CACHE, "compile=cudagraphs", "compile.targets=[transformer,vae_decoder]")
     plan.fall_back("compile", "first_call", "the driver refused")

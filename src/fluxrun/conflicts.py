@@ -162,12 +162,12 @@ CONFLICTS = (
         "compile", "none",
     ),
     Conflict(
-        ("cache", _caches_steps), ("compile", _cudagraphs),
+        ("cache", _caches_steps), ("compile", _with_target("transformer", _cudagraphs)),
         "CUDA graphs do not go with a step cache: it keeps outputs that the next call overwrites (pytorch#148439)",
         "compile", "regional", ("mode", "scope"),
     ),
     Conflict(
-        ("cache", _caches_steps), ("compile", _one_graph),
+        ("cache", _caches_steps), ("compile", _with_target("transformer", _one_graph)),
         "a step cache decides between the blocks, so the transformer is no single graph (compile.fullgraph=false runs "
         "with nine graph breaks, blocks one by one with none)",
         "compile", "regional", ("mode", "scope"),

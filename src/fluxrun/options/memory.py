@@ -169,7 +169,6 @@ class BlockSwap(Offload):
             pipeline, context.device, context.counters,
             room=room, working=working_bytes(context.plan), count=self.blocks_to_swap,
         )  # fmt: skip
-        pipeline._fluxrun_swap = swap
         away = swap.transformer.away
         return {
             "blocks": len(swap.transformer.blocks),
