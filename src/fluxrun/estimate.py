@@ -119,6 +119,24 @@ def _least_swapping(plan: Plan, text: int, transformer: int, work: int) -> int:
     return SPARE_BYTES + outside_blocks + two_blocks + max(work - joined_bytes(plan), text_encoder)
 
 
+def need_in_words(plan: Plan, name: str, need: int, budget: int) -> str:
+    """``needs about 10.4 of 24.0 GB``; block swap fills what it is given, and says what a step then copies."""
+    of = f"{need / GIB:.1f} of {budget / GIB:.1f} GB"
+    if name != "block_swap":
+        return f"needs about {of}"
+    if plan.options["memory"].blocks_to_swap is not None:  # type: ignore[attr-defined]
+        return f"needs at least {of}"
+    return f"needs at least {of}, copies about {_swapped_bytes(plan, budget - need) / GIB:.0f} GB a step"
+
+
+def _swapped_bytes(plan: Plan, room: int) -> int:
+    """What of the blocks does not fit into ``room`` bytes beyond the least that block swap needs."""
+    assert plan.weight_bytes
+    _, transformer, _ = _parts(plan)
+    blocks = transformer - plan.weight_bytes["transformer"] // OUTSIDE_BLOCKS
+    return max(0, blocks - max(0, room))
+
+
 def ram_needs(plan: Plan) -> dict[str, int] | None:
     """Estimated bytes of the computer's own memory at their peak: components are loaded there one by one."""
     if not plan.weight_bytes:

@@ -10,7 +10,7 @@ from fluxrun.compose import compose
 from fluxrun.config import RunConfig
 from fluxrun.conflicts import find_conflicts
 from fluxrun.errors import FluxrunError, one_line
-from fluxrun.estimate import budget_bytes, memory_needs, ram_needs, working_bytes
+from fluxrun.estimate import budget_bytes, memory_needs, need_in_words, ram_needs, working_bytes
 from fluxrun.machine import GIB, Machine, detect
 from fluxrun.options.compile import CompileKnobs
 from fluxrun.plan import Choice, Plan, make_plan
@@ -63,8 +63,8 @@ def memory_line(plan: Plan) -> str | None:
     budget = budget_bytes(memory, machine)  # type: ignore[arg-type]
     others = ", ".join(f"{name} {need / GIB:.1f}" for name, need in needs.items() if name != memory.name)
     own = f", {ram[memory.name] / GIB:.0f} of the computer's {machine.ram_bytes / GIB:.0f}" if memory.offloads else ""  # type: ignore[attr-defined]
-    chosen = f"{memory.name} needs about {needs[memory.name] / GIB:.1f} of {budget / GIB:.1f} GB{own}"
-    return f"memory: {chosen} (else: {others})"
+    chosen = need_in_words(plan, memory.name, needs[memory.name], budget)
+    return f"memory: {memory.name} {chosen}{own} (else: {others})"
 
 
 def waiting_line(plan: Plan) -> str | None:

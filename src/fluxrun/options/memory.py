@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from fluxrun.config import Facts, Option
-from fluxrun.estimate import CONTEXT_BYTES, budget_bytes, memory_needs, ram_needs, working_bytes
+from fluxrun.estimate import CONTEXT_BYTES, budget_bytes, memory_needs, need_in_words, ram_needs, working_bytes
 from fluxrun.machine import GIB, Machine
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class AutoMemory(MemoryKnobs):
         fitting = [name for name in LADDER if needs[name] <= budget]
         enough = [name for name in fitting if not machine.ram_bytes or ram[name] <= machine.ram_bytes]
         if enough:
-            return enough[0], f"needs about {needs[enough[0]] / GIB:.1f} GB of {budget / GIB:.1f} GB"
+            return enough[0], need_in_words(plan, enough[0], needs[enough[0]], budget)
         name = fitting[0] if fitting else LADDER[-1]
         if not fitting:
             return name, f"nothing fits {budget / GIB:.1f} GB by the estimate; this needs the least"
