@@ -60,9 +60,10 @@ class Hungry(Option):
     """Runs out of memory wherever it is told to, unless memory is one of the small options."""
 
     where: str = "transformer"
+    too_large: tuple[str, ...] = ("resident",)
 
     def apply(self, pipeline, context):
-        if context.options["memory"].name in ("resident",):
+        if context.options["memory"].name in self.too_large:
             if self.where == "apply":
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
             module = attrgetter(self.where)(pipeline)
@@ -225,6 +226,17 @@ def test_memory_auto_walks_down_the_ladder(options, plain, tmp_path, where):
     assert entry.facts["prompts_encoded_first"] == (2 if where in ("apply", "text_encoder") else 1)
     assert hashes(record)[0] == plain[0]
     assert len(record.images) == 2
+
+
+def test_who_has_to_give_way_with_it_is_said(options, bench, tmp_path, on_a_cpu, caplog):
+    knobs = "where: apply\ntoo_large: [resident, staged, balanced]\n"
+    yaml = options / "attention" / "hungry.yaml"
+    yaml.write_text(yaml.read_text().replace("where: transformer\n", knobs))
+    record = draw(tmp_path / "run", "attention=hungry", "compile=regional", config_dir=options, workbench=bench)
+    assert [f.option for f in record.options["memory"].fallbacks] == ["resident", "staged", "balanced"]
+    assert (record.options["memory"].effective, record.options["compile"].effective) == ("block_swap", "none")
+    assert "memory=balanced cannot be used, falling back to block_swap (apply: CUDA out of memory" in caplog.text
+    assert "compile=regional cannot be used, falling back to none (requires: the weights move" in caplog.text
 
 
 def test_a_rung_that_was_asked_for_is_not_left(options, bench, tmp_path):

@@ -6,7 +6,7 @@ import logging
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from fluxrun.errors import ConfigError, Interrupted, OptionUnavailable, OutOfMem
 from fluxrun.estimate import PATCH_PIXELS
 from fluxrun.interrupt import Interrupts
 from fluxrun.machine import GIB
-from fluxrun.plan import APPLY_ORDER, BLAME_ORDER, Fallback, Plan
+from fluxrun.plan import APPLY_ORDER, BLAME_ORDER, Fallback, Plan, stand_in
 from fluxrun.progress import Reporter
 
 if TYPE_CHECKING:
@@ -297,22 +297,28 @@ class Session:
     # -- falling back -------------------------------------------------------------------------------------------
 
     def _fall_back(self, group: str, stage: str, error: BaseException) -> None:
-        reason = one_line(error)
+        known = {name: len(choice.fallbacks) for name, choice in self.plan.choices.items()}
         log.debug("%s failed at %s\n%s", group, stage, "".join(traceback.format_exception(error)))
         if is_out_of_memory(error):
-            record = self._step_down(stage, error)
-            group = "memory"
+            self._step_down(stage, error)
         else:
             try:
-                record = self.plan.fall_back(group, stage, reason, type(error).__name__)
+                self.plan.fall_back(group, stage, one_line(error), type(error).__name__)
             except OptionUnavailable as refused:
                 raise refused from error
         self.plan.settle()
-        log.warning(
-            "%s=%s cannot be used, falling back to %s (%s: %s)",
-            group, record.option, self.plan.choices[group].effective, stage, reason,
-        )  # fmt: skip
+        self._say_fallbacks(known)
         self._let_go(error)
+
+    def _say_fallbacks(self, known: Mapping[str, int]) -> None:
+        """One line for each fallback beyond those known, also of options that cannot stand beside the new one."""
+        for group, choice in self.plan.choices.items():
+            for fallback in choice.fallbacks[known[group] :]:
+                instead = stand_in(fallback.option, choice.effective)
+                log.warning(
+                    "%s=%s cannot be used, falling back to %s (%s: %s)",
+                    group, fallback.option, instead, fallback.stage, fallback.reason,
+                )  # fmt: skip
 
     def _let_go(self, error: BaseException) -> None:
         """Free the failed pipeline's memory before another one is built.
@@ -328,7 +334,7 @@ class Session:
             cause = cause.__cause__ or cause.__context__
         free_memory()
 
-    def _step_down(self, stage: str, error: BaseException) -> Fallback:
+    def _step_down(self, stage: str, error: BaseException) -> None:
         """Out of memory: with memory=auto the next rung of the ladder, else say what would fit."""
         from fluxrun.options.memory import LADDER
 
@@ -337,10 +343,8 @@ class Session:
         rungs = [n for n in below if self._usable("memory", n) and not (self.whole and n == "staged")]
         if choice.requested != "auto" or not rungs or self.plan.config.strict:
             raise OutOfMemory(self._advice(rungs)) from error
-        record = Fallback(choice.effective, stage, one_line(error), type(error).__name__)
-        choice.fallbacks.append(record)
+        choice.fallbacks.append(Fallback(choice.effective, stage, one_line(error), type(error).__name__))
         self.plan.switch("memory", rungs[0], {"chosen_because": "the rung above ran out of memory"})
-        return record
 
     def _usable(self, group: str, name: str) -> bool:
         return self.plan.catalog.load(group, name).requires(self.plan.machine) is None
