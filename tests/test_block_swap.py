@@ -18,8 +18,9 @@ import reference
 from small_transformer import inputs, transformer
 
 from fluxrun import offload
-from fluxrun.block_swap import PLACES, Stack, spread
+from fluxrun.block_swap import Stack
 from fluxrun.kernels.blocks import fuse
+from fluxrun.swap_sizes import PLACES, spread
 from fluxrun.workbench import Workbench
 
 CPU = torch.device("cpu")
@@ -167,13 +168,13 @@ def test_quantized_weights_stay_quantized():
 
 def test_as_few_as_fit():
     stack, _ = stack_of(Chain())
-    whole, each = stack.bytes_with(0), stack.blocks[0].bytes
-    assert stack.least(whole) == 0
+    whole, each = stack.sizes.on_gpu(0), stack.blocks[0].bytes
+    assert stack.sizes.fewest(whole) == 0
     # With two places, swapping one or two saves nothing.
-    assert stack.least(whole - 1) == 3
-    assert stack.least(whole - each) == 3
-    assert stack.least(whole - each - 1) == 4
-    assert stack.least(0) == 7
+    assert stack.sizes.fewest(whole - 1) == 3
+    assert stack.sizes.fewest(whole - each) == 3
+    assert stack.sizes.fewest(whole - each - 1) == 4
+    assert stack.sizes.fewest(0) == 7
 
 
 @pytest.mark.parametrize(("count", "total"), [(0, 5), (1, 5), (2, 5), (5, 5), (7, 56), (55, 56)])

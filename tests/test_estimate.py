@@ -8,12 +8,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from accelerate import init_empty_weights
 from helpers import H100, cuda_machine, effective, plan_on
 
+from fluxrun import architectures
 from fluxrun import machine as machine_module
-from fluxrun.estimate import CONTEXT_BYTES, memory_needs, ram_needs, working_bytes
+from fluxrun.block_swap import Block, packed_bytes
+from fluxrun.estimate import CONTEXT_BYTES, memory_needs, ram_needs, reference_tokens, working_bytes
 from fluxrun.machine import GIB, Machine
+from fluxrun.offload import slots
 from fluxrun.options.memory import allocator_share
+from fluxrun.random_weights import _text_encoder, builders
+from fluxrun.swap_sizes import StackSizes, text_encoder_sizes, transformer_sizes
+from fluxrun.text_encoder import NeededLayers
 
 GIGABYTES = (80, 48, 24, 16, 12)
 
@@ -23,8 +31,8 @@ CHOSEN = {
     ("flux2_klein_4b", "fp8"): ("resident", "resident", "resident", "resident", "staged"),
     ("flux2_klein_9b", "none"): ("resident", "resident", "staged", "block_swap", "block_swap"),
     ("flux2_klein_9b", "fp8"): ("resident", "resident", "resident", "staged", "staged"),
-    ("flux2_dev", "none"): ("staged", "block_swap", "block_swap", "block_swap", "group"),
-    ("flux2_dev", "fp8"): ("resident", "staged", "block_swap", "block_swap", "group"),
+    ("flux2_dev", "none"): ("staged", "block_swap", "block_swap", "block_swap", "block_swap"),
+    ("flux2_dev", "fp8"): ("resident", "staged", "block_swap", "block_swap", "block_swap"),
 }
 
 
@@ -94,6 +102,80 @@ def test_blocks_take_more_than_layers_and_sizes_may_be_unknown():
     plan = planned(H100, "flux2_dev")
     plan.weight_bytes = None
     assert memory_needs(plan) is ram_needs(plan) is None
+
+
+@pytest.mark.parametrize("name", ["klein_4b", "klein_9b", "dev"])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_what_is_swapped_is_told_from_the_architecture(name, quantized):
+    """Against the modules themselves, on the meta device."""
+    found = architectures.architecture(name)
+    needed = NeededLayers(architectures.HIDDEN_STATES_READ[found.pipeline])
+    with init_empty_weights(include_buffers=False):
+        transformer, encoder = builders(found)["transformer"](), _text_encoder(found, needed)
+    needed.trim(encoder)
+    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    of_blocks = halved(transformer.to(torch.bfloat16), blocks if quantized else [])
+    total = found.parameters["transformer"] * 2
+    told = transformer_sizes(found.transformer, total, 2, 1 if quantized else 2)
+    compare(told, blocks, 2 * sum(p.numel() for p in transformer.parameters()) - of_blocks)
+
+    layers = list(encoder.to(torch.bfloat16).get_decoder().layers)
+    cut = 2 * sum(p.numel() for p in encoder.parameters())
+    told = text_encoder_sizes(found.text_encoder, cut, 2, needed.read)
+    compare(told, layers, cut - sum(2 * p.numel() for layer in layers for p in layer.parameters()))
+
+
+def halved(transformer: Any, blocks: list[Any]) -> int:
+    """Store the blocks' matrices in one byte per number; returns the bytes that all blocks had before."""
+    every = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    before = sum(2 * parameter.numel() for block in every for parameter in block.parameters())
+    for linear in (module for block in blocks for module in block.modules() if isinstance(module, torch.nn.Linear)):
+        linear.weight = torch.nn.Parameter(linear.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    return before
+
+
+def compare(told: StackSizes, blocks: list[Any], rest: int) -> None:
+    real = [Block(list(slots(block))) for block in blocks]
+    assert told.blocks == tuple(block.bytes for block in real)
+    # Norms and scales, some MB, are left out.
+    assert told.small == pytest.approx(sum(packed_bytes(block.small) for block in real), abs=2**20)
+    assert told.rest == pytest.approx(rest, abs=2**20)
+
+
+def test_a_folder_of_ones_own_is_recognised(tmp_path):
+    from fluxrun.models import save_tiny
+
+    mine = ("model=local", f"model.path={save_tiny(tmp_path / 'mine', 'dev')}", "model.text_encoder_out_layers=[1,2,3]")
+    plan = plan_on(H100, *mine)
+    assert plan.model.architecture == "tiny"
+    file = tmp_path / "mine" / "transformer" / "config.json"
+    file.write_text(file.read_text().replace('"num_single_layers": 2', '"num_single_layers": 3'))
+    other = plan_on(H100, *mine, "seed=1")
+    assert other.model.architecture is None
+    needs = memory_needs(other)
+    assert needs
+    assert needs["group"] < needs["resident"]
+
+
+def test_reference_pictures_take_memory():
+    def work(*pictures: tuple[int, int]) -> int:
+        plan = planned(H100, "flux2_dev", "vae=tiled")
+        plan.reference_tokens = reference_tokens([SimpleNamespace(width=w, height=h) for w, h in pictures])
+        return working_bytes(plan)
+
+    assert work((1024, 1024)) == (2 * 4096 + 512) * 6144 * 2 * 22
+    assert work((4096, 4096)) == work((1024, 1024))  # the pipelines scale it down
+    assert work((512, 512), (512, 512)) < work((1024, 1024))
+
+
+def test_a_number_of_blocks_that_was_asked_for_counts():
+    asked = (f"memory.blocks_to_swap={count}" for count in (0, 20, 56, 99))
+    needs = [memory_needs(planned(card(24), "flux2_dev", "quantization=fp8", knob)) for knob in asked]
+    least = memory_needs(planned(card(24), "flux2_dev", "quantization=fp8"))
+    assert least
+    swapping = [need["block_swap"] for need in needs if need]
+    assert swapping[0] > swapping[1] > swapping[2] == swapping[3] == least["block_swap"]
+    assert effective(planned(card(24), "flux2_dev", "quantization=fp8", "memory.blocks_to_swap=0"))["memory"] == "group"
 
 
 def test_the_allocators_share_leaves_room_for_the_context():

@@ -131,6 +131,17 @@ def test_pins_hold_what_is_registered_and_let_it_go(monkeypatch):
     assert not registered
 
 
+def test_what_cannot_be_page_locked_is_said(monkeypatch, caplog):
+    from types import SimpleNamespace
+
+    from fluxrun.options.memory import Balanced
+
+    pins = SimpleNamespace(add=lambda pipeline: {"pinned_bytes": 0, "not_pinned_bytes": 3 * 2**30})
+    context = SimpleNamespace(device="cuda", pins=pins)
+    assert Balanced(name="balanced").pinned(None, context)["not_pinned_bytes"] == 3 * 2**30
+    assert "memory=balanced: 3.0 GB of the weights could not be page-locked" in caplog.text
+
+
 @pytest.mark.parametrize("device", ["cuda", "cuda:0"])
 def test_a_budget_limits_the_allocator_of_any_cuda_device(device, monkeypatch):
     """torch takes a number here, or a device that has one; plain ``cuda`` has none and is refused."""

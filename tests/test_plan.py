@@ -213,7 +213,7 @@ def test_vae_auto():
         ("flux2_dev", 139, "resident"),
         ("flux2_dev", 78, "staged"),
         ("flux2_dev", 24, "block_swap"),
-        ("flux2_dev", 13, "group"),
+        ("flux2_dev", 10, "group"),
         ("flux2_dev", 4, "sequential"),
         ("flux2_dev", 1, "sequential"),
     ],

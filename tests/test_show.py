@@ -30,8 +30,8 @@ DEV = ("model=flux2_dev", "model.weights=random")
         (
             RTX_4090,
             (*DEV, "quantization=fp8"),
-            # Measured: 15.7e9 bytes a step (benchmarks/results/speed_h200/memory_block_swap.json).
-            "memory: block_swap needs at least 12.4 of 24.0 GB, copies about 15 GB a step, 67 of the computer's 256",
+            # Measured: 28 blocks, 14.6 GB (15.7e9 bytes) a step (benchmarks/results/speed_h200/memory_block_swap.json).
+            "memory: block_swap needs at least 9.2 of 24.0 GB, swaps 28 of 56 blocks, 14.6 GB a step, 67 of the",
         ),
         (CPU, KLEIN, "memory: about 19.7 of 8.0 GB, by an estimate"),
         (CPU, (), None),

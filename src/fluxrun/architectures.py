@@ -238,3 +238,18 @@ def architecture(name: ArchitectureName, pipeline: PipelineKind | None = None) -
     if pipeline not in (None, found.pipeline):
         raise ValueError(f"architecture {name} belongs to pipeline {found.pipeline}, not {pipeline}")
     return found
+
+
+def recognised(transformer: Config) -> ArchitectureName | None:
+    """The architecture that a checkpoint's transformer/config.json is of; None for sizes of its own."""
+    names: tuple[ArchitectureName, ...] = ("dev", "klein_4b", "klein_9b", "tiny")
+    return next((name for name in names if _is_of(transformer, architecture(name))), None)
+
+
+def _is_of(transformer: Config, sizes: Architecture) -> bool:
+    def plain(value: Any) -> Any:
+        return list(value) if isinstance(value, tuple) else value  # as JSON has it
+
+    # Both tiny models are called tiny.
+    compared = sizes.transformer.keys() - {"guidance_embeds"}
+    return all(plain(transformer.get(key)) == plain(sizes.transformer[key]) for key in compared)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -18,10 +18,9 @@ from torch import nn
 from fluxrun import offload
 from fluxrun.estimate import SPARE_BYTES
 from fluxrun.offload import Guest, Slot, slots
+from fluxrun.swap_sizes import PLACES, StackSizes, spread
 from fluxrun.tensors import plain_tensors, rebuilt, tensor_bytes
 
-PLACES = 2
-"""Places on the GPU that swapped blocks share: one of them computes while the next one arrives."""
 ALIGNMENT = 256
 """Bytes; what torch's own allocator aligns to."""
 
@@ -46,17 +45,18 @@ class SwapBlocks:
         if isinstance(encoder, nn.Module):
             layers = list(encoder.get_decoder().layers)  # type: ignore[operator]
             self.text_encoder = Stack(encoder, layers, torch.device(device), counters, endless=False)
-            working = max(working, self.text_encoder.bytes_with(len(layers)))
+            working = max(working, self.text_encoder.sizes.on_gpu(len(layers)))
             pipeline.encode_prompt = partial(self._encode, pipeline.encode_prompt)
         beside = SPARE_BYTES + working + tensor_bytes(tensor for _, _, tensor in slots(pipeline.vae))
-        self.transformer.enter(self.transformer.least(room - beside) if count is None else min(count, len(blocks)))
+        count = self.transformer.sizes.fewest(room - beside) if count is None else min(count, len(blocks))
+        self.transformer.enter(count if count > PLACES else 0)  # in two places two blocks can as well stay
 
     def _encode(self, encode_prompt: Any, *args: Any, **kwargs: Any) -> Any:
         """``encode_prompt`` with the text encoder on the GPU, if there is a prompt to encode."""
         if kwargs.get("prompt_embeds") is not None or self.text_encoder is None:
             return encode_prompt(*args, **kwargs)
-        self.text_encoder.enter(len(self.text_encoder.blocks))
         try:
+            self.text_encoder.enter(len(self.text_encoder.blocks))
             return encode_prompt(*args, **kwargs)
         finally:
             self.text_encoder.leave()
@@ -89,20 +89,14 @@ class Stack:
         self._hooks: list[Any] = []
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    # -- how much ---------------------------------------------------------------------------------------------------
-
-    def bytes_with(self, count: int) -> int:
-        """Bytes on the GPU when ``count`` blocks are swapped."""
-        sizes = [block.bytes for block in self.blocks]
-        away = [sizes[n] for n in spread(count, len(sizes))]
-        small = sum(packed_bytes(block.small) for block in self.blocks)
-        others = tensor_bytes(tensor for _, _, tensor in self.rest.home)
-        return others + small + sum(sizes) - sum(away) + min(PLACES, count) * max(away, default=0)
-
-    def least(self, room: int) -> int:
-        """How few blocks must be swapped to stay within ``room`` bytes; all of them if that is not enough either."""
-        total = len(self.blocks)
-        return next((count for count in range(total) if self.bytes_with(count) <= room), total)
+    @cached_property
+    def sizes(self) -> StackSizes:
+        """Bytes of what stays and of what may be swapped."""
+        return StackSizes(
+            rest=tensor_bytes(tensor for _, _, tensor in self.rest.home),
+            small=sum(packed_bytes(block.small) for block in self.blocks),
+            blocks=tuple(block.bytes for block in self.blocks),
+        )
 
     # -- coming and going -------------------------------------------------------------------------------------------
 
@@ -203,7 +197,7 @@ class Place:
 class Block:
     """One block's weights: the large tensors, which can be swapped, and the small ones, which stay on the GPU.
 
-    Large is what ``Pins`` page-locks: a copy of anything else would hold up the CPU, which has kernels to launch.
+    Large is what ``Pins`` page-locks (``swap_sizes.LARGE_BYTES``).
     """
 
     def __init__(self, home: list[Slot]) -> None:
@@ -257,11 +251,6 @@ def copy_all(originals: Sequence[torch.Tensor], copies: Sequence[torch.Tensor]) 
     """Copy in order, without waiting where that is possible."""
     for original, copy in zip(originals, copies, strict=True):
         copy.copy_(original.detach(), non_blocking=True)
-
-
-def spread(count: int, total: int) -> list[int]:
-    """``count`` of ``total`` positions, evenly spread."""
-    return [(2 * n + 1) * total // (2 * count) for n in range(count)]
 
 
 def _is_large(tensor: torch.Tensor) -> bool:

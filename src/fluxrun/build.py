@@ -15,7 +15,6 @@ from fluxrun.blame import blame, is_out_of_memory
 from fluxrun.config import Facts, RunConfig
 from fluxrun.context import Context
 from fluxrun.errors import ConfigError, Interrupted, OptionUnavailable, OutOfMemory, one_line
-from fluxrun.estimate import PATCH_PIXELS
 from fluxrun.interrupt import Interrupts
 from fluxrun.machine import GIB
 from fluxrun.plan import APPLY_ORDER, BLAME_ORDER, Fallback, Plan, stand_in
@@ -167,7 +166,7 @@ class Session:
         self._memory.limit(self.plan.machine.device)
         if self.staged:
             self.before_staged_load()
-        self.context = Context(self.plan, self._state, Compiler(), self._reference_tokens())
+        self.context = Context(self.plan, self._state, Compiler())
         self.context.counters.update(self._staged_counts)
         base = self._load("image" if self._memory.staged else "all")
         self.context.weight_facts, self.context.pins = base.facts, base.pins
@@ -288,11 +287,6 @@ class Session:
         model = self.plan.model
         weights = replace(self._key("text"), quantization="", distilled=None)  # neither is the text encoder's
         return f"{weights} {model.max_sequence_length} {model.text_encoder_out_layers} {prompt}"
-
-    def _reference_tokens(self) -> int:
-        cap = 1024 * 1024  # the pipeline scales larger references down to this area
-        pixels = (min(image.width * image.height, cap) for image in self.references)
-        return sum(int(area) // PATCH_PIXELS**2 for area in pixels)
 
     # -- falling back -------------------------------------------------------------------------------------------
 

@@ -17,9 +17,11 @@ from fluxrun.architectures import (
     HIDDEN_STATES_READ,
     MODEL_COMPONENTS,
     PIPELINE_CLASSES,
+    ArchitectureName,
     PipelineKind,
     architecture,
     layers_needed,
+    recognised,
 )
 from fluxrun.errors import ConfigError, one_line
 
@@ -104,15 +106,22 @@ def inspect(model: Flux2Model, machine: Machine | None = None) -> Located:
 
 
 def resolve(model: Flux2Model, located: Located) -> Flux2Model:
-    """``model`` with what its checkpoint knows filled in: pipeline, distilled, steps and guidance."""
+    """``model`` with what its checkpoint knows filled in: pipeline, architecture, distilled, steps and guidance."""
     return model.model_copy(
         update={
+            "architecture": model.architecture or _architecture_of(located),
             "pipeline": located.pipeline,
             "distilled": located.distilled,
             "steps": model.default_steps(located.distilled),
             "guidance": model.default_guidance(located.distilled),
         }
     )
+
+
+def _architecture_of(located: Located) -> ArchitectureName | None:
+    """The architecture of a folder of a user's own, where it is one of those known: a fine-tune has its sizes."""
+    file = None if located.folder is None else located.folder / "transformer" / "config.json"
+    return recognised(read_json(file)) if file is not None and file.is_file() else None
 
 
 def _random(model: Flux2Model, dtype: str) -> Located:

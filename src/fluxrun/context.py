@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Context:
     """What an option may look at while it is applied: the run, the machine, and places to count in."""
 
-    def __init__(self, plan: Plan, state: ProcessState, compiler: Compiler, reference_tokens: int = 0) -> None:
+    def __init__(self, plan: Plan, state: ProcessState, compiler: Compiler) -> None:
         self.plan = plan
         self.state = state
         self.compiler = compiler
@@ -31,7 +31,6 @@ class Context:
         self.counters: Counter[str] = Counter()
         self.weight_facts: Facts = {}
         self.pins: Pins | None = None
-        self._reference_tokens = reference_tokens
 
     @property
     def config(self) -> RunConfig:
@@ -78,7 +77,7 @@ class Context:
         """Sequence length of the transformer: image, reference and text tokens."""
         height, width = self.size
         image = (height // PATCH_PIXELS) * (width // PATCH_PIXELS)
-        return image + self._reference_tokens + self.plan.model.max_sequence_length
+        return image + self.plan.reference_tokens + self.plan.model.max_sequence_length
 
     def start_counting(self) -> None:
         """Count from here on: another run carries on with this pipeline."""

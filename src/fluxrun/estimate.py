@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fluxrun.architectures import architecture
+from fluxrun.architectures import HIDDEN_STATES_READ, Architecture, architecture
 from fluxrun.machine import GIB, Machine
+from fluxrun.swap_sizes import PLACES, StackSizes, text_encoder_sizes, transformer_sizes, unknown_sizes
 
 if TYPE_CHECKING:
     from fluxrun.options.memory import MemoryKnobs
@@ -19,18 +21,18 @@ PROCESS_BYTES = 4 * GIB
 
 PATCH_PIXELS = 16
 """Edge in pixels of the square that becomes one image token."""
+LARGEST_REFERENCE = 1024
+"""The pipelines scale reference pictures of a larger area than this edge's square down to it."""
 LARGEST_LEAF = 40
 """A transformer is at least so many times its largest layer (klein-4B 45, dev 95)."""
 LARGEST_BLOCK = 16
 """The same for its blocks (klein-4B 16, dev 33)."""
-OUTSIDE_BLOCKS = 16
-"""The same for what of it lies outside its blocks (klein-4B 20, dev 40)."""
 LARGEST_TEXT_LEAF = 8
-"""The same for a cut text encoder, whose largest layer is the embedding table (klein-4B)."""
+"""The same for a cut text encoder of unknown sizes, whose largest layer is the embedding table (klein-4B)."""
 SPARE_BYTES = GIB // 2
 """What block swap leaves free: torch's allocator loses some between blocks of memory of different sizes."""
-SMALL_TEXT_BYTES = 3 * GIB // 2
-"""Most that a text encoder has in tensors too small to be swapped (klein-4B 1.4 GB, klein-9B 0.5, dev 0.6)."""
+UNKNOWN_PARTS = 12
+"""Equal parts that a module of unknown sizes is thought of to have: real ones have more, and smaller ones."""
 
 
 def budget_bytes(memory: MemoryKnobs, machine: Machine) -> int:
@@ -47,34 +49,35 @@ def decode_bytes(height: int, width: int) -> int:
     return height * width * 128 * 2 * 10
 
 
+def reference_tokens(pictures: Sequence[Any]) -> int:
+    """Tokens that reference pictures (PIL images) add to the transformer's sequence."""
+    areas = (min(picture.width * picture.height, LARGEST_REFERENCE**2) for picture in pictures)
+    return sum(area // PATCH_PIXELS**2 for area in areas)
+
+
 def working_bytes(plan: Plan) -> int:
     """Working memory beside the weights: decoding or a step of the transformer, whichever takes more, and copies."""
     height, width = plan.size
     vae = plan.options["vae"]
     tile = getattr(vae, "tile_size", 0) if getattr(vae, "decode", "full") == "tiled" else max(height, width)
     decode = decode_bytes(min(height, tile), min(width, tile))
+    if plan.reference_tokens:  # encoding one takes no more than decoding it: the VAE's two halves have the same widths
+        decode = max(decode, decode_bytes(min(LARGEST_REFERENCE, tile), min(LARGEST_REFERENCE, tile)))
     if getattr(vae, "decode", "full") != "sliced":
         decode *= plan.config.batch_size
     # The most that lives at once in a single block is about 22 times its two-byte input: projection, q, k, attention,
     # the gated MLP's halves, and their concatenation.
-    tokens = (height // PATCH_PIXELS) * (width // PATCH_PIXELS) + plan.model.max_sequence_length
-    return max(decode, plan.config.batch_size * tokens * _width(plan) * 2 * 22) + joined_bytes(plan)
+    tokens = (height // PATCH_PIXELS) * (width // PATCH_PIXELS) + plan.model.max_sequence_length + plan.reference_tokens
+    return max(decode, plan.config.batch_size * tokens * _width(plan) * 2 * 22) + _joined_bytes(plan)
 
 
-def joined_bytes(plan: Plan) -> int:
+def _joined_bytes(plan: Plan) -> int:
     """The second copy that fused kernels keep of what they multiply at once: query, key and value of both streams of
-    every double block. In bf16 klein-4B 0.5 GB, dev 3.4 (measured: 0.6 and 3.3). Swapped blocks have them side by
-    side, and need none."""
-    if not getattr(plan.options["kernels"], "joins_projections", False) or plan.options["memory"].swaps_blocks:  # type: ignore[attr-defined]
+    every double block. In bf16 klein-4B 0.5 GB, dev 3.4 (measured: 0.6 and 3.3)."""
+    if not getattr(plan.options["kernels"], "joins_projections", False):
         return 0
     size = 2 if plan.options["quantization"].name == "none" else 1
     return int(_sizes(plan).get("num_layers", 8)) * 2 * 3 * _width(plan) ** 2 * size
-
-
-def _in_single_blocks(plan: Plan) -> int:
-    """How many single blocks a transformer's blocks amount to; a double block has the weights of two."""
-    sizes = _sizes(plan)
-    return 2 * int(sizes.get("num_layers", 8)) + int(sizes.get("num_single_layers", 48))
 
 
 def _width(plan: Plan) -> int:
@@ -85,8 +88,13 @@ def _width(plan: Plan) -> int:
 
 def _sizes(plan: Plan) -> dict[str, Any]:
     """The transformer's config; empty for a checkpoint that is only known by its path."""
+    found = _architecture(plan)
+    return found.transformer if found else {}
+
+
+def _architecture(plan: Plan) -> Architecture | None:
     name = plan.model.architecture
-    return architecture(name, plan.model.pipeline if name == "tiny" else None).transformer if name else {}
+    return architecture(name, plan.model.pipeline if name == "tiny" else None) if name else None
 
 
 def memory_needs(plan: Plan) -> dict[str, int] | None:
@@ -97,26 +105,31 @@ def memory_needs(plan: Plan) -> dict[str, int] | None:
     work, outside = working_bytes(plan), CONTEXT_BYTES
     group = plan.options["memory"]
     largest = LARGEST_BLOCK if getattr(group, "group_level", "leaf") == "block" else LARGEST_LEAF
-    leaf = max(transformer // LARGEST_LEAF, text // LARGEST_TEXT_LEAF)
+    blocks, asked = _transformer_sizes(plan), _blocks_to_swap(plan)
+    text_leaf = _largest_text_leaf(plan, text)
+    leaf = max(transformer // LARGEST_LEAF, text_leaf)
     return {
         "resident": outside + text + transformer + vae + work,
         "staged": outside + max(text, transformer + vae + work),
         "balanced": outside + vae + max(text, transformer + work),
-        "block_swap": outside + vae + _least_swapping(plan, text, transformer, work),
+        "block_swap": _beside_swapping(plan) + blocks.on_gpu(_at_most(asked, blocks)),
         # One group computes while the next one arrives.
-        "group": outside + vae + 2 * max(transformer // largest, text // LARGEST_TEXT_LEAF) + work,
+        "group": outside + vae + 2 * max(transformer // largest, text_leaf) + work,
         "sequential": outside + leaf + work,
     }
 
 
-def _least_swapping(plan: Plan, text: int, transformer: int, work: int) -> int:
-    """What block swap cannot do with less of: two blocks, what lies outside them, a step's working memory, whose place
-    the text encoder takes meanwhile."""
+def _beside_swapping(plan: Plan) -> int:
+    """What block swap needs besides the transformer: the text encoder takes the place of a step's working memory."""
     assert plan.weight_bytes
-    outside_blocks = plan.weight_bytes["transformer"] // OUTSIDE_BLOCKS
-    two_blocks = 2 * transformer * 2 // _in_single_blocks(plan)
-    text_encoder = text // LARGEST_TEXT_LEAF + min(text, SMALL_TEXT_BYTES)
-    return SPARE_BYTES + outside_blocks + two_blocks + max(work - joined_bytes(plan), text_encoder)
+    text = _text_encoder_sizes(plan)
+    encoding = text.on_gpu(len(text.blocks))
+    return CONTEXT_BYTES + SPARE_BYTES + plan.weight_bytes.get("vae", 0) + max(swapping_work(plan), encoding)
+
+
+def swapping_work(plan: Plan) -> int:
+    """``working_bytes`` under block swap: its blocks have side by side what fused kernels otherwise copy."""
+    return working_bytes(plan) - _joined_bytes(plan)
 
 
 def need_in_words(plan: Plan, name: str, need: int, budget: int) -> str:
@@ -124,17 +137,59 @@ def need_in_words(plan: Plan, name: str, need: int, budget: int) -> str:
     of = f"{need / GIB:.1f} of {budget / GIB:.1f} GB"
     if name != "block_swap":
         return f"needs about {of}"
-    if plan.options["memory"].blocks_to_swap is not None:  # type: ignore[attr-defined]
-        return f"needs at least {of}"
-    return f"needs at least {of}, copies about {_swapped_bytes(plan, budget - need) / GIB:.0f} GB a step"
+    sizes = _transformer_sizes(plan)
+    asked = _blocks_to_swap(plan)
+    count = sizes.fewest(budget - _beside_swapping(plan)) if asked is None else _at_most(asked, sizes)
+    moved = sum(sizes.away(count)) if count > PLACES else 0
+    return f"needs at least {of}, swaps {count} of {len(sizes.blocks)} blocks, {moved / GIB:.1f} GB a step"
 
 
-def _swapped_bytes(plan: Plan, room: int) -> int:
-    """What of the blocks does not fit into ``room`` bytes beyond the least that block swap needs."""
+def _blocks_to_swap(plan: Plan) -> int | None:
+    return getattr(plan.options["memory"], "blocks_to_swap", None)
+
+
+def _at_most(asked: int | None, sizes: StackSizes) -> int:
+    """How many blocks are swapped if it must be many: all of them, or as many as were asked for."""
+    return len(sizes.blocks) if asked is None else min(asked, len(sizes.blocks))
+
+
+def _transformer_sizes(plan: Plan) -> StackSizes:
+    config = _sizes(plan)
     assert plan.weight_bytes
-    _, transformer, _ = _parts(plan)
-    blocks = transformer - plan.weight_bytes["transformer"] // OUTSIDE_BLOCKS
-    return max(0, blocks - max(0, room))
+    total, itemsize = plan.weight_bytes.get("transformer", 0), _itemsize(plan)
+    share = _share(plan)
+    if not config:
+        return unknown_sizes(total // share, UNKNOWN_PARTS)
+    return transformer_sizes(config, total, itemsize, itemsize // share)
+
+
+def _text_encoder_sizes(plan: Plan) -> StackSizes:
+    assert plan.weight_bytes
+    total, model = plan.weight_bytes.get("text_encoder", 0), plan.model
+    found = _architecture(plan)
+    if found is None:
+        return unknown_sizes(total, UNKNOWN_PARTS)
+    read = model.text_encoder_out_layers or HIDDEN_STATES_READ[found.pipeline]
+    whole = model.text_encoder_layers == "all"
+    return text_encoder_sizes(found.text_encoder, total, _itemsize(plan), None if whole else tuple(read))
+
+
+def _largest_text_leaf(plan: Plan, text: int) -> int:
+    """Bytes of the text encoder's embedding table."""
+    found = _architecture(plan)
+    if found is None:
+        return text // LARGEST_TEXT_LEAF
+    config = {**found.text_encoder, **found.text_encoder.get("text_config", {})}
+    return int(config["vocab_size"] * config["hidden_size"] * _itemsize(plan))
+
+
+def _itemsize(plan: Plan) -> int:
+    return 4 if plan.dtype == "float32" else 2
+
+
+def _share(plan: Plan) -> int:
+    """By how much quantization shrinks the transformer's blocks."""
+    return 1 if plan.options["quantization"].name == "none" else _itemsize(plan)
 
 
 def ram_needs(plan: Plan) -> dict[str, int] | None:
@@ -152,5 +207,4 @@ def ram_needs(plan: Plan) -> dict[str, int] | None:
 def _parts(plan: Plan) -> tuple[int, int, int]:
     """Bytes of text encoder, transformer and VAE, as they will lie in memory."""
     sizes = plan.weight_bytes or {}
-    share = 1 if plan.options["quantization"].name == "none" else 2
-    return sizes.get("text_encoder", 0), sizes.get("transformer", 0) // share, sizes.get("vae", 0)
+    return sizes.get("text_encoder", 0), sizes.get("transformer", 0) // _share(plan), sizes.get("vae", 0)

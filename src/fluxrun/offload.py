@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from fluxrun.swap_sizes import LARGE_BYTES
 from fluxrun.tensors import plain_tensors, tensor_bytes
 
-PINNED_FROM_BYTES = 32 * 2**20
+PINNED_FROM_BYTES = LARGE_BYTES
 """Smaller tensors may share a page with others, which can be registered only once."""
 
 Slot = tuple[dict[str, Any], str, torch.Tensor]

@@ -66,6 +66,8 @@ class Plan:
     choices: dict[str, Choice]
     weight_bytes: Mapping[str, int] | None = None
     """Bytes of the model's components, where they are known before loading."""
+    reference_tokens: int = 0
+    """What reference pictures add to the transformer's sequence."""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -168,7 +170,7 @@ class Plan:
         return False
 
 
-def make_plan(config: RunConfig, machine: Machine, located: Located | None = None) -> Plan:
+def make_plan(config: RunConfig, machine: Machine, located: Located | None = None, reference_tokens: int = 0) -> Plan:
     """Plan a run. Raises ConfigError for what contradicts the model, OptionUnavailable where nothing is left."""
     if reason := machine.lacks_device(config.device):
         raise ConfigError(f"device={config.device}: {reason}; use device=auto or device=cpu")
@@ -176,7 +178,8 @@ def make_plan(config: RunConfig, machine: Machine, located: Located | None = Non
     choices = {group: Choice(option.name, option) for group, option in config.options().items()}
     if located is not None:
         choices["model"].option = resolve(choices["model"].option, located)  # type: ignore[arg-type]
-    plan = Plan(config, machine, Catalog(config.config_dirs), choices, located.component_bytes if located else None)
+    weight_bytes = located.component_bytes if located else None
+    plan = Plan(config, machine, Catalog(config.config_dirs), choices, weight_bytes, reference_tokens)
     check_call(plan)
     plan.settle()
     for group, choice in plan.choices.items():

@@ -13,6 +13,7 @@ from typing import Any
 from fluxrun.checkpoint import Located, check_layers, inspect
 from fluxrun.config import RunConfig
 from fluxrun.errors import FluxrunError, one_line
+from fluxrun.estimate import reference_tokens
 from fluxrun.interrupt import Interrupts
 from fluxrun.machine import Machine, detect
 from fluxrun.plan import Plan, make_plan, stand_in
@@ -41,7 +42,7 @@ def prepare(config: RunConfig, machine: Machine | None = None) -> Prepared:
     references = load_reference_images(config.reference_images)
     machine = machine or detect()
     located = inspect(config.model, machine)  # type: ignore[arg-type]
-    plan = make_plan(config, machine, located)
+    plan = make_plan(config, machine, located, reference_tokens(references))
     check_layers(plan.model, located)
     return Prepared(config, jobs, references, located, plan)
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from fluxrun.config import Facts, Option
-from fluxrun.estimate import CONTEXT_BYTES, budget_bytes, memory_needs, need_in_words, ram_needs, working_bytes
+from fluxrun.estimate import CONTEXT_BYTES, budget_bytes, memory_needs, need_in_words, ram_needs, swapping_work
 from fluxrun.machine import GIB, Machine
 
 if TYPE_CHECKING:
     from fluxrun.context import Context
     from fluxrun.plan import Plan
+
+log = logging.getLogger("fluxrun.memory")
 
 LADDER = ("resident", "staged", "balanced", "block_swap", "group", "sequential")
 """From fastest to smallest: ``memory=auto`` steps down it when a run does not fit."""
@@ -38,7 +41,7 @@ class MemoryKnobs(Option):
     """Group offload: copy the next group while this one computes (CUDA)."""
 
     blocks_to_swap: int | None = Field(None, ge=0)
-    """Block swap: how many transformer blocks come and go; None is as few as the budget allows."""
+    """Block swap: how many transformer blocks come and go (fewer than 3 save nothing); None: as few as fit."""
 
     staged: bool = Field(False, frozen=True, exclude=True)
     """Whether text encoder and the rest are loaded one after the other."""
@@ -137,7 +140,11 @@ class Offload(MemoryKnobs):
         """Page-lock the weights for fast copies."""
         if context.pins is None or not context.device.startswith("cuda"):
             return {}
-        return context.pins.add(pipeline)
+        facts = context.pins.add(pipeline)
+        if refused := facts.get("not_pinned_bytes"):
+            text = "memory=%s: %.1f GB of the weights could not be page-locked; the GPU waits while they are copied"
+            log.warning(text, self.name, refused / GIB)
+        return facts
 
 
 class Balanced(Offload):
@@ -167,7 +174,7 @@ class BlockSwap(Offload):
         room = budget_bytes(self, context.machine) - CONTEXT_BYTES
         swap = SwapBlocks(
             pipeline, context.device, context.counters,
-            room=room, working=working_bytes(context.plan), count=self.blocks_to_swap,
+            room=room, working=swapping_work(context.plan), count=self.blocks_to_swap,
         )  # fmt: skip
         away = swap.transformer.away
         return {
