@@ -32,6 +32,17 @@ class RaisesInApply(Option):
         raise RuntimeError("half way\\nsecond line")
 
 
+class RaisesAnother(Option):
+    """Fails while it handles another failure, names a third one as the cause, and holds on to the real one."""
+
+    def apply(self, pipeline, context):
+        try:
+            RaisesInApply.apply(self, pipeline, context)
+        except RuntimeError as error:
+            real = error  # a circle through its traceback: only the garbage collector would free this frame
+            raise ValueError("no luck") from KeyError(str(real))
+
+
 class RaisesAtFirstCall(Option):
     def apply(self, pipeline, context):
         def hook(*args):
@@ -89,7 +100,7 @@ def options(tmp_path, config_dir, trusted, monkeypatch) -> Path:
     monkeypatch.syspath_prepend(str(tmp_path / "code"))
     (config_dir / "attention").mkdir()
     names = {"in_apply": "RaisesInApply", "at_first_call": "RaisesAtFirstCall", "later": "RaisesLater"}
-    names |= {"hungry": "Hungry", "always_hungry": "AlwaysHungry"}
+    names |= {"hungry": "Hungry", "always_hungry": "AlwaysHungry", "another": "RaisesAnother"}
     for name, class_name in names.items():
         text = f"_target_: own_options.{class_name}\nfallback: sdpa\n"
         text += "where: transformer\n" if class_name == "Hungry" else ""
@@ -275,7 +286,7 @@ def shells(monkeypatch):
     gc.enable()
 
 
-@pytest.mark.parametrize("attention", ["at_first_call", "in_apply"])
+@pytest.mark.parametrize("attention", ["at_first_call", "in_apply", "another"])
 def test_what_failed_is_freed_before_another_is_built(options, shells, bench, tmp_path, attention):
     draw(tmp_path / "run", f"attention={attention}", config_dir=options, workbench=bench)
     assert len(shells) == 2

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fluxrun.blame import blame, is_out_of_memory
 from fluxrun.config import Facts, RunConfig
 from fluxrun.context import Context
-from fluxrun.errors import ConfigError, Interrupted, OptionUnavailable, OutOfMemory, one_line
+from fluxrun.errors import ConfigError, Interrupted, OptionUnavailable, OutOfMemory, chain, one_line
 from fluxrun.estimate import PATCH_PIXELS
 from fluxrun.interrupt import Interrupts
 from fluxrun.machine import GIB
@@ -328,10 +328,8 @@ class Session:
         from fluxrun.models import free_memory
 
         self.release()
-        cause: BaseException | None = error
-        while cause is not None:
-            cause.__traceback__ = None
-            cause = cause.__cause__ or cause.__context__
+        for one in chain(error):
+            one.__traceback__ = None
         free_memory()
 
     def _step_down(self, stage: str, error: BaseException) -> None:
