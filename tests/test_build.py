@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import weakref
 from pathlib import Path
@@ -133,6 +134,21 @@ def test_at_apply(options, plain, bench, tmp_path):
     assert hashes(record) == plain
     assert bench.loads == ["first load"]
     assert read_record(tmp_path / "run") == record
+
+
+@pytest.mark.parametrize("how", [[], ["hydra.verbose=true"], ["sweep.isolation=process"]])
+def test_why_it_fell_back_is_in_the_log_file_alone(options, tmp_path, monkeypatch, how):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "code"), prepend=os.pathsep)
+    multirun = ["--multirun"] if "sweep.isolation=process" in how else []
+    folders = ["hydra.run.dir=0", "hydra.sweep.dir=."]
+    done = fluxrun("--config-dir", str(options), *multirun, *SMALL, "attention=in_apply", *folders, *how, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "falling back to sdpa (apply: half way)" in done.stderr
+    assert "attention failed at apply (traceback in the log file)" in done.stderr
+    log = (tmp_path / "0" / "fluxrun.log").read_text()
+    for what in ("Traceback", "in apply", "second line"):
+        assert what in log
+        assert what not in done.stderr + done.stdout
 
 
 def test_at_the_first_call(options, plain, bench, tmp_path):

@@ -298,7 +298,6 @@ class Session:
 
     def _fall_back(self, group: str, stage: str, error: BaseException) -> None:
         known = {name: len(choice.fallbacks) for name, choice in self.plan.choices.items()}
-        log.debug("%s failed at %s\n%s", group, stage, "".join(traceback.format_exception(error)))
         if is_out_of_memory(error):
             self._step_down(stage, error)
         else:
@@ -306,6 +305,7 @@ class Session:
                 self.plan.fall_back(group, stage, one_line(error), type(error).__name__)
             except OptionUnavailable as refused:
                 raise refused from error
+        _log_traceback(f"{group} failed at {stage} (traceback in the log file)", error)
         self.plan.settle()
         self._say_fallbacks(known)
         self._let_go(error)
@@ -323,7 +323,7 @@ class Session:
     def _let_go(self, error: BaseException) -> None:
         """Free the failed pipeline's memory before another one is built.
 
-        The error's frames still hold all they were working on; they are in the log, and nobody needs them now.
+        The error's frames still hold all they were working on; the traceback is in the log, nobody needs them now.
         """
         from fluxrun.models import free_memory
 
@@ -365,6 +365,18 @@ class _Failed(Exception):
     def __init__(self, group: str, error: BaseException) -> None:
         super().__init__(one_line(error))
         self.group, self.error = group, error
+
+
+def _log_traceback(text: str, error: BaseException) -> None:
+    """A line for the screen, with a traceback for the log file: the console leaves out what comes with a message.
+
+    The traceback is text already: a handler that keeps a record's ``exc_info`` would keep the frames, and what they
+    hold.
+    """
+    if log.isEnabledFor(logging.INFO):
+        fields = {"name": log.name, "levelno": logging.INFO, "levelname": "INFO", "msg": text}
+        trace = "".join(traceback.format_exception(error)).rstrip()
+        log.handle(logging.makeLogRecord({**fields, "exc_text": trace}))
 
 
 def _say_load(text: str) -> None:
