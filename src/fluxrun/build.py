@@ -164,6 +164,7 @@ class Session:
 
         self.release()
         self._state.restore()
+        self._state.use_device(self.plan.machine.device)
         self._memory.limit(self.plan.machine.device)
         if self.staged:
             self.before_staged_load()
