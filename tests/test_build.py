@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import weakref
 from pathlib import Path
@@ -30,6 +31,17 @@ class RaisesInApply(Option):
             parameter.data = torch.zeros_like(parameter)
         pipeline.transformer.set_attention_backend("_native_math")
         raise RuntimeError("half way\\nsecond line")
+
+
+class RaisesAnother(Option):
+    """Fails while it handles another failure, names a third one as the cause, and holds on to the real one."""
+
+    def apply(self, pipeline, context):
+        try:
+            RaisesInApply.apply(self, pipeline, context)
+        except RuntimeError as error:
+            real = error  # a circle through its traceback: only the garbage collector would free this frame
+            raise ValueError("no luck") from KeyError(str(real))
 
 
 class RaisesAtFirstCall(Option):
@@ -89,7 +101,7 @@ def options(tmp_path, config_dir, trusted, monkeypatch) -> Path:
     monkeypatch.syspath_prepend(str(tmp_path / "code"))
     (config_dir / "attention").mkdir()
     names = {"in_apply": "RaisesInApply", "at_first_call": "RaisesAtFirstCall", "later": "RaisesLater"}
-    names |= {"hungry": "Hungry", "always_hungry": "AlwaysHungry"}
+    names |= {"hungry": "Hungry", "always_hungry": "AlwaysHungry", "another": "RaisesAnother"}
     for name, class_name in names.items():
         text = f"_target_: own_options.{class_name}\nfallback: sdpa\n"
         text += "where: transformer\n" if class_name == "Hungry" else ""
@@ -122,6 +134,20 @@ def test_at_apply(options, plain, bench, tmp_path):
     assert hashes(record) == plain
     assert bench.loads == ["first load"]
     assert read_record(tmp_path / "run") == record
+
+
+@pytest.mark.parametrize("how", [[], ["hydra.verbose=true"], ["sweep.isolation=process"]])
+def test_why_it_fell_back_is_in_the_log_file_alone(options, tmp_path, monkeypatch, how):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "code"), prepend=os.pathsep)
+    multirun = ["--multirun"] if "sweep.isolation=process" in how else []
+    folders = ["hydra.run.dir=0", "hydra.sweep.dir=."]
+    done = fluxrun("--config-dir", str(options), *multirun, *SMALL, "attention=in_apply", *folders, *how, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "falling back to sdpa (apply: half way)" in done.stderr
+    log = (tmp_path / "0" / "fluxrun.log").read_text()
+    for what in ("Traceback", "in apply", "second line"):
+        assert what in log
+        assert what not in done.stderr + done.stdout
 
 
 def test_at_the_first_call(options, plain, bench, tmp_path):
@@ -275,7 +301,7 @@ def shells(monkeypatch):
     gc.enable()
 
 
-@pytest.mark.parametrize("attention", ["at_first_call", "in_apply"])
+@pytest.mark.parametrize("attention", ["at_first_call", "in_apply", "another"])
 def test_what_failed_is_freed_before_another_is_built(options, shells, bench, tmp_path, attention):
     draw(tmp_path / "run", f"attention={attention}", config_dir=options, workbench=bench)
     assert len(shells) == 2

@@ -5,6 +5,8 @@ from __future__ import annotations
 import traceback
 from collections.abc import Sequence
 
+from fluxrun.errors import chain
+
 MARKS = {
     "kernels": ("fluxrun/kernels/",),
     "vae": ("fluxrun/fast_vae", "autoencoder"),
@@ -26,13 +28,11 @@ def blame(error: BaseException, suspects: Sequence[str]) -> str | None:
 
 
 def _places(error: BaseException) -> list[str]:
-    """Files and error types along the whole chain of causes, innermost frames included."""
+    """Files and error types along the whole chain of causes and contexts, innermost frames included."""
     places: list[str] = []
-    seen: BaseException | None = error
-    while seen is not None:
-        places += [frame.filename for frame in traceback.extract_tb(seen.__traceback__)]
-        places.append(f"{type(seen).__module__.replace('.', '/')}/{type(seen).__qualname__}")
-        seen = seen.__cause__ or seen.__context__
+    for one in chain(error):
+        places += [frame.filename for frame in traceback.extract_tb(one.__traceback__)]
+        places.append(f"{type(one).__module__.replace('.', '/')}/{type(one).__qualname__}")
     return places
 
 

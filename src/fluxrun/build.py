@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fluxrun.blame import blame, is_out_of_memory
 from fluxrun.config import Facts, RunConfig
 from fluxrun.context import Context
-from fluxrun.errors import ConfigError, Interrupted, OptionUnavailable, OutOfMemory, one_line
+from fluxrun.errors import ConfigError, Interrupted, OptionUnavailable, OutOfMemory, chain, one_line
 from fluxrun.interrupt import Interrupts
 from fluxrun.machine import GIB
 from fluxrun.plan import APPLY_ORDER, BLAME_ORDER, Fallback, Plan, stand_in
@@ -163,6 +163,7 @@ class Session:
 
         self.release()
         self._state.restore()
+        self._state.use_device(self.plan.machine.device)
         self._memory.limit(self.plan.machine.device)
         if self.staged:
             self.before_staged_load()
@@ -292,7 +293,6 @@ class Session:
 
     def _fall_back(self, group: str, stage: str, error: BaseException) -> None:
         known = {name: len(choice.fallbacks) for name, choice in self.plan.choices.items()}
-        log.debug("%s failed at %s\n%s", group, stage, "".join(traceback.format_exception(error)))
         if is_out_of_memory(error):
             self._step_down(stage, error)
         else:
@@ -301,31 +301,33 @@ class Session:
             except OptionUnavailable as refused:
                 raise refused from error
         self.plan.settle()
-        self._say_fallbacks(known)
+        self._say_fallbacks(known, "".join(traceback.format_exception(error)).rstrip())
         self._let_go(error)
 
-    def _say_fallbacks(self, known: Mapping[str, int]) -> None:
-        """One line for each fallback beyond those known, also of options that cannot stand beside the new one."""
+    def _say_fallbacks(self, known: Mapping[str, int], trace: str) -> None:
+        """One line for each fallback beyond those known, also of options that cannot stand beside the new one.
+
+        The log file has the traceback with the line of the option that failed; the console leaves it out.
+        """
         for group, choice in self.plan.choices.items():
             for fallback in choice.fallbacks[known[group] :]:
                 instead = stand_in(fallback.option, choice.effective)
-                log.warning(
-                    "%s=%s cannot be used, falling back to %s (%s: %s)",
-                    group, fallback.option, instead, fallback.stage, fallback.reason,
-                )  # fmt: skip
+                _warn(
+                    f"{group}={fallback.option} cannot be used, falling back to {instead} "
+                    f"({fallback.stage}: {fallback.reason})",
+                    "" if fallback.stage == "requires" else trace,
+                )
 
     def _let_go(self, error: BaseException) -> None:
         """Free the failed pipeline's memory before another one is built.
 
-        The error's frames still hold all they were working on; they are in the log, and nobody needs them now.
+        The error's frames still hold all they were working on; the traceback is in the log, nobody needs them now.
         """
         from fluxrun.models import free_memory
 
         self.release()
-        cause: BaseException | None = error
-        while cause is not None:
-            cause.__traceback__ = None
-            cause = cause.__cause__ or cause.__context__
+        for one in chain(error):
+            one.__traceback__ = None
         free_memory()
 
     def _step_down(self, stage: str, error: BaseException) -> None:
@@ -347,6 +349,8 @@ class Session:
         gpu = self.plan.machine.gpu
         where = f"{gpu.name} ({gpu.memory_bytes / GIB:.0f} GB)" if gpu else f"{self.plan.machine.device}"
         ideas = [f"memory={name}" for name in rungs[:2]]
+        if self._memory.blocks_to_swap is not None and self._memory.swaps_blocks:
+            ideas.insert(0, "a larger memory.blocks_to_swap, or null")
         ideas += (
             ["quantization=fp8"] if self._quantization.name == "none" and self._usable("quantization", "fp8") else []
         )
@@ -361,6 +365,13 @@ class _Failed(Exception):
     def __init__(self, group: str, error: BaseException) -> None:
         super().__init__(one_line(error))
         self.group, self.error = group, error
+
+
+def _warn(text: str, trace: str) -> None:
+    """A warning with a traceback as text: a handler that keeps a record's ``exc_info`` would keep the frames, too."""
+    if log.isEnabledFor(logging.WARNING):
+        fields = {"name": log.name, "levelno": logging.WARNING, "levelname": "WARNING", "msg": text}
+        log.handle(logging.makeLogRecord({**fields, "exc_text": trace or None}))
 
 
 def _say_load(text: str) -> None:

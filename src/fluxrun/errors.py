@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 
 class FluxrunError(Exception):
     """A failure that is explained in one line on the screen; its traceback goes to the log only."""
@@ -38,6 +40,18 @@ class Interrupted(FluxrunError):
     """The user (SIGINT, 130) or the system (SIGTERM, 143) asked the run to stop."""
 
     exit_code = 130
+
+
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and all its causes and contexts, each once: an error can have both, and the chain can be a circle."""
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        one = waiting.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            yield one
+            waiting += [one.__context__, one.__cause__]
 
 
 def one_line(error: BaseException, limit: int = 400) -> str:

@@ -73,6 +73,17 @@ class ProcessState:
             if now.get(key) != self._before.get(key):
                 _put_back(key, self._before.get(key))
 
+    def use_device(self, device: str) -> None:
+        """Make a GPU that is chosen by number torch's current one.
+
+        Plain "cuda", Triton's kernels and CUDA graphs mean the current one, wherever the tensors are.
+        """
+        import torch
+
+        chosen = torch.device(device)
+        if chosen.type == "cuda" and chosen.index is not None:
+            torch.cuda.set_device(chosen.index)
+
     def activate_flash_attention(self, implementation: str) -> None:
         """Switch torch's own flash backend to another generation (``FA3``, ``FA4``)."""
         import torch
@@ -144,8 +155,24 @@ def _switches() -> dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]]:
         "sdp.mem_efficient": (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
         "sdp.math": (cuda.math_sdp_enabled, cuda.enable_math_sdp),
         "sdp.cudnn": (cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp),
+        "cuda.device": (_current_device, _set_current_device),
         "cuda.memory_share": (_memory_shares, _set_memory_shares),
     }
+
+
+def _current_device() -> int | None:
+    """torch's current GPU; None while this process uses none: asking would begin."""
+    import torch
+
+    return torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+
+def _set_current_device(number: int | None) -> None:
+    import torch
+
+    if torch.cuda.is_initialized():
+        # Not set_device: on a GPU that this process does not use yet that would take some hundred MB at once.
+        torch.cuda._maybe_exchange_device(number or 0)
 
 
 def _memory_shares() -> tuple[float, ...] | None:
@@ -160,9 +187,13 @@ def _memory_shares() -> tuple[float, ...] | None:
 def _set_memory_shares(shares: tuple[float, ...] | None) -> None:
     import torch
 
-    if torch.cuda.is_initialized():
-        for number in range(torch.cuda.device_count()):
-            torch.cuda.set_per_process_memory_fraction(shares[number] if shares else 1.0, number)
+    if not torch.cuda.is_initialized():
+        return
+    for number in range(torch.cuda.device_count()):
+        share = shares[number] if shares else 1.0
+        if torch.cuda.get_per_process_memory_fraction(number) != share:
+            with torch.cuda.device(number):  # setting a GPU's share leaves it the current one
+                torch.cuda.set_per_process_memory_fraction(share, number)
 
 
 def _set_flash_attention(implementation: str | None) -> None:
