@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import copy
 import sys
+import weakref
 from collections import Counter
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +22,11 @@ import reference
 from small_transformer import inputs, transformer
 
 from fluxrun import offload
-from fluxrun.block_swap import Stack
-from fluxrun.kernels.blocks import fuse
+from fluxrun.block_swap import ALIGNMENT, Block, Stack, SwapBlocks, packed, packed_bytes
+from fluxrun.estimate import SPARE_BYTES
+from fluxrun.kernels.blocks import Projection, fuse
 from fluxrun.swap_sizes import PLACES, spread
+from fluxrun.tensors import tensor_bytes
 from fluxrun.workbench import Workbench
 
 CPU = torch.device("cpu")
@@ -39,13 +45,13 @@ def small_tensors_swap(monkeypatch, on_a_cpu):
 
 
 class Chain(nn.Module):
-    """Blocks one after the other, those in ``left_out`` not."""
+    """Blocks one after the other, each from one width to the next, those in ``left_out`` not."""
 
-    def __init__(self, blocks: int = 7, width: int = 32) -> None:
+    def __init__(self, widths: Sequence[int] = (32,) * 8) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.first = nn.Linear(width, width)
-        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(blocks))
+        self.first = nn.Linear(widths[0], widths[0])
+        self.blocks = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(widths))
         self.left_out: set[int] = set()
         self.requires_grad_(False)
 
@@ -60,6 +66,38 @@ class Chain(nn.Module):
 def stack_of(chain: Chain, *, endless: bool = True) -> tuple[Stack, Counter[str]]:
     counters: Counter[str] = Counter()
     return Stack(chain, list(chain.blocks), CPU, counters, endless=endless), counters
+
+
+def on_gpu(module: nn.Module) -> int:
+    """Bytes of a module's weights where they lie now."""
+    return tensor_bytes(tensor for _, _, tensor in offload.slots(module))
+
+
+class Encoder(Chain):
+    """A text encoder of four layers."""
+
+    def __init__(self) -> None:
+        super().__init__((32,) * 5)
+
+    def get_decoder(self) -> Any:
+        return SimpleNamespace(layers=self.blocks)
+
+
+def pipeline_of(encode_prompt: Any = None) -> Any:
+    transformer = Chain()
+    transformer.transformer_blocks = transformer.blocks[:3]
+    transformer.single_transformer_blocks = transformer.blocks[3:]
+    return SimpleNamespace(
+        vae=nn.Linear(16, 16), transformer=transformer, text_encoder=Encoder(), encode_prompt=encode_prompt
+    )
+
+
+def hooked(chain: Chain) -> bool:
+    return any(block._forward_pre_hooks or block._forward_hooks for block in chain.blocks)
+
+
+def swap(pipeline: Any, *, room: int = 0, working: int = 0, count: int | None = None) -> SwapBlocks:
+    return SwapBlocks(pipeline, "cpu", Counter(), room=room, working=working, count=count)
 
 
 # -- pictures -------------------------------------------------------------------------------------------------------
@@ -80,9 +118,9 @@ def test_the_picture_is_the_same(pipeline, count, bench, tmp_path):
 
 
 def test_the_text_encoder_comes_once_a_prompt(bench, tmp_path):
-    swap = ("memory=block_swap", "memory.blocks_to_swap=0", "strict=true")
-    one = draw(tmp_path / "one", *swap, "num_images=3", workbench=bench)
-    two = draw(tmp_path / "two", *swap, "num_images=3", "prompt=[a red circle, a blue square]", workbench=bench)
+    options = ("memory=block_swap", "memory.blocks_to_swap=0", "strict=true")
+    one = draw(tmp_path / "one", *options, "num_images=1", workbench=bench)
+    two = draw(tmp_path / "two", *options, "num_images=3", "prompt=[a red circle, a blue square]", workbench=bench)
     assert two.options["memory"].facts["blocks_copied"] == 2 * one.options["memory"].facts["blocks_copied"] > 0
     assert hashes(two)[:3] != hashes(two)[3:]
 
@@ -94,6 +132,58 @@ def test_a_step_cache_leaves_blocks_out(bench, tmp_path):
     record = draw(tmp_path / "run", *cached, "memory=block_swap", "strict=true", workbench=bench)
     assert record.options["cache"].facts["steps_skipped"] > 0
     assert hashes(record) == hashes(plain)
+
+
+# -- the pipeline ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("working", [0, 2**20])
+def test_what_is_beside_the_transformer(working):
+    """The VAE, a reserve, and what a step or the text encoder needs, whichever is more."""
+    pipeline, weight, bias = pipeline_of(), 32 * 32 * 4, ALIGNMENT  # of each block; the bias is small and stays
+    encoding = on_gpu(pipeline.text_encoder.first) + PLACES * weight + 4 * bias
+    drawing = on_gpu(pipeline.transformer.first) + 7 * (weight + bias)
+    needed = SPARE_BYTES + max(working, encoding) + on_gpu(pipeline.vae) + drawing
+    assert len(swap(pipeline_of(), room=needed, working=working).transformer.away) == 0
+    assert len(swap(pipeline_of(), room=needed - 1, working=working).transformer.away) > 0
+
+
+def test_no_more_than_all_blocks_are_swapped():
+    assert len(swap(pipeline_of(), count=99).transformer.away) == 7
+
+
+def test_a_step_ends_with_the_first_blocks_on_their_way():
+    pipeline = pipeline_of()
+    stack = swap(pipeline).transformer
+    pipeline.transformer(torch.randn(2, 32))
+    assert [place.holds for place in stack.places] == [0, 1]
+
+
+def test_the_text_encoder_comes_for_a_prompt_only():
+    x = torch.randn(2, 32)
+    pipeline = pipeline_of(encode_prompt=lambda prompt, prompt_embeds=None: pipeline.text_encoder(x))
+    counters = swap(pipeline, count=0).transformer.counters
+    for copied in (4, 8):
+        pipeline.encode_prompt("a red circle")
+        assert counters["blocks_copied"] == copied
+    pipeline.encode_prompt(None, prompt_embeds=x)
+    assert counters["blocks_copied"] == 8
+
+
+@pytest.mark.parametrize("stage", ["on its way", "encoding"])
+def test_the_text_encoder_leaves_after_an_error(stage, monkeypatch):
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    pipeline = pipeline_of(encode_prompt=fail)
+    before = list(pipeline.text_encoder.parameters())
+    swap(pipeline, count=0)
+    if stage == "on its way":
+        monkeypatch.setattr(Stack, "_fetch", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        pipeline.encode_prompt("a red circle")
+    assert all(now is then for now, then in zip(pipeline.text_encoder.parameters(), before, strict=True))
+    assert not hooked(pipeline.text_encoder)
 
 
 # -- the stack ------------------------------------------------------------------------------------------------------
@@ -129,6 +219,45 @@ def test_blocks_may_be_left_out(left_out):
         chain.left_out = left_out
 
 
+@pytest.mark.parametrize("count", range(1, 8))
+def test_blocks_of_unequal_sizes(count):
+    """They take as many bytes as was said beforehand."""
+    chain, x = Chain((32, 24, 40, 96, 48, 32, 20, 64)), torch.randn(2, 32)
+    wanted = chain(x)
+    stack, _ = stack_of(chain)
+    stack.enter(count)
+    assert on_gpu(chain) == stack.sizes.on_gpu(count)
+    for _ in range(2):
+        assert torch.equal(chain(x), wanted)
+
+
+@pytest.mark.parametrize("count", [3, 4, 7])
+@pytest.mark.parametrize("endless", [True, False])
+def test_the_block_that_follows_is_fetched_at_once(count, endless):
+    """Without waiting for its turn to come, when there would be nothing to compute meanwhile."""
+    chain, x = Chain(), torch.randn(2, 32)
+    stack, _ = stack_of(chain, endless=endless)
+    stack.enter(count)
+    for _ in range(2):
+        for turn, position in enumerate(spread(count, 7)):
+            chain.blocks[position](x)
+            last = turn + PLACES >= count
+            follows = turn + PLACES if not last else turn % PLACES if endless else turn
+            weight, place = stack.away[follows].large[0], stack.places[turn % PLACES]
+            assert torch.equal(place.memory.view(weight.dtype).view(weight.shape), weight)
+
+
+@pytest.mark.parametrize("count", range(1, PLACES + 1))
+@pytest.mark.parametrize("endless", [True, False])
+def test_who_has_a_place_of_its_own_is_copied_once(count, endless):
+    chain, x = Chain(), torch.randn(2, 32)
+    stack, counters = stack_of(chain, endless=endless)
+    stack.enter(count)
+    for _ in range(3):
+        chain(x)
+    assert counters["blocks_copied"] == count
+
+
 def test_a_step_copies_each_swapped_block_once():
     chain, x = Chain(), torch.randn(2, 32)
     stack, counters = stack_of(chain)
@@ -147,21 +276,35 @@ def test_originals_come_back():
     stack, _ = stack_of(chain, endless=False)
     stack.enter(7)
     assert not set(before) & {id(parameter) for parameter in chain.parameters()}
+    assert all(isinstance(tensor, nn.Parameter) for tensor in chain.parameters())
     stack.leave()
     assert [id(parameter) for parameter in chain.parameters()] == before
-    assert not any(block._forward_pre_hooks or block._forward_hooks for block in chain.blocks)
+    assert not hooked(chain)
+
+
+def test_copies_are_freed():
+    chain = Chain()
+    stack, _ = stack_of(chain, endless=False)
+    stack.enter(4)
+    tensors = [*chain.parameters(), *(place.memory for place in stack.places)]
+    tensors += [copied for block in stack.blocks for copied in block.copies]
+    there = [weakref.ref(tensor) for tensor in tensors]
+    del tensors
+    stack.leave()
+    assert not any(tensor() is not None for tensor in there)
 
 
 def test_quantized_weights_stay_quantized():
     pytest.importorskip("torchao")
     from torchao.quantization import Float8WeightOnlyConfig, quantize_
 
-    chain, x = Chain(width=64).to(torch.bfloat16), torch.randn(2, 64, dtype=torch.bfloat16)
+    chain, x = Chain((64,) * 8).to(torch.bfloat16), torch.randn(2, 64, dtype=torch.bfloat16)
     quantize_(chain.blocks, Float8WeightOnlyConfig(set_inductor_config=False))
     wanted = chain(x)
     stack, _ = stack_of(chain)
     stack.enter(5)
     assert {type(block.weight.data) for block in chain.blocks} == {type(stack.blocks[0].home[0][2].data)}
+    assert all(isinstance(tensor, nn.Parameter) for tensor in chain.parameters())
     for _ in range(2):
         assert torch.equal(chain(x), wanted)
 
@@ -175,6 +318,13 @@ def test_as_few_as_fit():
     assert stack.sizes.fewest(whole - each) == 3
     assert stack.sizes.fewest(whole - each - 1) == 4
     assert stack.sizes.fewest(0) == 7
+
+
+def test_tensors_are_aligned():
+    tensors = [torch.zeros(300, dtype=torch.uint8), torch.zeros(5), torch.zeros(1)]
+    memory = torch.empty(packed_bytes(tensors), dtype=torch.uint8)
+    starts = [tensor.data_ptr() - memory.data_ptr() for tensor in packed(tensors, memory)]
+    assert (starts, len(memory)) == ([0, 512, 768], 1024)
 
 
 @pytest.mark.parametrize(("count", "total"), [(0, 5), (1, 5), (2, 5), (5, 5), (7, 56), (55, 56)])
@@ -207,6 +357,20 @@ def test_fused_kernels_read_the_places(count, large, monkeypatch):
     for calls in (1, 2):
         assert torch.equal(model(**arguments)[0], plain)
         assert counters["fused_block_calls"] == 5 * calls
+
+
+@pytest.mark.parametrize("large", [1, 2**20])
+def test_fused_kernels_find_quantized_weights_side_by_side(large, monkeypatch):
+    """Whether swapped or too small, and though the layers' scales come in between."""
+    pytest.importorskip("torchao")
+    from torchao.quantization import Float8WeightOnlyConfig, quantize_
+
+    monkeypatch.setattr(offload, "PINNED_FROM_BYTES", large)
+    attention = nn.Sequential(*(nn.Linear(64, 64, bias=False, dtype=torch.bfloat16) for _ in "qkv"))
+    quantize_(attention.requires_grad_(False), Float8WeightOnlyConfig(set_inductor_config=False))
+    block = Block(list(offload.slots(attention)))
+    block.move_in(torch.empty(block.bytes, dtype=torch.uint8))
+    Projection(*attention, in_place=True)
 
 
 def test_fused_kernels_refuse_to_copy_what_changes():
