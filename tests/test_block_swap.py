@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent / "kernels"))
 import reference
 from small_transformer import inputs, transformer
 
-from fluxrun import offload
+from fluxrun import offload, swap_sizes
 from fluxrun.block_swap import ALIGNMENT, Block, Stack, SwapBlocks, packed, packed_bytes
 from fluxrun.estimate import SPARE_BYTES
 from fluxrun.kernels.blocks import Projection, fuse
@@ -41,7 +41,7 @@ def bench():
 @pytest.fixture(autouse=True)
 def small_tensors_swap(monkeypatch, on_a_cpu):
     """Real blocks have tensors of hundreds of MB, these have some KB."""
-    monkeypatch.setattr(offload, "PINNED_FROM_BYTES", 1024)
+    monkeypatch.setattr(swap_sizes, "LARGE_BYTES", 1024)
 
 
 class Chain(nn.Module):
@@ -344,7 +344,7 @@ def test_evenly_spread(count, total):
 @pytest.mark.parametrize("large", [1024, 8192])
 def test_fused_kernels_read_the_places(count, large, monkeypatch):
     """Also where query, key and value are too small to be swapped (4.6 KB here, the feed-forward's weights 28 KB)."""
-    monkeypatch.setattr(offload, "PINNED_FROM_BYTES", large)
+    monkeypatch.setattr(swap_sizes, "LARGE_BYTES", large)
     model = transformer(torch.bfloat16)
     arguments = inputs(torch.bfloat16)
     plain = copy.deepcopy(model)(**arguments)[0]
@@ -365,7 +365,7 @@ def test_fused_kernels_find_quantized_weights_side_by_side(large, monkeypatch):
     pytest.importorskip("torchao")
     from torchao.quantization import Float8WeightOnlyConfig, quantize_
 
-    monkeypatch.setattr(offload, "PINNED_FROM_BYTES", large)
+    monkeypatch.setattr(swap_sizes, "LARGE_BYTES", large)
     attention = nn.Sequential(*(nn.Linear(64, 64, bias=False, dtype=torch.bfloat16) for _ in "qkv"))
     quantize_(attention.requires_grad_(False), Float8WeightOnlyConfig(set_inductor_config=False))
     block = Block(list(offload.slots(attention)))

@@ -23,7 +23,7 @@ import pytest
 import torch
 from torch import nn
 
-from fluxrun import block_swap, offload
+from fluxrun import block_swap, swap_sizes
 from fluxrun.block_swap import Stack
 
 DEVICE = SimpleNamespace(type="cuda")
@@ -107,7 +107,7 @@ class Gpu:
             patch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: self.tell(stream, tensor))
             patch.setattr(Stack, "_memory", lambda stack, size: self.allocate(size))
             patch.setattr(block_swap, "copy_all", self.copy)
-            patch.setattr(offload, "PINNED_FROM_BYTES", 1)
+            patch.setattr(swap_sizes, "LARGE_BYTES", 1)
             yield
 
     @contextmanager

@@ -121,7 +121,7 @@ def test_what_is_swapped_is_told_from_the_architecture(name, quantized):
 
     layers = list(encoder.to(torch.bfloat16).get_decoder().layers)
     cut = 2 * sum(p.numel() for p in encoder.parameters())
-    told = text_encoder_sizes(found.text_encoder, cut, 2, needed.read)
+    told = text_encoder_sizes(found.text, cut, 2, needed.read)
     compare(told, layers, cut - sum(2 * p.numel() for layer in layers for p in layer.parameters()))
 
 
@@ -135,7 +135,7 @@ def halved(transformer: Any, blocks: list[Any]) -> int:
 
 
 def compare(told: StackSizes, blocks: list[Any], rest: int) -> None:
-    real = [Block(list(slots(block))) for block in blocks]
+    real = [Block(slots(block)) for block in blocks]
     assert told.blocks == tuple(block.bytes for block in real)
     # Norms and scales, some MB, are left out.
     assert told.small == pytest.approx(sum(packed_bytes(block.small) for block in real), abs=2**20)

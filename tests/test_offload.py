@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import draw, hashes, small
 
-from fluxrun import offload
+from fluxrun import offload, swap_sizes
 from fluxrun.workbench import Workbench
 
 
@@ -110,7 +110,7 @@ def test_turns(on_a_cpu):
 
 def test_pins_hold_what_is_registered_and_let_it_go(monkeypatch):
     registered: set[int] = set()
-    monkeypatch.setattr(offload, "PINNED_FROM_BYTES", 1)
+    monkeypatch.setattr(swap_sizes, "LARGE_BYTES", 1)
     monkeypatch.setattr(offload, "_register", lambda storage: not registered.add(storage.data_ptr()))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
 

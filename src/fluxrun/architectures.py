@@ -59,6 +59,11 @@ class Architecture:
     parameters: dict[str, int]
     init_std: float | None = 0.02
 
+    @property
+    def text(self) -> Config:
+        """The language model's own config: dev's is nested beside its vision tower's."""
+        return {**self.text_encoder, **self.text_encoder.get("text_config", {})}
+
     def bytes_in(self, dtype: str) -> dict[str, int]:
         """Weight bytes of each component in ``dtype`` (float32, bfloat16 or float16)."""
         size = 4 if dtype == "float32" else 2
@@ -66,12 +71,17 @@ class Architecture:
 
     def unread_text_parameters(self, read: tuple[int, ...]) -> int:
         """Parameters of the text encoder that no hidden state of ``read`` needs: layers behind, an untied head."""
-        text = {**self.text_encoder, **self.text_encoder.get("text_config", {})}
-        hidden, head = text["hidden_size"], text["head_dim"]
-        heads, shared = text["num_attention_heads"], text["num_key_value_heads"]
-        layer = 2 * hidden * head * (heads + shared) + 3 * hidden * text["intermediate_size"]
+        text = self.text
         dropped = text["num_hidden_layers"] - layers_needed(text["num_hidden_layers"], read)
-        return dropped * layer + (0 if text["tie_word_embeddings"] else text["vocab_size"] * hidden)
+        head = 0 if text["tie_word_embeddings"] else text["vocab_size"] * text["hidden_size"]
+        return dropped * sum(text_layer(text)) + head
+
+
+def text_layer(text: Config) -> tuple[int, ...]:
+    """Parameters of each matrix in a language model's layer: query, key, value, output, gate, up, down."""
+    query, key = (text[heads] * text["head_dim"] for heads in ("num_attention_heads", "num_key_value_heads"))
+    wide = text["intermediate_size"]
+    return tuple(text["hidden_size"] * width for width in (query, key, key, query, wide, wide, wide))
 
 
 def _qwen3(**sizes: Any) -> Config:

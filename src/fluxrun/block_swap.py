@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fluxrun import offload
+from fluxrun import swap_sizes
 from fluxrun.estimate import SPARE_BYTES
 from fluxrun.offload import Guest, Slot, slots
 from fluxrun.swap_sizes import PLACES, StackSizes, spread
@@ -48,8 +48,7 @@ class SwapBlocks:
             working = max(working, self.text_encoder.sizes.on_gpu(len(layers)))
             pipeline.encode_prompt = partial(self._encode, pipeline.encode_prompt)
         beside = SPARE_BYTES + working + tensor_bytes(tensor for _, _, tensor in slots(pipeline.vae))
-        count = self.transformer.sizes.fewest(room - beside) if count is None else min(count, len(blocks))
-        self.transformer.enter(count if count > PLACES else 0)  # in two places two blocks can as well stay
+        self.transformer.enter(self.transformer.sizes.count(count, room - beside))
 
     def _encode(self, encode_prompt: Any, *args: Any, **kwargs: Any) -> Any:
         """``encode_prompt`` with the text encoder on the GPU, if there is a prompt to encode."""
@@ -80,7 +79,7 @@ class Stack:
         endless: bool,
     ) -> None:
         self.device, self.counters, self.endless = device, counters, endless
-        self.blocks = [Block(list(slots(block))) for block in blocks]
+        self.blocks = [Block(slots(block)) for block in blocks]
         tables = {id(table) for block in self.blocks for table, _, _ in block.home}
         self.rest = Guest(slot for slot in slots(module) if id(slot[0]) not in tables)
         self.places: list[Place] = []
@@ -194,15 +193,15 @@ class Place:
     """Event: who was there last has computed."""
 
 
-class Block:
+class Block(Guest):
     """One block's weights: the large tensors, which can be swapped, and the small ones, which stay on the GPU.
 
     Large is what ``Pins`` page-locks (``swap_sizes.LARGE_BYTES``).
     """
 
-    def __init__(self, home: list[Slot]) -> None:
-        self.home = home
-        plain = [inside for _, _, tensor in home for inside in plain_tensors(tensor)]
+    def __init__(self, home: Iterable[Slot]) -> None:
+        super().__init__(home)
+        plain = [inside for _, _, tensor in self.home for inside in plain_tensors(tensor)]
         self.large = _in_order(tensor for tensor in plain if _is_large(tensor))
         self.small = _in_order(tensor for tensor in plain if not _is_large(tensor))
         self.bytes = packed_bytes(self.large)
@@ -224,8 +223,7 @@ class Block:
     def go_home(self) -> None:
         """Give the modules the originals back."""
         self.copies = []
-        for table, name, tensor in self.home:
-            table[name] = tensor
+        super().go_home()
 
 
 def _in_order(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
@@ -254,7 +252,7 @@ def copy_all(originals: Sequence[torch.Tensor], copies: Sequence[torch.Tensor]) 
 
 
 def _is_large(tensor: torch.Tensor) -> bool:
-    return tensor.nbytes >= offload.PINNED_FROM_BYTES
+    return tensor.nbytes >= swap_sizes.LARGE_BYTES
 
 
 def _aligned(size: int) -> int:

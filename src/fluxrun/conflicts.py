@@ -98,7 +98,8 @@ class Conflict:
 CONFLICTS = (
     Conflict(
         ("kernels", _named("fused")), ("memory", _moves_weights),
-        "the fused kernels read the weights where they found them, this offloading moves them (memory=block_swap goes)",
+        "the fused kernels read the weights where they found them, and offloading moves them (memory=block_swap "
+        "changes what lies there instead)",
         "kernels", "diffusers",
     ),
     Conflict(

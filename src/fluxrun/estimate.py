@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxrun.architectures import HIDDEN_STATES_READ, Architecture, architecture
 from fluxrun.machine import GIB, Machine
-from fluxrun.swap_sizes import PLACES, StackSizes, text_encoder_sizes, transformer_sizes, unknown_sizes
+from fluxrun.swap_sizes import StackSizes, text_encoder_sizes, transformer_sizes, unknown_sizes
 
 if TYPE_CHECKING:
     from fluxrun.options.memory import MemoryKnobs
@@ -76,7 +76,7 @@ def _joined_bytes(plan: Plan) -> int:
     every double block. In bf16 klein-4B 0.5 GB, dev 3.4 (measured: 0.6 and 3.3)."""
     if not getattr(plan.options["kernels"], "joins_projections", False):
         return 0
-    size = 2 if plan.options["quantization"].name == "none" else 1
+    size = _itemsize(plan) // _share(plan)
     return int(_sizes(plan).get("num_layers", 8)) * 2 * 3 * _width(plan) ** 2 * size
 
 
@@ -106,13 +106,14 @@ def memory_needs(plan: Plan) -> dict[str, int] | None:
     group = plan.options["memory"]
     largest = LARGEST_BLOCK if getattr(group, "group_level", "leaf") == "block" else LARGEST_LEAF
     blocks, asked = _transformer_sizes(plan), _blocks_to_swap(plan)
+    swapped = len(blocks.blocks) if asked is None else min(asked, len(blocks.blocks))
     text_leaf = _largest_text_leaf(plan, text)
     leaf = max(transformer // LARGEST_LEAF, text_leaf)
     return {
         "resident": outside + text + transformer + vae + work,
         "staged": outside + max(text, transformer + vae + work),
         "balanced": outside + vae + max(text, transformer + work),
-        "block_swap": _beside_swapping(plan) + blocks.on_gpu(_at_most(asked, blocks)),
+        "block_swap": _beside_swapping(plan) + blocks.on_gpu(swapped),
         # One group computes while the next one arrives.
         "group": outside + vae + 2 * max(transformer // largest, text_leaf) + work,
         "sequential": outside + leaf + work,
@@ -138,19 +139,13 @@ def need_in_words(plan: Plan, name: str, need: int, budget: int) -> str:
     if name != "block_swap":
         return f"needs about {of}"
     sizes = _transformer_sizes(plan)
-    asked = _blocks_to_swap(plan)
-    count = sizes.fewest(budget - _beside_swapping(plan)) if asked is None else _at_most(asked, sizes)
-    moved = sum(sizes.away(count)) if count > PLACES else 0
-    return f"needs at least {of}, swaps {count} of {len(sizes.blocks)} blocks, {moved / GIB:.1f} GB a step"
+    count = sizes.count(_blocks_to_swap(plan), budget - _beside_swapping(plan))
+    moved = sum(sizes.away(count)) / GIB
+    return f"needs at least {of}, swaps {count} of {len(sizes.blocks)} blocks, {moved:.1f} GB a step"
 
 
 def _blocks_to_swap(plan: Plan) -> int | None:
     return getattr(plan.options["memory"], "blocks_to_swap", None)
-
-
-def _at_most(asked: int | None, sizes: StackSizes) -> int:
-    """How many blocks are swapped if it must be many: all of them, or as many as were asked for."""
-    return len(sizes.blocks) if asked is None else min(asked, len(sizes.blocks))
 
 
 def _transformer_sizes(plan: Plan) -> StackSizes:
@@ -171,7 +166,7 @@ def _text_encoder_sizes(plan: Plan) -> StackSizes:
         return unknown_sizes(total, UNKNOWN_PARTS)
     read = model.text_encoder_out_layers or HIDDEN_STATES_READ[found.pipeline]
     whole = model.text_encoder_layers == "all"
-    return text_encoder_sizes(found.text_encoder, total, _itemsize(plan), None if whole else tuple(read))
+    return text_encoder_sizes(found.text, total, _itemsize(plan), None if whole else tuple(read))
 
 
 def _largest_text_leaf(plan: Plan, text: int) -> int:
@@ -179,8 +174,7 @@ def _largest_text_leaf(plan: Plan, text: int) -> int:
     found = _architecture(plan)
     if found is None:
         return text // LARGEST_TEXT_LEAF
-    config = {**found.text_encoder, **found.text_encoder.get("text_config", {})}
-    return int(config["vocab_size"] * config["hidden_size"] * _itemsize(plan))
+    return int(found.text["vocab_size"] * found.text["hidden_size"] * _itemsize(plan))
 
 
 def _itemsize(plan: Plan) -> int:

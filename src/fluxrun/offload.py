@@ -14,11 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fluxrun.swap_sizes import LARGE_BYTES
+from fluxrun import swap_sizes
 from fluxrun.tensors import plain_tensors, tensor_bytes
-
-PINNED_FROM_BYTES = LARGE_BYTES
-"""Smaller tensors may share a page with others, which can be registered only once."""
 
 Slot = tuple[dict[str, Any], str, torch.Tensor]
 
@@ -172,7 +169,7 @@ def _large_storages(pipeline: Any) -> list[torch.UntypedStorage]:
     modules = [m for m in (pipeline.text_encoder, pipeline.transformer) if isinstance(m, nn.Module)]
     tensors = (plain for m in modules for _, _, tensor in slots(m) for plain in plain_tensors(tensor))
     found = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors if t.device.type == "cpu"}
-    return [storage for storage in found.values() if storage.nbytes() >= PINNED_FROM_BYTES]
+    return [storage for storage in found.values() if storage.nbytes() >= swap_sizes.LARGE_BYTES]
 
 
 def _register(storage: torch.UntypedStorage) -> bool:

@@ -89,7 +89,7 @@ def _fill(module: nn.Module, dtype: torch.dtype, device: str, std: float | None)
             if id(old) not in made:
                 value = torch.empty(old.shape, dtype=number, device=where)
                 _initialise(value, name, std, generator)
-                made[id(old)] = nn.Parameter(_placed(value.to(dtype), device), requires_grad=False)
+                made[id(old)] = nn.Parameter(value.to(device, dtype), requires_grad=False)
             owner._parameters[name] = made[id(old)]
         for name, buffer in list(owner._buffers.items()):
             if buffer is not None:
@@ -101,13 +101,6 @@ def _fill(module: nn.Module, dtype: torch.dtype, device: str, std: float | None)
 def _drawing_device(device: str) -> str:
     """``device``, but a GPU for weights that are placed on the CPU to be offloaded: it draws them far faster."""
     return "cuda" if device == "cpu" and torch.cuda.is_available() else device
-
-
-def _placed(value: torch.Tensor, device: str) -> torch.Tensor:
-    """``value`` on ``device``; from a GPU to the CPU, memory is first touched by all cores, which is far faster."""
-    if device != "cpu" or not value.is_cuda:
-        return value.to(device)
-    return torch.empty_like(value, device="cpu").fill_(0).copy_(value)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fluxrun.architectures import layers_needed
+from fluxrun.architectures import layers_needed, text_layer
 
 PLACES = 2
 """Places on the GPU that swapped blocks share: one of them computes while the next one arrives."""
@@ -35,13 +35,21 @@ class StackSizes:
         return self.rest + self.small + sum(self.blocks) - sum(away) + min(PLACES, count) * max(away, default=0)
 
     def away(self, count: int) -> list[int]:
-        """Bytes of each swapped block: what a step copies. One or two stay in the places that they have anyway."""
+        """Bytes of each swapped block: what a step copies."""
         return [self.blocks[n] for n in spread(count, len(self.blocks))]
 
     def fewest(self, room: int) -> int:
         """How few blocks must be swapped to stay within ``room`` bytes; all of them if that is not enough either."""
         total = len(self.blocks)
         return next((count for count in range(total) if self.on_gpu(count) <= room), total)
+
+    def count(self, asked: int | None, room: int) -> int:
+        """How many blocks to swap: as many as ``asked`` for; None: as few as fit ``room``.
+
+        As many as there are places are none: a block with a place of its own can as well stay.
+        """
+        count = self.fewest(room) if asked is None else min(asked, len(self.blocks))
+        return count if count > PLACES else 0
 
 
 def spread(count: int, total: int) -> list[int]:
@@ -59,12 +67,9 @@ def transformer_sizes(config: dict[str, Any], total: int, itemsize: int, block_i
     return _sizes(total - elements * itemsize, [[n * square * block_itemsize for n in block] for block in blocks])
 
 
-def text_encoder_sizes(config: dict[str, Any], total: int, itemsize: int, read: tuple[int, ...] | None) -> StackSizes:
-    """Of a Qwen3 or Mistral3 text encoder with ``total`` bytes, cut behind the hidden states ``read`` (None: whole)."""
-    text = {**config, **config.get("text_config", {})}
-    hidden, head, wide = text["hidden_size"], text["head_dim"], text["intermediate_size"]
-    query, key = text["num_attention_heads"] * head, text["num_key_value_heads"] * head
-    layer = [hidden * width * itemsize for width in (query, key, key, query, wide, wide, wide)]
+def text_encoder_sizes(text: dict[str, Any], total: int, itemsize: int, read: tuple[int, ...] | None) -> StackSizes:
+    """Of an ``Architecture.text`` encoder with ``total`` bytes, cut behind the hidden states ``read`` (None: whole)."""
+    layer = [count * itemsize for count in text_layer(text)]
     layers = text["num_hidden_layers"] if read is None else layers_needed(text["num_hidden_layers"], read)
     return _sizes(total - layers * sum(layer), [layer] * layers)
 

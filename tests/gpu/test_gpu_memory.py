@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import fluxrun
-from fluxrun import offload
+from fluxrun import swap_sizes
 from fluxrun.errors import FluxrunError
 from fluxrun.machine import GIB, detect
 from fluxrun.record import RunRecord
@@ -55,11 +55,11 @@ def test_the_same_picture(memory: str, overrides: list[str], tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("overrides", [[], ["kernels=fused"], ["quantization=fp8", "kernels=fused"]], ids=" ".join)
-@pytest.mark.parametrize("count", [2, 5, 99])
+@pytest.mark.parametrize("count", [3, 5, 99])
 def test_swapped_blocks_draw_the_same(
     overrides: list[str], count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(offload, "PINNED_FROM_BYTES", 2**16)  # the weights of a small model are small
+    monkeypatch.setattr(swap_sizes, "LARGE_BYTES", 2**16)  # the weights of a small model are small
     resident = draw(tmp_path / "a", *SHAPES, *overrides, "memory=resident")
     swapped = draw(tmp_path / "b", *SHAPES, *overrides, "memory=block_swap", f"memory.blocks_to_swap={count}")
     facts = swapped.options["memory"].facts
