@@ -25,7 +25,7 @@ MOST_WAITING = 4
 class Saver:
     """Writes a run's pictures on a thread of its own, as a context: on leaving, all of them are on disk.
 
-    Compressing a 1024x1024 PNG takes a CPU core 0.1 to 0.2 s, half as long as an H200 draws one with klein-4B. A
+    Compressing a 1024x1024 PNG takes a CPU core 0.1 to 0.2 s, about as long as an H200 draws one with klein-4B. A
     picture is in run.json as soon as it is on disk; one that cannot be written is raised in ``save`` or at the end.
     """
 
