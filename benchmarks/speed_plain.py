@@ -20,7 +20,7 @@ def plain_pipeline(model: Any, device: str, text_encoder: bool, dtype: str | Non
     """
     from diffusers import Flux2KleinPipeline, Flux2Pipeline
 
-    from fluxrun.random_weights import random_source
+    from fluxrun.weights.random_weights import random_source
 
     usual = "bfloat16" if device.startswith("cuda") else "float32"
     dtype = dtype or (usual if model.dtype == "auto" else model.dtype)

@@ -22,8 +22,8 @@ class Subject:
 
     def __init__(self, setting: Setting, overrides: list[str], text_encoder: bool) -> None:
         import fluxrun
-        from fluxrun.build import assembled
-        from fluxrun.runner import prepare
+        from fluxrun.planning.prepare import prepare
+        from fluxrun.runner import assembled
 
         # memory=staged builds without the text encoder, which nobody asks to encode here; resident keeps all of it
         # whatever memory the settings measured beside this one leave free.

@@ -269,9 +269,9 @@ class Files(Task):
         """fluxrun builds at its first run."""
         if self.job.setting.recipe is not None:
             return super().build(argument)
-        from fluxrun.workbench import Workbench
+        from fluxrun.pipeline.session_pool import SessionPool
 
-        self.bench = Workbench()
+        self.bench = SessionPool()
         return {}
 
     def warm(self, _: Any) -> Reply:
@@ -308,7 +308,7 @@ class Files(Task):
         prompts.write_text("\n".join(PROMPTS), encoding="utf-8")
         # resident, whatever memory the settings measured beside this one leave free.
         given = [*self.job.overrides, *self.job.setting.overrides, "memory=resident", f"prompts_file={prompts}"]
-        self.record = fluxrun.run(fluxrun.compose(given), folder / "run", workbench=self.bench)
+        self.record = fluxrun.run(fluxrun.compose(given), folder / "run", pool=self.bench)
 
 
 class Long(Task):

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fluxrun.plan import stand_in
-
 Row = dict[str, Any]
 PLAIN = "plain"
 
@@ -235,5 +233,8 @@ def _matches(row: Row, model: str, setting: str, metric: str) -> bool:
 def fallen_back(row: Row) -> str:
     """`` (compile: cudagraphs → regional)`` for a setting that is not what it was asked to be; else nothing."""
     options = {g: o for g, o in (row.get("options") or {}).items() if o.get("fallbacks")}
-    parts = [f"{g}: {o['requested']} → {stand_in(o['requested'], o['effective'])}" for g, o in options.items()]
+    parts = [
+        f"{g}: {o['requested']} → {o['effective'] if o['effective'] != o['requested'] else 'a part of it'}"
+        for g, o in options.items()
+    ]
     return f" ({', '.join(parts)})" if parts else ""

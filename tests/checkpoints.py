@@ -19,7 +19,7 @@ HOLLOW_WEIGHTS = {
 @functools.cache
 def tiny_folder(pipeline: str = "klein", *, distilled: bool = True, dtype: str = "float32") -> Path:
     """A real checkpoint of the tiny model, sharded, written once per test process. Copy it before changing it."""
-    from fluxrun.models import save_tiny
+    from fluxrun.weights.loading import save_tiny
 
     root = Path(tempfile.mkdtemp(prefix="fluxrun-tiny-"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)

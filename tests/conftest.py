@@ -45,7 +45,7 @@ def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Offload "to" the CPU: copies are made, as to a GPU, and everything else is real."""
     import torch
 
-    from fluxrun import offload
+    from fluxrun.offload import components as offload
     from fluxrun.options.memory import Offload
 
     def copied(tensor: torch.Tensor, device: object) -> torch.Tensor:

@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fluxrun.compose import compose
-from fluxrun.config import GROUPS, RunConfig
-from fluxrun.machine import GIB, Gpu, Machine
-from fluxrun.plan import Plan
-from fluxrun.record import RunRecord
-from fluxrun.runner import prepare
+from fluxrun.config.composition import compose
+from fluxrun.config.schema import GROUPS, RunConfig
+from fluxrun.formatting import GIB
+from fluxrun.hardware.machine import Gpu, Machine
+from fluxrun.planning.plan import Plan
+from fluxrun.planning.prepare import prepare
+from fluxrun.record.schema import RunRecord
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 SMALL = ("model=tiny", "height=64", "width=64", "steps=2", "model.max_sequence_length=32")

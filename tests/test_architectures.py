@@ -13,7 +13,7 @@ NAMES = [("klein_4b", "klein"), ("klein_9b", "klein"), ("dev", "dev"), ("tiny", 
 def test_parameter_counts(name, pipeline):
     from accelerate import init_empty_weights
 
-    from fluxrun.random_weights import builders
+    from fluxrun.weights.random_weights import builders
 
     sizes = architecture(name, pipeline)
     for component in MODEL_COMPONENTS:

@@ -10,9 +10,10 @@ from helpers import composed
 from PIL import Image
 
 from fluxrun.errors import ConfigError
-from fluxrun.picture import pixel_hash
-from fluxrun.record import RunRecord
-from fluxrun.runner import prepare, run
+from fluxrun.planning.prepare import prepare
+from fluxrun.record.picture import pixel_hash
+from fluxrun.record.schema import RunRecord
+from fluxrun.runner import run
 from fluxrun.shapes.captions import parse
 from fluxrun.shapes.checker import score
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fluxrun.blame import blame
 from fluxrun.errors import chain
+from fluxrun.pipeline.blame import blame
 
 
 def raised(error: BaseException, *, cause: BaseException | None = None, context: BaseException | None = None):

@@ -8,18 +8,18 @@ import sys
 import pytest
 from helpers import draw, fluxrun
 
-from fluxrun.catalog import Catalog
-from fluxrun.compose import compose, config_dirs
+from fluxrun.config.catalog import Catalog
+from fluxrun.config.composition import compose, config_dirs
 from fluxrun.errors import ConfigError
-from fluxrun.picture import read_metadata
-from fluxrun.record import read_record
+from fluxrun.record.folder import read_record
+from fluxrun.record.picture import read_metadata
 
 CLASS = '''
 from pydantic import Field
-from fluxrun import Option
+from fluxrun.options.vae import VaeOption
 
 
-class Brighter(Option):
+class Brighter(VaeOption):
     """Scales the latents before they are decoded."""
 
     by: float = Field(1.5, gt=0)
@@ -69,7 +69,7 @@ def test_it_is_validated_and_suggested(own):
         compose(["vae=brighter", "vae.by=0"], config_dir=own)
     with pytest.raises(ConfigError, match="did you mean 'brighter'"):
         compose(["vae=brigter"], config_dir=own)
-    with pytest.raises(ConfigError, match="allowed: by, fallback"):
+    with pytest.raises(ConfigError, match="allowed: by, channels_last, fallback"):
         compose(["vae=brighter", "+vae.how=0"], config_dir=own)
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from helpers import CONF, H100, RTX_4090, cuda_machine, draw, effective, plan_on
 
-from fluxrun.workbench import Workbench
+from fluxrun.pipeline.session_pool import SessionPool
 
 PRESETS = sorted(path.stem for path in (CONF / "preset").glob("*.yaml"))
 RTX_3060 = cuda_machine("NVIDIA GeForce RTX 3060", 12, (8, 6), free=11.6, ram=64)
@@ -17,13 +17,13 @@ RTX_4070 = cuda_machine("NVIDIA GeForce RTX 4070", 12, (8, 9), free=11.6, ram=64
 
 @pytest.fixture(scope="module")
 def bench():
-    with Workbench() as workbench:
-        yield workbench
+    with SessionPool() as pool:
+        yield pool
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_runs_on_this_machine(name, bench, tmp_path):
-    record = draw(tmp_path / "run", f"+preset={name}", "device=cpu", workbench=bench)
+    record = draw(tmp_path / "run", f"+preset={name}", "device=cpu", pool=bench)
     assert (record.status, len(record.images)) == ("completed", 1)
     assert all(fallback.reason for option in record.options.values() for fallback in option.fallbacks)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import runpy
+
 import pytest
 
 from fluxrun.paths import PACKAGE
-from fluxrun.reference import documents
 
 ROOT = PACKAGE.parents[1]
+documents = runpy.run_path(str(ROOT / "docs" / "reference.py"))["documents"]
 
 
 @pytest.mark.parametrize("path", documents(ROOT), ids=lambda path: path.name)

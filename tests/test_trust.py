@@ -8,10 +8,10 @@ import pytest
 from helpers import fluxrun, said
 from PIL import Image
 
-from fluxrun.compose import compose
+from fluxrun.cli.rerun import from_image
+from fluxrun.config.composition import compose
 from fluxrun.errors import ConfigError, TrustError
-from fluxrun.picture import save_image
-from fluxrun.rerun import from_image
+from fluxrun.record.picture import save_image
 from fluxrun.trust import check_target
 
 GLOBAL = "# @package _global_\n# fluxrun +preset=mine\n"
@@ -147,8 +147,8 @@ def test_an_image_from_a_stranger(tmp_path, change):
 
 
 def test_a_record_from_a_stranger(tmp_path):
-    from fluxrun.record import RunRecord
-    from fluxrun.rerun import from_folder
+    from fluxrun.cli.rerun import from_folder
+    from fluxrun.record.schema import RunRecord
 
     config = {**compose([]).source, "vae": {"_target_": "shutil.rmtree"}}
     record = RunRecord(run_id="x", started_at="now", config=config, config_hash="x")

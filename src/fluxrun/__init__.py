@@ -6,25 +6,23 @@
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from fluxrun.version import __version__
 
 if TYPE_CHECKING:
-    from fluxrun.build import build as build
-    from fluxrun.compose import compose as compose
-    from fluxrun.config import Option as Option
-    from fluxrun.config import RunConfig as RunConfig
+    from fluxrun.config.composition import compose as compose
+    from fluxrun.config.schema import RunConfig as RunConfig
+    from fluxrun.options.base import Option as Option
+    from fluxrun.runner import build as build
     from fluxrun.runner import run as run
 
 _LAZY = {
-    "build": "fluxrun.build",
-    "compose": "fluxrun.compose",
-    "Option": "fluxrun.config",
-    "RunConfig": "fluxrun.config",
+    "build": "fluxrun.runner",
+    "compose": "fluxrun.config.composition",
+    "Option": "fluxrun.options.base",
+    "RunConfig": "fluxrun.config.schema",
     "run": "fluxrun.runner",
 }
 __all__ = ["Option", "RunConfig", "__version__", "build", "compose", "run"]
@@ -34,14 +32,3 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'fluxrun' has no attribute {name!r}")
-
-
-class _Package(ModuleType):
-    """Importing a submodule binds its name in the package; ``fluxrun.build`` and ``fluxrun.compose`` stay functions."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _LAZY and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -8,7 +8,7 @@ import sys
 def main() -> None:
     """Run the command line; Ctrl+C while it is still being imported ends in one line as well."""
     try:
-        from fluxrun.cli import main as run
+        from fluxrun.cli.app import main as run
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -5,8 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+PATCH_PIXELS = 16
+"""Edge in pixels of the square that becomes one image token."""
+
+LARGEST_REFERENCE = 1024
+"""The pipelines scale reference pictures of a larger area than this edge's square down to it."""
+
 PipelineKind = Literal["klein", "dev"]
+
 ArchitectureName = Literal["dev", "klein_4b", "klein_9b", "tiny"]
+
 Config = dict[str, Any]
 
 PIPELINE_CLASSES: dict[str, PipelineKind] = {"Flux2KleinPipeline": "klein", "Flux2Pipeline": "dev"}
@@ -128,6 +136,7 @@ KLEIN_9B = Architecture(
     parameters={"text_encoder": 8_190_735_360, "transformer": 9_078_581_248, "vae": 84_046_115},
 )
 
+
 # Mistral-Small-3.x-24B with its Pixtral vision tower: the pipeline never feeds it images while drawing, but the
 # checkpoint holds it, so it is part of what a machine must carry.
 DEV = Architecture(
@@ -172,9 +181,11 @@ DEV = Architecture(
     parameters={"text_encoder": 24_011_361_280, "transformer": 32_223_281_152, "vae": 84_046_115},
 )
 
+
 # The tiny model has every part of the real one (both kinds of blocks, four VAE levels, more text layers than are
 # read), so whatever an option does to a real model it does to this one; only the widths are small.
 _TINY_HIDDEN = 32
+
 _TINY_TRANSFORMER: Config = {
     "in_channels": 16,
     "num_layers": 1,
@@ -185,12 +196,14 @@ _TINY_TRANSFORMER: Config = {
     "timestep_guidance_channels": 32,
     "axes_dims_rope": (8, 8, 8, 8),
 }
+
 _TINY_VAE: Config = {
     "block_out_channels": (16, 16, 32, 32),
     "layers_per_block": 1,
     "latent_channels": 4,
     "norm_num_groups": 8,
 }
+
 _TINY_TEXT: Config = {
     "vocab_size": 384,
     "hidden_size": _TINY_HIDDEN,
@@ -201,6 +214,7 @@ _TINY_TEXT: Config = {
     "head_dim": 16,
     "max_position_embeddings": 512,
 }
+
 TINY_TEXT_LAYERS = (1, 2, 3)
 """Hidden states read from the tiny text encoder (it has four layers, so one is unread, as in the real ones)."""
 

@@ -32,6 +32,14 @@ class OptionUnavailable(FluxrunError):
         self.exit_code = 2 if stage == "requires" else 1
 
 
+class OptionFailed(Exception):
+    """An option's failure on its way to the fallback, with the group it belongs to; never shown to a user."""
+
+    def __init__(self, group: str, error: BaseException) -> None:
+        super().__init__(one_line(error))
+        self.group, self.error = group, error
+
+
 class OutOfMemory(FluxrunError):
     """The run does not fit; the message names the options that would."""
 
@@ -59,3 +67,8 @@ def one_line(error: BaseException, limit: int = 400) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def exit_code_of(error: BaseException) -> int:
+    """The process's exit code for what ended a run."""
+    return error.exit_code if isinstance(error, FluxrunError) else 130 if isinstance(error, KeyboardInterrupt) else 1

@@ -1,4 +1,4 @@
-"""One run from config to record: prepare, build, generate, record."""
+"""One run from config to record: compose → plan → build → draw → record. ``run`` and ``build`` are the Python API."""
 
 from __future__ import annotations
 
@@ -6,45 +6,23 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from fluxrun.checkpoint import Located, check_layers, inspect
-from fluxrun.config import RunConfig
-from fluxrun.errors import FluxrunError, one_line
-from fluxrun.estimate import reference_tokens
-from fluxrun.interrupt import Interrupts
-from fluxrun.machine import Machine, detect
-from fluxrun.plan import Plan, make_plan, stand_in
-from fluxrun.progress import Reporter
-from fluxrun.prompts import Job, jobs_of, load_reference_images
-from fluxrun.record import RunFolder, RunRecord, environment, exit_code_of, status_of
-from fluxrun.workbench import Workbench
+from fluxrun.config.schema import RunConfig
+from fluxrun.errors import ConfigError, FluxrunError, exit_code_of, one_line
+from fluxrun.hardware.machine import Machine
+from fluxrun.pipeline.session import Session
+from fluxrun.pipeline.session_pool import SessionPool
+from fluxrun.planning.fallbacks import announce, settle
+from fluxrun.planning.plan import Plan
+from fluxrun.planning.prepare import Prepared, prepare
+from fluxrun.process.console import Reporter
+from fluxrun.process.signals import Interrupts
+from fluxrun.record.environment import environment
+from fluxrun.record.folder import RunFolder, status_of
+from fluxrun.record.schema import RunRecord
 
 log = logging.getLogger("fluxrun")
-
-
-@dataclass
-class Prepared:
-    """Everything that can be known, and refused, before any weight is read."""
-
-    config: RunConfig
-    jobs: list[Job]
-    references: list[Any]
-    located: Located
-    plan: Plan
-
-
-def prepare(config: RunConfig, machine: Machine | None = None) -> Prepared:
-    """Check all of a run's input and plan it. Imports no torch; raises ConfigError or OptionUnavailable."""
-    jobs = jobs_of(config)
-    references = load_reference_images(config.reference_images)
-    machine = machine or detect()
-    located = inspect(config.model, machine)  # type: ignore[arg-type]
-    plan = make_plan(config, machine, located, reference_tokens(references))
-    check_layers(plan.model, located)
-    return Prepared(config, jobs, references, located, plan)
 
 
 def run(
@@ -53,16 +31,16 @@ def run(
     *,
     command: Sequence[str] = (),
     machine: Machine | None = None,
-    workbench: Workbench | None = None,
+    pool: SessionPool | None = None,
     reporter: Reporter | None = None,
 ) -> RunRecord:
     """Draw a config's images into ``output_dir`` and return the record that is also its run.json.
 
-    ``workbench`` is what the runs of one process share (weights, pipeline); without one nothing outlives the run.
+    ``pool`` is what the runs of one process share (weights, pipeline); without one nothing outlives the run.
 
     Raises what ended the run when it was not completed; the record on disk then says so, with all finished images.
     """
-    folder = RunFolder(Path(output_dir), config, command)
+    folder = RunFolder(Path(output_dir), config.source, command)
     started = time.perf_counter()
     stage = _Stage()
     interrupts = Interrupts(
@@ -71,8 +49,8 @@ def run(
     )
     with interrupts:
         try:
-            with _borrowed(workbench) as bench:
-                _run(config, folder, interrupts, stage, machine, bench, reporter or Reporter())
+            with _borrowed(pool) as sessions:
+                _run(prepare(config, machine), folder, interrupts, stage, sessions, reporter or Reporter())
         except BaseException as error:
             ended = interrupts.error() if interrupts.requested else error
             _finish(folder, started, ended, stage.name)
@@ -80,14 +58,14 @@ def run(
                 raise ended from None
             raise
         _finish(folder, started, None, "")
-    if workbench is not None and interrupts.requested:  # too late for this run, but not for those that follow
-        workbench.interrupted = interrupts.error()
+    if pool is not None and interrupts.requested:  # too late for this run, but not for those that follow
+        pool.interrupted = interrupts.error()
     return folder.record
 
 
-def _borrowed(workbench: Workbench | None) -> AbstractContextManager[Workbench]:
-    """The caller's workbench, which stays open, or one for this run alone."""
-    return Workbench() if workbench is None else nullcontext(workbench)
+def _borrowed(pool: SessionPool | None) -> AbstractContextManager[SessionPool]:
+    """The caller's pool, which stays open, or one for this run alone."""
+    return SessionPool() if pool is None else nullcontext(pool)
 
 
 class _Stage:
@@ -103,50 +81,41 @@ class _Stage:
 
 
 def _run(
-    config: RunConfig,
+    prepared: Prepared,
     folder: RunFolder,
     interrupts: Interrupts,
     stage: _Stage,
-    machine: Machine | None,
-    workbench: Workbench,
+    pool: SessionPool,
     reporter: Reporter,
 ) -> None:
-    prepared = prepare(config, machine)
-    folder.record.environment = environment(prepared.plan.machine)
-    folder.plan(prepared.plan)
+    plan = prepared.plan
+
+    def note_options() -> None:
+        folder.note_options(plan.record(), plan.notes)
+
+    folder.record.environment = environment(plan.machine)
+    note_options()
     folder.write()
     _announce(prepared)
     stage.read = lambda: "load"
     with interrupts.immediate():
-        from fluxrun.generate import Generation
-    plan = prepared.plan
+        from fluxrun.drawing.generation import Generation
 
-    def on_change() -> None:
-        folder.plan(plan)
-
-    with workbench.session(prepared, reporter=reporter, interrupts=interrupts, on_change=on_change) as session:
+    with pool.session(prepared, reporter=reporter, interrupts=interrupts, on_change=note_options) as session:
         plan = session.plan
         generation = Generation(session, folder, prepared.jobs)
         stage.read = lambda: generation.stage
         try:
             generation.run()
         finally:
-            folder.plan(plan)
+            note_options()
 
 
 def _announce(prepared: Prepared) -> None:
     plan = prepared.plan
     chosen = " ".join(f"{group}={choice.effective}" for group, choice in plan.choices.items())
     log.info("%s on %s (%s)", chosen, plan.machine.device, plan.dtype)
-    for group, choice in plan.choices.items():
-        for fallback in choice.fallbacks:
-            log.warning(
-                "%s=%s cannot be used, falling back to %s (%s)",
-                group,
-                fallback.option,
-                stand_in(fallback.option, choice.effective),
-                fallback.reason,
-            )
+    announce(plan, {})
     for note in plan.notes:
         log.warning("%s", note)
     if announcement := prepared.located.announcement():
@@ -170,3 +139,45 @@ def _finish(folder: RunFolder, started: float, error: BaseException | None, stag
         text = str(error) if isinstance(error, FluxrunError) else f"{type(error).__name__}: {one_line(error)}"
         # The console prints one line, the log file has the traceback too.
         log.error("%s (stage %s; traceback in %s)", text, stage, folder.path / "fluxrun.log", exc_info=error)
+
+
+# --- a pipeline of one's own ----------------------------------------------------------------------------------------
+
+
+def build(config: RunConfig) -> Session:
+    """The optimized pipeline of a config, with what was applied; for notebooks and node graphs.
+
+    ``session.pipeline`` is an ordinary diffusers pipeline, ``session.plan.choices`` says what is in effect and why.
+    Process-wide switches stay set until ``session.close()``. ``memory=staged`` is refused: it throws the text encoder
+    away after the prompts it was told; where ``auto`` would take it, balanced memory takes its place.
+    """
+    prepared = prepare(config)
+    _keep_whole(prepared.plan)
+    return assembled(prepared, whole=True)
+
+
+def assembled(prepared: Prepared, *, whole: bool = False) -> Session:
+    """A session with its pipeline built; ``whole`` keeps the text encoder whatever has to fall back."""
+    session = Session(prepared.plan, references=prepared.references, located=prepared.located)
+    session.whole = whole
+    session.__enter__()
+    try:
+        session.assemble()
+    except BaseException:
+        session.close()
+        raise
+    return session
+
+
+def _keep_whole(plan: Plan) -> None:
+    """No staged memory for a pipeline that will be asked to encode prompts later."""
+    choice = plan.choices["memory"]
+    if choice.effective != "staged":
+        return
+    if choice.requested != "auto":
+        raise ConfigError(
+            "memory=staged frees the text encoder, so that a pipeline of your own could encode no prompt; use "
+            "memory=balanced, or fluxrun.run, which knows its prompts beforehand"
+        )
+    plan.switch("memory", "balanced", {"chosen_because": "a pipeline that is handed out keeps its text encoder"})
+    settle(plan)

@@ -14,7 +14,7 @@ import speed_settings as known
 from speed_rounds import groups_that_fit
 from speed_settings import FAST, LOSSLESS, PLAIN, Setting
 
-from fluxrun.compose import compose
+from fluxrun.config.composition import compose
 
 ROOT = Path(__file__).resolve().parents[2]
 EVERY = {s.name: s for s in chain(*known.KLEIN, known.DEV, known.IMAGE, known.VAE, known.LONG, known.FIRST_IMAGE)}

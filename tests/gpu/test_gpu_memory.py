@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 import fluxrun
-from fluxrun import swap_sizes
 from fluxrun.errors import FluxrunError
-from fluxrun.machine import GIB, detect
-from fluxrun.record import RunRecord
-from fluxrun.workbench import Workbench
+from fluxrun.formatting import GIB
+from fluxrun.hardware.detection import detect
+from fluxrun.offload import block_sizes as swap_sizes
+from fluxrun.pipeline.session_pool import SessionPool
+from fluxrun.record.schema import RunRecord
 
 torch = pytest.importorskip("torch")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -20,8 +21,8 @@ SHAPES = ["model=shapes", "model.dtype=bfloat16", "device=cuda", "vae=full", "pr
 KLEIN = ["model=flux2_klein_4b", "model.weights=random", "device=cuda", "steps=2"]
 
 
-def draw(folder: Path, *overrides: str, workbench: Workbench | None = None) -> RunRecord:
-    record = fluxrun.run(fluxrun.compose(list(overrides)), folder, workbench=workbench)
+def draw(folder: Path, *overrides: str, pool: SessionPool | None = None) -> RunRecord:
+    record = fluxrun.run(fluxrun.compose(list(overrides)), folder, pool=pool)
     memory = record.options["memory"]
     print(overrides, memory.effective, memory.facts, record.memory, record.timings.steady_step_s)
     return record
@@ -109,10 +110,10 @@ def test_large_weights_are_pinned_where_they_lie(tmp_path: Path) -> None:
 
 def test_a_later_job_plans_as_the_first_one_did(tmp_path: Path) -> None:
     """Its own process's weights are not memory that is gone."""
-    with Workbench() as bench:
-        first = draw(tmp_path / "a", *KLEIN, workbench=bench)
+    with SessionPool() as bench:
+        first = draw(tmp_path / "a", *KLEIN, pool=bench)
         free = detect().gpus[0].free_bytes
-        second = draw(tmp_path / "b", *KLEIN, "seed=1", "attention=math", workbench=bench)
+        second = draw(tmp_path / "b", *KLEIN, "seed=1", "attention=math", pool=bench)
         assert bench.loads == ["first load"]
     assert first.options["memory"].effective == second.options["memory"].effective
     assert free > torch.cuda.get_device_properties(0).total_memory - 4 * GIB

@@ -15,7 +15,7 @@ from PIL import Image  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 import fluxrun  # noqa: E402
-from fluxrun import fast_vae  # noqa: E402
+from fluxrun.kernels.vae import decoder as fast_vae  # noqa: E402
 
 
 def relative(found, expected):

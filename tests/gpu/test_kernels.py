@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import fluxrun
-from fluxrun.record import RunRecord
+from fluxrun.record.schema import RunRecord
 
 torch = pytest.importorskip("torch")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -38,7 +38,7 @@ def random():
 def test_norm_modulate_and_gated_add(quantize, batch, width, random):
     import reference
 
-    from fluxrun.kernels import triton_ops
+    from fluxrun.kernels.transformer import triton_ops
 
     x, y, modulation = random(batch, TOKENS, width), random(batch, TOKENS, width), random(batch, 1, 6 * width)
     shift, scale, gate = modulation.chunk(6, -1)[:3]
@@ -57,7 +57,7 @@ def test_norm_modulate_and_gated_add(quantize, batch, width, random):
 def test_split_qkv(heads, size, random):
     import reference
 
-    from fluxrun.kernels import triton_ops
+    from fluxrun.kernels.transformer import triton_ops
 
     projected, norms = random(BATCH * TOKENS, 3 * heads * size + 64), (random(size), random(size))
     rotary = tuple(torch.randn(TOKENS + 5, size // 2, device="cuda").repeat_interleave(2, 1) for _ in range(2))
@@ -75,7 +75,7 @@ def test_split_qkv(heads, size, random):
 def test_pack(quantize, random):
     import reference
 
-    from fluxrun.kernels import triton_ops
+    from fluxrun.kernels.transformer import triton_ops
 
     rows = random(BATCH * TOKENS, WIDTH + 2 * HIDDEN)
     for attended in (None, random(BATCH, TOKENS, HEADS, SIZE), random(BATCH, HEADS, TOKENS, SIZE).permute(0, 2, 1, 3)):
@@ -87,7 +87,7 @@ def test_pack(quantize, random):
 
 @pytest.mark.parametrize("pipeline", ["klein", "dev"])
 def test_a_whole_transformer_is_eager_to_the_bit(pipeline):
-    from fluxrun.kernels import blocks, triton_ops
+    from fluxrun.kernels.transformer import blocks, triton_ops
 
     transformer, inputs = small_transformer(pipeline)
     with torch.no_grad():
@@ -119,8 +119,8 @@ def small_transformer(pipeline: str):
 
 def test_fp8_attention(random):
     pytest.importorskip("cudnn")
-    from fluxrun.kernels import triton_ops
-    from fluxrun.kernels.fp8_attention import Fp8Attention
+    from fluxrun.kernels.transformer import triton_ops
+    from fluxrun.kernels.transformer.fp8_attention import Fp8Attention
 
     norms, tokens = (random(SIZE), random(SIZE)), 301
     projected = random(BATCH * tokens, 3 * WIDTH) * 5
@@ -183,7 +183,7 @@ def test_graphs_are_recorded_once_and_replayed(tmp_path):
 
 
 def test_graphs_used_longest_ago_make_room(monkeypatch):
-    from fluxrun import cuda_graphs
+    from fluxrun.compilation import cuda_graphs
 
     monkeypatch.setattr(cuda_graphs, "MOST_GRAPHS", 2)
     graphed = cuda_graphs.GraphedForward(lambda x: x * 2)
@@ -194,7 +194,7 @@ def test_graphs_used_longest_ago_make_room(monkeypatch):
 
 
 def test_a_forward_that_cannot_be_recorded_runs_as_it_is():
-    from fluxrun.cuda_graphs import GraphedForward
+    from fluxrun.compilation.cuda_graphs import GraphedForward
 
     graphed = GraphedForward(lambda x: x + 1 if x.sum() > 0 else x - 1)
     stream, x = torch.cuda.current_stream(), torch.ones(8, device="cuda")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import fluxrun
-from fluxrun.catalog import Catalog
-from fluxrun.record import RunRecord
+from fluxrun.config.catalog import Catalog
+from fluxrun.record.schema import RunRecord
 
 torch = pytest.importorskip("torch")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]

@@ -1,1 +1,1 @@
-"""Fused Triton kernels for the memory-bound parts of FLUX.2's transformer blocks, and the blocks that call them."""
+"""Kernels of our own: for the transformer's blocks and for the VAE's decoder."""

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field
 
-from fluxrun.config import Facts, Option
-from fluxrun.machine import Machine
-
-if TYPE_CHECKING:
-    from fluxrun.context import Context
+from fluxrun.hardware.machine import Machine
+from fluxrun.options.base import Context, Facts, Option
 
 
-class Attention(Option):
+class AttentionOption(Option):
+    """What is asked of every attention option."""
+
+    in_fp8: ClassVar[bool] = False
+    """Whether it takes queries, keys and values in float8."""
+
+
+class Attention(AttentionOption):
     """One attention backend of diffusers' dispatcher."""
 
     backend: str
@@ -43,6 +47,10 @@ class Attention(Option):
 
     dtypes: tuple[str, ...] | None = None
     """Dtypes the kernel takes; None takes all."""
+
+    @property
+    def needs_proof(self) -> bool:
+        return bool(self.package or self.flash_impl)
 
     @property
     def effective_backend(self) -> str:
@@ -80,7 +88,7 @@ class Attention(Option):
         }
 
     def prove(self, device: str) -> None:
-        """Call the kernel once at head size 128, in a process of its own; raises whatever it raises."""
+        """Call the kernel once at head size 128."""
         import torch
 
         if self.flash_impl and not self.hub:
@@ -116,7 +124,7 @@ class Fp8Attention(Attention):
         _call_fp8((1, 256, 2, 128), device)
 
 
-class AutoAttention(Option):
+class AutoAttention(AttentionOption):
     """Times the usable candidates with the run's own shape and takes the fastest."""
 
     candidates: tuple[str, ...] = ("sdpa", "cudnn", "flash3", "flash4", "flash", "xformers")
@@ -131,7 +139,7 @@ class AutoAttention(Option):
         times: dict[str, float] = {}
         left_out: dict[str, str] = {}
         for name in self.candidates:
-            option = context.catalog.load("attention", name)
+            option = context.load_option("attention", name)
             reason = option.requires(context.machine)
             try:
                 if reason is None and isinstance(option, Attention):
@@ -149,7 +157,7 @@ class AutoAttention(Option):
 def attention_shape(transformer: Any, context: Context) -> tuple[int, int, int, int]:
     """[batch, tokens, heads, head size] of the single blocks' attention in this run."""
     config = transformer.config
-    return (context.batch_size, context.tokens, config.num_attention_heads, config.attention_head_dim)
+    return (context.workload.batch_size, context.workload.tokens, config.num_attention_heads, config.attention_head_dim)
 
 
 def _unproven(name: str, machine: Machine) -> str | None:
@@ -183,11 +191,11 @@ def _call_fp8(shape: tuple[int, int, int, int], device: str) -> None:
     """One float8 attention of this shape through cuDNN."""
     import torch
 
-    from fluxrun.kernels.fp8_attention import Fp8Attention
+    from fluxrun.kernels.transformer.fp8_attention import CudnnFp8Attention
 
     batch, tokens, heads, size = shape
     norm = torch.ones(size, device=device)
-    attend = Fp8Attention([norm], [norm])
+    attend = CudnnFp8Attention([norm], [norm])
     scales = attend.scales([torch.ones(batch * tokens, heads * size, device=device, dtype=torch.bfloat16)])
     q, k, v = (torch.zeros(shape, device=device).to(torch.float8_e4m3fn) for _ in range(3))
     attend(q, k, v, scales).float().sum().item()

@@ -11,16 +11,13 @@ import inspect
 import logging
 import os
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 from pydantic import Field
 
-from fluxrun.config import Facts, Option
-from fluxrun.machine import Machine
-
-if TYPE_CHECKING:
-    from fluxrun.context import Context
-    from fluxrun.plan import Plan
+from fluxrun.hardware.machine import Machine
+from fluxrun.options.base import Context, Facts, Option, Workload
 
 FEW_STEPS = 4
 """Up to so many steps each one counts: nothing that could be skipped."""
@@ -29,8 +26,11 @@ CALLS = "cached_calls"
 """Context counter: pipeline calls whose steps were counted."""
 
 
-class CacheKnobs(Option):
+class CacheOption(Option):
     """The knobs all step caches share."""
+
+    skips_steps: ClassVar[bool] = True
+    """Whether some steps may be skipped."""
 
     first_blocks: int = Field(1, ge=1)
     """Blocks at the start of each block list that always run (cache-dit's Fn, which is at least one)."""
@@ -63,23 +63,24 @@ class CacheKnobs(Option):
     """Use it on a few-step model, too."""
 
 
-class NoCache(CacheKnobs):
+class NoCache(CacheOption):
     """Every step is computed."""
 
+    skips_steps: ClassVar[bool] = False
+
     def unused_knobs(self) -> list[str]:
-        return _changed(self, set(CacheKnobs.model_fields))
+        return self.changed_knobs()
 
 
-class StepCache(CacheKnobs):
+class StepCache(CacheOption):
     """What both caches do with cache-dit."""
 
     def requires(self, machine: Machine) -> str | None:
         return machine.lacks("cache-dit", "1.5.3")
 
-    def inapplicable(self, plan: Plan) -> str | None:
-        steps = plan.config.steps or plan.model.steps
-        if steps is not None and steps <= FEW_STEPS and not self.force:
-            return f"{steps} steps are too few for a step cache (cache.force=true uses it all the same)"
+    def inapplicable(self, workload: Workload) -> str | None:
+        if workload.steps is not None and workload.steps <= FEW_STEPS and not self.force:
+            return f"{workload.steps} steps are too few for a step cache (cache.force=true uses it all the same)"
         return None
 
     def schedule(self, steps: int) -> list[int] | None:
@@ -143,20 +144,22 @@ class DBCache(StepCache):
     """cache-dit's DBCache: skips a step when the first blocks' output hardly changed."""
 
     def unused_knobs(self) -> list[str]:
-        return _changed(self, {"compute", "mask"})
+        return _within(self.changed_knobs(), {"compute", "mask"})
 
 
 class FixedCache(StepCache):
     """A fixed schedule: the same steps are skipped in every image, so that the time is known beforehand."""
 
     def unused_knobs(self) -> list[str]:
-        return _changed(self, {"residual_diff_threshold", "max_cached_steps", "max_continuous_cached_steps"})
+        return _within(
+            self.changed_knobs(), {"residual_diff_threshold", "max_cached_steps", "max_continuous_cached_steps"}
+        )
 
-    def inapplicable(self, plan: Plan) -> str | None:
-        steps = plan.config.steps or plan.model.steps
+    def inapplicable(self, workload: Workload) -> str | None:
+        steps = workload.steps
         if self.mask and steps and len(self.mask) != steps:
             return f"cache.mask has {len(self.mask)} digits, the run has {steps} steps"
-        return super().inapplicable(plan)
+        return super().inapplicable(workload)
 
     def schedule(self, steps: int) -> list[int]:
         if self.mask and len(self.mask) == steps:
@@ -256,8 +259,5 @@ def _cache_dit() -> Any:
     return adapter
 
 
-def _changed(option: Option, names: set[str]) -> list[str]:
-    """Those of the knobs ``names`` that differ from their defaults."""
-    fields = type(option).model_fields
-    own = {"name", "fallback"}
-    return [k for k in fields if k in names - own and getattr(option, k) != fields[k].get_default()]
+def _within(knobs: Sequence[str], names: set[str]) -> list[str]:
+    return [knob for knob in knobs if knob in names]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from fluxrun.config import Facts, Option
-from fluxrun.machine import Machine
+from fluxrun.hardware.machine import Machine
+from fluxrun.options.base import Context, Facts, Option
 
-if TYPE_CHECKING:
-    from fluxrun.context import Context
+AUTOTUNE = ("max_autotune", "max_autotune_gemm", "max_autotune_pointwise", "coordinate_descent_tuning")
+"""Inductor settings that time many kernels for each operation."""
 
 log = logging.getLogger("fluxrun.compile")
 
@@ -24,8 +24,11 @@ GAVE_UP = (
 Target = Literal["transformer", "vae_decoder", "text_encoder"]
 
 
-class CompileKnobs(Option):
+class CompileOption(Option):
     """The knobs all compile options share, so that a preset's survive when the option is swapped."""
+
+    active: ClassVar[bool] = True
+    """Whether a forward is compiled or recorded at all."""
 
     compiles: ClassVar[bool] = False
     """Whether torch.compile takes part."""
@@ -62,28 +65,26 @@ class CompileKnobs(Option):
 
     @property
     def cudagraphs(self) -> bool:
-        """Whether the mode records CUDA graphs."""
-        return self.mode in ("reduce-overhead", "max-autotune")
+        """Whether the compiler's mode records CUDA graphs."""
+        return self.compiles and self.mode in ("reduce-overhead", "max-autotune")
 
-    def set_apart_from_default(self, *used: str) -> list[str]:
-        """Knobs that were given another value than their default, ``used`` ones left out."""
-        fields = type(self).model_fields
-        return [
-            k
-            for k in fields
-            if k not in {"name", "fallback", *used}
-            and getattr(self, k) != fields[k].get_default(call_default_factory=True)
-        ]
+    @property
+    def autotunes(self) -> bool:
+        """Whether the compiler is told to time many kernels for each operation."""
+        asked = any(self.inductor_options.get(name) for name in AUTOTUNE)
+        return self.compiles and (asked or bool(self.mode and self.mode.startswith("max-autotune")))
 
 
-class NoCompile(CompileKnobs):
+class NoCompile(CompileOption):
     """Eager mode."""
 
+    active: ClassVar[bool] = False
+
     def unused_knobs(self) -> list[str]:
-        return self.set_apart_from_default()
+        return self.changed_knobs()
 
 
-class CudaGraphs(CompileKnobs):
+class CudaGraphs(CompileOption):
     """No compiler: each target's forward runs once as it is, is then recorded as a CUDA graph, and replayed."""
 
     cuda_graph: bool = True
@@ -93,7 +94,7 @@ class CudaGraphs(CompileKnobs):
         return machine.needs_cuda()
 
     def unused_knobs(self) -> list[str]:
-        return self.set_apart_from_default("targets")
+        return self.changed_knobs("targets")
 
     def apply(self, pipeline: Any, context: Context) -> Facts:
         """Wrap the targets' forward; the second call of a shape records it."""
@@ -104,7 +105,7 @@ class CudaGraphs(CompileKnobs):
         return context.graphs.counted()
 
 
-class Compile(CompileKnobs):
+class Compile(CompileOption):
     """torch.compile, in place, so that hooks and offloading keep working."""
 
     compiles: ClassVar[bool] = True
@@ -123,7 +124,7 @@ class Compile(CompileKnobs):
         context.compiler.use_cache(self.cache_dir)
         if self.cache_artifacts and (note := context.compiler.share(self.cache_artifacts, context.machine)):
             log.warning("%s", note)
-            context.plan.note(note)
+            context.note(note)
         backend = context.compiler.backend(self.mode, self._options())
         regions = {target: self._compile(pipeline, target, backend) for target in self.targets}
         if not sum(regions.values()):
@@ -135,7 +136,7 @@ class Compile(CompileKnobs):
         """Dynamo's own counters since the option was applied, and how many graphs ran compiled per forward call."""
         counts = context.compiler.counted()
         if counts["recompile_limit_hits"]:
-            context.plan.note(GAVE_UP)
+            context.note(GAVE_UP)
         steps = context.counters["steps"]
         return {
             **counts,
@@ -164,3 +165,23 @@ class Compile(CompileKnobs):
             return 1
         pipeline.transformer.compile_repeated_blocks(**kwargs)
         return sum(module._compiled_call_impl is not None for module in pipeline.transformer.modules())
+
+
+def autotune_note(option: CompileOption) -> str | None:
+    """What is said, before it is paid, about the cost of autotuning."""
+    if not option.autotunes:
+        return None
+    return (
+        f"compile={option.name}: expect minutes before the first image: many kernels are timed for every matmul "
+        "(H100: dev not done after 200 s, and cuBLAS won every large one; compile=regional takes 4-19 s)"
+    )
+
+
+def expected_wait(option: CompileOption, machine: Machine) -> str:
+    """The wait with nothing cached, as it was measured (H100 at real size; two CPU cores with model=shapes)."""
+    if option.autotunes:
+        return "minutes"
+    if not machine.accelerated:
+        return "about 10-25 s"
+    wait = "about 4-19 s" if option.scope == "blocks" else "about 10-40 s"
+    return f"{wait}, and 10 s for the decoder" if "vae_decoder" in option.targets else wait

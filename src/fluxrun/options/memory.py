@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from fluxrun.config import Facts, Option
-from fluxrun.estimate import CONTEXT_BYTES, budget_bytes, memory_needs, need_in_words, ram_needs, swapping_work
-from fluxrun.machine import GIB, Machine
-
-if TYPE_CHECKING:
-    from fluxrun.context import Context
-    from fluxrun.plan import Plan
+from fluxrun.formatting import GIB
+from fluxrun.hardware.machine import CONTEXT_BYTES, Machine
+from fluxrun.options.base import Context, Facts, Option, Resolution, Workload
 
 log = logging.getLogger("fluxrun.memory")
 
 LADDER = ("resident", "staged", "balanced", "block_swap", "group", "sequential")
 """From fastest to smallest: ``memory=auto`` steps down it when a run does not fit."""
 
-
 KNOBS_OF = {"group": ("group_level", "blocks_per_group", "use_stream"), "block_swap": ("blocks_to_swap",)}
 """Knobs that only one option uses; ``auto`` hands them on."""
 
 
-class MemoryKnobs(Option):
+class MemoryOption(Option):
     """The knobs all memory options share."""
 
     budget_gb: float | None = Field(None, gt=0)
@@ -43,18 +38,31 @@ class MemoryKnobs(Option):
     blocks_to_swap: int | None = Field(None, ge=0)
     """Block swap: how many transformer blocks come and go (fewer than 3 save nothing); None: as few as fit."""
 
-    staged: bool = Field(False, frozen=True, exclude=True)
+    staged: ClassVar[bool] = False
     """Whether text encoder and the rest are loaded one after the other."""
 
-    offloads: bool = Field(False, frozen=True, exclude=True)
+    offloads: ClassVar[bool] = False
     """Whether the weights are loaded to the CPU's memory and moved by hooks."""
 
-    swaps_blocks: bool = Field(False, frozen=True, exclude=True)
+    swaps_blocks: ClassVar[bool] = False
     """Whether offloaded blocks find their weights at one address in every step, those of a module side by side."""
 
+    moves_per_layer: ClassVar[bool] = False
+    """Whether weights move inside the transformer's forward, by layer or block."""
+
+    @property
+    def prefetches(self) -> bool:
+        """Whether layers are fetched ahead, in the order in which the first step used them."""
+        return False
+
     def unused_knobs(self) -> list[str]:
-        unused = [knob for name, knobs in KNOBS_OF.items() if self.name not in ("auto", name) for knob in knobs]
-        return [knob for knob in unused if getattr(self, knob) != type(self).model_fields[knob].get_default()]
+        unused = {knob for name, knobs in KNOBS_OF.items() if self.name not in ("auto", name) for knob in knobs}
+        return [knob for knob in self.changed_knobs() if knob in unused]
+
+    def budget_bytes(self, machine: Machine) -> int:
+        """GPU memory a run may use: what is free, and never more than the budget."""
+        free = machine.gpu.free_bytes if machine.gpu else 0
+        return min(free, int(self.budget_gb * GIB)) if self.budget_gb else free
 
     def limit(self, device: str) -> None:
         """Before anything is loaded: hold torch's allocator to the budget, like a smaller GPU; state.py undoes it."""
@@ -81,55 +89,54 @@ def allocator_share(budget_gb: float, total_bytes: int) -> float:
     return min(1.0, max(0.0, (budget_gb * GIB - CONTEXT_BYTES) / total_bytes))
 
 
-class AutoMemory(MemoryKnobs):
+class AutoMemory(MemoryOption):
     """The fastest placement whose estimated need fits the budget."""
 
-    def resolve(self, plan: Plan) -> tuple[str, str]:
-        machine = plan.machine
+    def resolve(self, workload: Workload) -> Resolution:
+        machine = workload.machine
         if not machine.accelerated or machine.gpu is None:
-            return "resident", f"on {machine.device} there is nothing to offload from"
-        budget = budget_bytes(self, machine)
-        needs, ram = memory_needs(plan), ram_needs(plan)
+            return Resolution("resident", f"on {machine.device} there is nothing to offload from")
+        budget, needs, ram = self.budget_bytes(machine), workload.needs, workload.ram
         if needs is None or ram is None:
-            return "resident", "the weights' size is not known before loading"
-        fitting = [name for name in LADDER if needs[name] <= budget]
+            return Resolution("resident", "the weights' size is not known before loading")
+        fitting = [name for name in LADDER if needs[name].bytes <= budget]
         enough = [name for name in fitting if not machine.ram_bytes or ram[name] <= machine.ram_bytes]
         if enough:
-            return enough[0], need_in_words(plan, enough[0], needs[enough[0]], budget)
+            return Resolution(enough[0], needs[enough[0]].described(budget))
         name = fitting[0] if fitting else LADDER[-1]
         if not fitting:
-            return name, f"nothing fits {budget / GIB:.1f} GB by the estimate; this needs the least"
+            return Resolution(name, f"nothing fits {budget / GIB:.1f} GB by the estimate; this needs the least")
         have = (
             f"about {ram[name] / GIB:.0f} GB of the computer's own memory, which has {machine.ram_bytes / GIB:.0f} GB"
         )
-        plan.note(f"memory={name} keeps the weights in the computer's own memory: it needs {have}")
-        return name, f"needs {have}; nothing else fits the GPU"
+        note = f"memory={name} keeps the weights in the computer's own memory: it needs {have}"
+        return Resolution(name, f"needs {have}; nothing else fits the GPU", note)
 
 
-class Resident(MemoryKnobs):
+class Resident(MemoryOption):
     """All components on the device."""
 
     def apply(self, pipeline: Any, context: Context) -> Facts:
         return {"resident_bytes": context.weight_facts.get("bytes"), **self.limited(context.device)}
 
 
-class Staged(MemoryKnobs):
+class Staged(MemoryOption):
     """Text encoder first, for all prompts; then it is freed and the rest is loaded."""
 
-    staged: bool = Field(True, frozen=True, exclude=True)
+    staged: ClassVar[bool] = True
 
     def apply(self, pipeline: Any, context: Context) -> Facts:
         return self.limited(context.device)
 
     def observe(self, pipeline: Any, context: Context) -> Facts:
         counted = ("prompts_encoded_first", "prompts_known_before", "freed_bytes")
-        return {name: context.counters[name] for name in counted}
+        return {name: context.prompt_counts.get(name, 0) for name in counted}
 
 
-class Offload(MemoryKnobs):
+class Offload(MemoryOption):
     """What the offloading options share: weights in the CPU's memory, an accelerator to move them to."""
 
-    offloads: bool = Field(True, frozen=True, exclude=True)
+    offloads: ClassVar[bool] = True
 
     def requires(self, machine: Machine) -> str | None:
         if machine.accelerated:
@@ -151,7 +158,7 @@ class Balanced(Offload):
     """Text encoder and transformer take turns on the GPU: one copy per change, none between images of known prompts."""
 
     def apply(self, pipeline: Any, context: Context) -> Facts:
-        from fluxrun.offload import TakeTurns
+        from fluxrun.offload.components import TakeTurns
 
         pinned = self.pinned(pipeline, context)
         pipeline._fluxrun_turns = TakeTurns(pipeline, context.device, context.counters)
@@ -164,17 +171,18 @@ class Balanced(Offload):
 class BlockSwap(Offload):
     """As many transformer blocks as fit stay on the GPU; the others, and the text encoder's, stream through it."""
 
-    swaps_blocks: bool = Field(True, frozen=True, exclude=True)
+    swaps_blocks: ClassVar[bool] = True
+    moves_per_layer: ClassVar[bool] = True
 
     def apply(self, pipeline: Any, context: Context) -> Facts:
         """Facts: blocks and how many of them are swapped; a step copies ``swapped_bytes``."""
-        from fluxrun.block_swap import SwapBlocks
+        from fluxrun.offload.block_swap import SwapBlocks
 
         pinned = self.pinned(pipeline, context)
-        room = budget_bytes(self, context.machine) - CONTEXT_BYTES
+        room = self.budget_bytes(context.machine) - CONTEXT_BYTES
         swap = SwapBlocks(
             pipeline, context.device, context.counters,
-            room=room, working=swapping_work(context.plan), count=self.blocks_to_swap,
+            room=room, working=context.workload.swapping_bytes, count=self.blocks_to_swap,
         )  # fmt: skip
         away = swap.transformer.away
         return {
@@ -192,6 +200,8 @@ class BlockSwap(Offload):
 class Sequential(Offload):
     """Sequential offload: one layer on the GPU at a time."""
 
+    moves_per_layer: ClassVar[bool] = True
+
     def apply(self, pipeline: Any, context: Context) -> Facts:
         pipeline.enable_sequential_cpu_offload(device=context.device)
         modules = [m for m in pipeline.components.values() if hasattr(m, "modules")]
@@ -202,8 +212,14 @@ class Sequential(Offload):
 class Group(Offload):
     """Group offload: groups of layers move while others compute; the VAE, which is small, stays on the GPU."""
 
+    moves_per_layer: ClassVar[bool] = True
+
+    @property
+    def prefetches(self) -> bool:
+        return self.use_stream
+
     def apply(self, pipeline: Any, context: Context) -> Facts:
-        from fluxrun.offload import stream_in
+        from fluxrun.offload.groups import stream_in
 
         streams = self.use_stream and context.device.startswith("cuda")
         # What is pinned where it lies, diffusers does not copy into pinned memory of its own: twice the weights.

@@ -7,11 +7,10 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from fluxrun import architectures
-from fluxrun.architectures import ArchitectureName, PipelineKind
-from fluxrun.config import Option
+from fluxrun.architectures import ArchitectureName, PipelineKind, architecture
 from fluxrun.errors import ConfigError
-from fluxrun.machine import Machine
+from fluxrun.hardware.machine import Machine
+from fluxrun.options.base import Option
 
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 
@@ -81,8 +80,13 @@ class Flux2Model(Option):
     @model_validator(mode="after")
     def _sizes_exist(self) -> Flux2Model:
         if self.architecture:
-            architectures.architecture(self.architecture, self.pipeline)
+            architecture(self.architecture, self.pipeline)
         return self
+
+    @property
+    def classifier_free(self) -> bool:
+        """Whether a guidance above 1 calls the transformer twice a step: a klein model that is not distilled."""
+        return self.pipeline == "klein" and self.distilled is False
 
     def folder(self) -> Path | None:
         """The checkpoint folder this option names (``~`` expanded), or None for a hub id.

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, ClassVar, Literal
 
-from fluxrun.config import Facts, Option
-from fluxrun.machine import Machine
-
-if TYPE_CHECKING:
-    from fluxrun.context import Context
+from fluxrun.hardware.machine import Machine
+from fluxrun.options.base import Context, Facts, Option
 
 
-class Quantization(Option):
+class QuantizationOption(Option):
     """What all quantizations share."""
+
+    quantizes: ClassVar[bool] = True
+    """Whether anything is converted."""
 
     components: tuple[Literal["transformer"], ...] = ("transformer",)
     """Pipeline components whose linear layers are converted."""
@@ -30,11 +30,13 @@ class Quantization(Option):
         return {name: facts["quantization"] for name, facts in components.items() if "quantization" in facts}
 
 
-class NoQuantization(Quantization):
+class NoQuantization(QuantizationOption):
     """The weights as they are."""
 
+    quantizes: ClassVar[bool] = False
 
-class Fp8(Quantization):
+
+class Fp8(QuantizationOption):
     """torchao's dynamic float8 with one scale per row, in the transformer's blocks."""
 
     def requires(self, machine: Machine) -> str | None:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
-from fluxrun.config import Facts, Option
-from fluxrun.machine import Machine
-
-if TYPE_CHECKING:
-    from fluxrun.context import Context
-    from fluxrun.plan import Plan
+from fluxrun.hardware.machine import Machine
+from fluxrun.options.base import Context, Facts, Option, Resolution, Workload
+from fluxrun.options.compile import CompileOption
 
 AUTO_TILING_PIXELS = 1536 * 1536
 
 
-class VaeKnobs(Option):
+def decode_bytes(height: int, width: int) -> int:
+    """Working memory of decoding a picture whole: ten full-size buffers of 128 two-byte channels.
+
+    1024x1024: 2.68 GB, which is what klein-4B's peak was above its weights (benchmarks/results/klein4b_sweep_h100).
+    """
+    return height * width * 128 * 2 * 10
+
+
+class VaeOption(Option):
     """The knobs all VAE options share."""
 
     tile_size: int = Field(512, ge=64, multiple_of=16)
@@ -28,40 +33,53 @@ class VaeKnobs(Option):
     channels_last: bool = False
     """Channels-last weights; applied only when the decoder is compiled too."""
 
+    def decoded_at_once(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width in pixels of what the decoder is given at once, of a picture of this size."""
+        return height, width
 
-class AutoVae(VaeKnobs):
+    @property
+    def splits_batches(self) -> bool:
+        """Whether the pictures of a batch are decoded one by one."""
+        return False
+
+
+class AutoVae(VaeOption):
     """Tiles above 1536×1536 pixels, or when the memory estimate leaves no room for a whole picture."""
 
-    def resolve(self, plan: Plan) -> tuple[str, str]:
-        from fluxrun.estimate import decode_bytes
-
-        height, width = plan.size
+    def resolve(self, workload: Workload) -> Resolution:
+        height, width, gpu = workload.height, workload.width, workload.machine.gpu
         if height * width > AUTO_TILING_PIXELS:
-            return "tiled", f"{width}x{height} is larger than 1536x1536"
-        free = plan.machine.gpu.free_bytes if plan.machine.gpu else None
-        if free is not None and decode_bytes(height, width) > free:
-            return "tiled", f"decoding {width}x{height} whole would not fit into the free GPU memory"
-        return "full", f"{width}x{height} is not larger than 1536x1536 and fits"
+            return Resolution("tiled", f"{width}x{height} is larger than 1536x1536")
+        if gpu is not None and decode_bytes(height, width) > gpu.free_bytes:
+            return Resolution("tiled", f"decoding {width}x{height} whole would not fit into the free GPU memory")
+        return Resolution("full", f"{width}x{height} is not larger than 1536x1536 and fits")
 
 
-class Vae(VaeKnobs):
+class Vae(VaeOption):
     """Whole, tiled or sliced decoding."""
 
     decode: Literal["full", "tiled", "sliced"] = "full"
     """How the decoder is called."""
 
-    def inapplicable(self, plan: Plan) -> str | None:
-        height, width = plan.size
+    def decoded_at_once(self, height: int, width: int) -> tuple[int, int]:
+        edge = self.tile_size if self.decode == "tiled" else max(height, width)
+        return min(height, edge), min(width, edge)
+
+    @property
+    def splits_batches(self) -> bool:
+        return self.decode == "sliced"
+
+    def inapplicable(self, workload: Workload) -> str | None:
+        height, width = workload.height, workload.width
         if self.decode == "tiled" and max(height, width) <= self.tile_size:
             return f"{width}x{height} fits into one {self.tile_size}-pixel tile (vae.tile_size): nothing to tile"
-        if self.decode == "sliced" and plan.config.batch_size < 2:
+        if self.decode == "sliced" and workload.batch_size < 2:
             return "slicing splits a batch, and batch_size is 1: nothing to slice"
         return None
 
     def unused_knobs(self) -> list[str]:
-        fields = type(self).model_fields
         tiling = () if self.decode == "tiled" else ("tile_size", "tile_overlap")
-        return [k for k in tiling if getattr(self, k) != fields[k].get_default()]
+        return [knob for knob in self.changed_knobs() if knob in tiling]
 
     def apply(self, pipeline: Any, context: Context) -> Facts:
         facts = {"full": self._full, "tiled": self._tiled, "sliced": self._sliced}[self.decode](pipeline, context)
@@ -110,9 +128,9 @@ class FastVae(Vae):
             return None
         return "triton is not installed; it comes with torch's CUDA builds"
 
-    def inapplicable(self, plan: Plan) -> str | None:
+    def inapplicable(self, workload: Workload) -> str | None:
         if self.decode == "sliced":
-            return super().inapplicable(plan)
+            return super().inapplicable(workload)
         return None  # one tile is decoded whole: no reason to give up the rest
 
     def unused_knobs(self) -> list[str]:
@@ -122,7 +140,7 @@ class FastVae(Vae):
         """Swap the decoder, and compare the two on a small picture. Facts: what was replaced, and the difference."""
         import torch
 
-        from fluxrun.fast_vae import fast_decoder, round_where_it_lies, trial
+        from fluxrun.kernels.vae.decoder import fast_decoder, round_where_it_lies, trial
 
         vae = pipeline.vae
         decoder = fast_decoder(vae.decoder, context.device)
@@ -147,8 +165,8 @@ def _count_decoder_calls(vae: Any, context: Context) -> None:
 def _channels_last(pipeline: Any, context: Context) -> str:
     import torch
 
-    compile_option = context.options["compile"]
-    if "vae_decoder" not in getattr(compile_option, "targets", ()) or compile_option.name == "none":
+    option = context.option(CompileOption, "compile")
+    if "vae_decoder" not in option.targets or not option.active:
         return "not applied: alone it is slower (needs compile.targets=[vae_decoder,...])"
     pipeline.vae.decoder.to(memory_format=torch.channels_last)
     return "applied"

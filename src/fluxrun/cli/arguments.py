@@ -1,0 +1,33 @@
+"""What the commands' argument parsers share: Hydra's own flags, and one line for what is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from hydra._internal.utils import get_args_parser
+
+from fluxrun.errors import ConfigError
+
+
+def flags_parser(prog: str) -> argparse.ArgumentParser:
+    """Hydra's own parser of flags; an unknown one is one line instead of argparse's usage."""
+
+    def refuse(message: str) -> NoReturn:
+        raise ConfigError(f"{message} ({prog} --help lists what there is)")
+
+    parser = get_args_parser()
+    parser.prog = prog
+    parser.error = refuse  # type: ignore[method-assign]
+    return parser
+
+
+def composed_from(name: str, about: str | None, arguments: Sequence[str]) -> tuple[list[str], str | None]:
+    """Overrides and ``--config-dir`` of a subcommand that composes a config; ``--help`` prints ``about`` and ends."""
+    options = flags_parser(f"fluxrun {name}").parse_args(list(arguments))
+    if options.help:
+        print(about)
+        sys.exit(0)
+    return list(options.overrides), options.config_dir

@@ -1,0 +1,122 @@
+"""``fluxrun rerun``: a run, or one image of it, again from what was recorded with it."""
+
+from __future__ import annotations
+
+import logging
+import logging.config
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from fluxrun.config.schema import RunConfig
+from fluxrun.errors import ConfigError, exit_code_of
+from fluxrun.planning.prepare import prepare
+from fluxrun.process.console import log_to
+from fluxrun.record.folder import read_record
+from fluxrun.record.picture import pixel_hash, read_metadata
+from fluxrun.record.schema import RunRecord
+from fluxrun.runner import run
+from fluxrun.trust import check_knobs
+
+log = logging.getLogger("fluxrun.rerun")
+
+
+def command(arguments: Sequence[str]) -> int:
+    """``fluxrun rerun IMAGE|RUN_FOLDER [hydra.run.dir=FOLDER]``: draw the same pixels again, and say if they are."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(command.__doc__)
+        return 0 if arguments else 2
+    return rerun(arguments[0], arguments[1:])
+
+
+def rerun(target: str, overrides: Sequence[str] = ()) -> int:
+    """Draw ``target`` (an image or a run folder) again into a new folder; returns the exit code.
+
+    The recorded config is under the trust rule like any stranger's file. Raises ConfigError for a target that is
+    not one of fluxrun's.
+    """
+    path = Path(target).expanduser()
+    config, hashes = from_folder(path) if path.is_dir() else from_image(path)
+    folder = output_dir(overrides)
+    prepare(config)
+    log_to(folder)
+    try:
+        record = run(config, folder, command=["fluxrun", "rerun", target, *overrides])
+    except Exception as error:  # already one line on screen and a traceback in the log
+        return exit_code_of(error)
+    return 0 if _compare(record, hashes) else 1
+
+
+def from_folder(folder: Path) -> tuple[RunConfig, list[str]]:
+    """A whole run's config and its images' pixel hashes."""
+    record = read_record(folder)
+    check_knobs(record.config, f"the record in {folder}")
+    config = with_found_paths(record.config, record.cwd)
+    return RunConfig.from_dict(config), [image.sha256 for image in record.images]
+
+
+def from_image(path: Path) -> tuple[RunConfig, list[str]]:
+    """One image's config: its own prompt and seed, nothing else of its run."""
+    from PIL import Image
+
+    if not path.exists():
+        raise ConfigError(f"{path}: no such image or run folder")
+    metadata = read_metadata(path)
+    check_knobs(metadata["config"], f"the config in {path}")
+    config: dict[str, Any] = dict(metadata["config"])
+    own = {"prompt": metadata.get("prompt"), "seed": metadata.get("seed"), "prompts_file": None, "num_images": 1}
+    # A batch is numerically not the same as one image at a time, but the other images are not known here.
+    config |= {**own, "batch_size": 1, "measure": {"warmup": 0, "repeats": 1}}
+    if (path.parent.parent / "run.json").is_file():  # the image is where its run left it
+        config = with_found_paths(config, read_record(path.parent.parent).cwd)
+    with Image.open(path) as image:
+        return RunConfig.from_dict(config), [pixel_hash(image)]
+
+
+PATHS = (
+    ("prompts_file",),
+    ("reference_images",),
+    ("model", "path"),
+    ("compile", "cache_dir"),
+    ("compile", "cache_artifacts"),
+)
+"""Where in a config paths stand."""
+
+
+def with_found_paths(config: dict[str, Any], cwd: str | None) -> dict[str, Any]:
+    """``config`` with relative paths that are not there from here, but are from where the run was started."""
+
+    def found(value: Any) -> Any:
+        if isinstance(value, list):
+            return [found(entry) for entry in value]
+        if not isinstance(value, str) or cwd is None or Path(value).expanduser().exists():
+            return value
+        return str(Path(cwd) / value) if (Path(cwd) / value).exists() else value
+
+    result = dict(config)
+    for key, *rest in PATHS:
+        node = result.get(key)
+        if not rest:
+            result[key] = found(node)
+        elif isinstance(node, dict) and rest[0] in node:
+            result[key] = {**node, rest[0]: found(node[rest[0]])}
+    return result
+
+
+def output_dir(overrides: Sequence[str]) -> Path:
+    """The folder of ``hydra.run.dir=FOLDER``, the one override allowed, or a new one under outputs/."""
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key != "hydra.run.dir" or not value:
+            raise ConfigError(f"rerun takes only hydra.run.dir=FOLDER, got {override!r}: it repeats what was recorded")
+        return Path(value)
+    now = datetime.now()
+    return Path("outputs") / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S-%f}"
+
+
+def _compare(record: RunRecord, hashes: Sequence[str]) -> bool:
+    new = [image.sha256 for image in record.images]
+    same = sum(a == b for a, b in zip(new, hashes, strict=False))
+    log.info("%d of %d image(s) have the same pixels as the original", same, len(hashes))
+    return same == len(hashes)

@@ -1,0 +1,1 @@
+"""Composition: YAML groups and overrides into one typed, validated run config."""

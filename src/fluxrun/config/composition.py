@@ -1,0 +1,246 @@
+"""Composition: YAML groups and overrides, through Hydra, into one typed run config; every error in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import version
+from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_automatic_config_search_path
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fluxrun.config.catalog import Catalog
+from fluxrun.config.schema import GROUPS, RunConfig, SweepConfig
+from fluxrun.errors import ConfigError, one_line
+from fluxrun.formatting import nearest, shorten
+from fluxrun.paths import conf_dir
+from fluxrun.trust import check_file
+
+CONFIG_NAME = "config"
+
+HYDRA_BASE = "1.3"
+"""Hydra's ``version_base``."""
+
+RAW_TEXT_KEYS = ("prompt", "negative_prompt", "sweep.baseline")
+
+QUOTING = " (quote the value, or escape , = ( ) [ ] { } with a backslash)"
+
+HINTS = {
+    "Ambiguous value": ": several values are a sweep, which needs --multirun",
+    "no viable alternative": QUOTING,
+    "mismatched input": QUOTING,
+    "extraneous input": QUOTING,
+}
+"""What to do about an error of Hydra's, by a part of its text."""
+
+COMPOSE_ERRORS = (HydraException, OmegaConfBaseException)
+
+
+def quote_raw_text(override: str) -> str:
+    """Quote ``prompt=…`` so that Hydra's grammar and OmegaConf hand the text on unchanged.
+
+    Only ``prompt=[…]`` stays as it is, a list in Hydra's grammar; other overrides pass through.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or key.lstrip("+") not in RAW_TEXT_KEYS:
+        return override
+    if (text.startswith("[") and text.endswith("]")) or text == "null":
+        return override
+    return f"{key}={QuotedString(_escape_interpolation(text), Quote.single).with_quotes()}"
+
+
+def _escape_interpolation(text: str) -> str:
+    """OmegaConf reads ``${`` as an interpolation; a backslash before it (doubling those already there) stops that."""
+    return re.sub(r"(\\*)\$\{", lambda match: match.group(1) * 2 + r"\${", text)
+
+
+def compose(overrides: Sequence[str] = (), *, config_dir: Path | str | None = None) -> RunConfig:
+    """The run config of a list of Hydra overrides, as on the command line.
+
+    Raises ConfigError (one line) for unknown keys, options and wrong types, TrustError for untrusted files.
+    """
+    dirs = config_dirs(config_dir)
+    with hydra_for(dirs) as hydra:
+        node = compose_node(hydra, [quote_raw_text(o) for o in overrides], dirs)
+    return to_run_config(node, dirs)
+
+
+def config_dirs(config_dir: Path | str | None = None) -> tuple[Path, ...]:
+    """The search order of config folders; raises ConfigError for a folder that is not there."""
+    if config_dir is None:
+        return (conf_dir(),)
+    folder = Path(config_dir).expanduser().resolve()
+    if not folder.is_dir():
+        raise ConfigError(f"config folder {folder} does not exist (--config-dir)")
+    return (folder, conf_dir())
+
+
+@contextlib.contextmanager
+def hydra_for(dirs: tuple[Path, ...]) -> Iterator[Hydra]:
+    """A Hydra over these config folders; the one that was active before is active again afterwards."""
+    version.setbase(HYDRA_BASE)  # as the app does: else a composition would mean something else outside of it
+    before = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    search_path = create_automatic_config_search_path(None, None, str(dirs[-1]))
+    assert isinstance(search_path, ConfigSearchPathImpl)
+    for folder in dirs[:-1]:
+        search_path.prepend(provider="command-line", path=f"file://{folder}")
+    try:
+        yield Hydra.create_main_hydra2(task_name="fluxrun", config_search_path=search_path)
+    finally:
+        GlobalHydra.instance().clear()
+        if before is not None:
+            GlobalHydra.instance().initialize(before)
+
+
+def compose_node(
+    hydra: Hydra, overrides: Sequence[str], dirs: tuple[Path, ...], mode: RunMode = RunMode.RUN
+) -> DictConfig:
+    """Compose with the hydra node in it, after every file taking part passed the trust rule."""
+    try:
+        check_composed_files(hydra, overrides, dirs, mode)
+        return hydra.compose_config(
+            config_name=CONFIG_NAME, overrides=list(overrides), run_mode=mode, with_log_configuration=False
+        )
+    except yaml.YAMLError as error:
+        raise ConfigError(f"a config file is not valid YAML: {shorten(error, 300)}") from error
+    except (*COMPOSE_ERRORS, ValueError) as error:
+        raise ConfigError(explain_composition(error, overrides, dirs)) from error
+
+
+def check_composed_files(hydra: Hydra, overrides: Sequence[str], dirs: tuple[Path, ...], mode: RunMode) -> None:
+    """Apply the trust rule to every file outside fluxrun's own folder that this composition would read."""
+    loader = hydra.config_loader
+    defaults = loader.compute_defaults_list(config_name=CONFIG_NAME, overrides=list(overrides), run_mode=mode)
+    for entry in defaults.defaults:
+        path = find_file(str(entry.config_path), dirs)
+        if path is not None:
+            check_file(path, str(entry.config_path).partition("/")[0], dirs[-1], package=entry.package)
+
+
+def find_file(config_path: str, dirs: tuple[Path, ...]) -> Path | None:
+    """The file of a config path such as ``preset/mine``, or None where it is not one of these folders'."""
+    candidates = (folder / f"{config_path}.yaml" for folder in dirs)
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def to_run_config(node: DictConfig, dirs: tuple[Path, ...]) -> RunConfig:
+    """A composed node as a validated RunConfig, each option knowing its name."""
+    return RunConfig.from_dict(to_data(node), dirs)
+
+
+def to_data(node: DictConfig, choices: Mapping[Any, Any] | None = None) -> dict[str, Any]:
+    """A composed node as plain data, not validated: what RunConfig.from_dict takes. Sweep keys are no run's business.
+
+    ``choices`` are Hydra's (group to option), where the node does not carry them itself.
+    """
+    if choices is None:
+        choices = node.hydra.runtime.choices if "hydra" in node else {}
+    try:
+        data = OmegaConf.to_container(_without(node, "hydra", "sweep"), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(one_line(error)) from error
+    assert isinstance(data, dict)
+    return name_options(data, dict(choices))
+
+
+def name_options(data: dict[Any, Any], choices: dict[Any, Any]) -> dict[str, Any]:
+    """Write the chosen option's name into each group's node; refuse a preset that left a node of its own."""
+    if "preset" in data:
+        raise ConfigError(
+            "a preset left a 'preset' node in the config: its first line must be '# @package _global_' "
+            "(without it Hydra puts the preset's keys under 'preset')"
+        )
+    named = {str(key): value for key, value in data.items()}
+    for group in GROUPS:
+        if isinstance(named.get(group), dict) and choices.get(group):
+            named[group] = {"name": choices[group], **named[group]}
+    return named
+
+
+def _without(node: DictConfig, *keys: str) -> DictConfig:
+    copy = node.copy()
+    OmegaConf.set_struct(copy, False)
+    for key in keys:
+        copy.pop(key, None)
+    return copy
+
+
+def explain_composition(error: BaseException, overrides: Sequence[str], dirs: tuple[Path, ...]) -> str:
+    """One line for an error of Hydra's: unknown option or key with the nearest name first, else its first line."""
+    text = str(error)
+    catalog = Catalog(dirs)
+    if match := re.search(r"Could not find '([\w-]+)/([^']+)'", text):
+        return _unknown_option(catalog, match.group(1), match.group(2))
+    if match := re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", text):
+        return _unknown_key(match.group(1) or match.group(2), dirs, overrides)
+    if match := re.search(r"Could not override '?([\w./@]+)'?\.\s*No match in the defaults list", text):
+        return f"unknown option group {match.group(1)!r}: {nearest(match.group(1), GROUPS)}"
+    for group in GROUPS:
+        if f"{group}=null" in overrides or f"{group}=" in overrides:
+            return f"{group}=null: an option is needed; allowed: {', '.join(catalog.names(group))}"
+    return one_line(error) + next((hint for part, hint in HINTS.items() if part in text), "")
+
+
+def _unknown_option(catalog: Catalog, group: str, name: str) -> str:
+    try:
+        catalog.path(group, name)
+    except ConfigError as error:
+        return str(error)
+    return f"option {group}={name} could not be loaded"
+
+
+def _unknown_key(key: str, dirs: tuple[Path, ...], overrides: Sequence[str]) -> str:
+    parent, _, leaf = key.rpartition(".")
+    known = sorted(_known_keys(parent, dirs, overrides))
+    shown = next((o for o in overrides if o.lstrip("+~").startswith(key)), key)
+    if leaf in known:
+        return f"{key} takes its entries one by one: +{key}.NAME=VALUE"
+    return f"unknown key {key!r} (in {shown!r}): {nearest(leaf, known)}"
+
+
+def _known_keys(parent: str, dirs: tuple[Path, ...], overrides: Sequence[str]) -> list[str]:
+    if not parent:
+        return [name for name in RunConfig.model_fields if name not in ("source", "config_dirs")]
+    group = parent.split(".", maxsplit=1)[0]
+    if group in GROUPS:
+        chosen = next((o.split("=", 1)[1] for o in overrides if o.startswith(f"{group}=")), None)
+        catalog = Catalog(dirs)
+        names = [chosen] if chosen in catalog.names(group) else catalog.names(group)
+        return list({k for name in names for k in type(catalog.load(group, name)).model_fields} - {"name"})
+    if group == "sweep":
+        return list(SweepConfig.model_fields)
+    return ["warmup", "repeats"] if group == "measure" else []
+
+
+def parse_overrides(overrides: Sequence[str]) -> list[Override]:
+    """Hydra's own parse of command-line overrides; raises ConfigError in one line."""
+    try:
+        return OverridesParser.create(config_loader=None).parse_overrides(list(overrides))
+    except HydraException as error:
+        raise ConfigError(explain_composition(error, overrides, (conf_dir(),))) from error
+
+
+def parse(hydra: Hydra, overrides: Sequence[str], dirs: tuple[Path, ...]) -> list[Override]:
+    """Hydra's own parse of overrides, globs included; raises ConfigError in one line."""
+    try:
+        return OverridesParser.create(config_loader=hydra.config_loader).parse_overrides(list(overrides))
+    except HydraException as error:
+        raise ConfigError(explain_composition(error, overrides, dirs)) from error
+
+
+def shown(overrides: Sequence[str]) -> list[str]:
+    """The overrides that say what a job is: not those for Hydra or for the sweep itself."""
+    return [o for o in overrides if not o.lstrip("+~").startswith(("hydra.", "hydra/", "sweep.", "sweep="))]

@@ -1,0 +1,139 @@
+"""What to draw: prompts from the command line or a file, times seeds, into a list of images to draw."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image, UnidentifiedImageError
+
+from fluxrun.config.schema import RunConfig
+from fluxrun.errors import ConfigError, one_line
+
+ALLOWED_KEYS = ("prompt", "seed", "num_images")
+
+SEEDS = 2**63
+"""Seeds are below this: torch's generator takes no larger ones."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to draw."""
+
+    prompt: str
+    seed: int
+
+
+def jobs_of(config: RunConfig) -> list[Job]:
+    """Every image of a run: prompt by prompt, seeds counting up. Raises ConfigError for a bad prompts file."""
+    entries = read_prompts(config.prompts_file) if config.prompts_file else _from_command_line(config)
+    jobs = []
+    for entry in entries:
+        first = entry.get("seed", config.seed)
+        count = entry.get("num_images", config.num_images)
+        if first + count > SEEDS:
+            raise ConfigError(f"seed={first} with num_images={count}: seeds must stay below 2**63")
+        jobs += [Job(_text(entry["prompt"]), first + n) for n in range(count)]
+    return jobs
+
+
+def texts_of(jobs: Sequence[Job], negative_prompt: str | None) -> list[str]:
+    """Every text a run must encode, once each: its prompts, and with guidance the negative one."""
+    negative = [] if negative_prompt is None else [negative_prompt]
+    return list(dict.fromkeys([*(job.prompt for job in jobs), *negative]))
+
+
+def _text(prompt: str) -> str:
+    """The prompt, if it can be written as UTF-8 (half a surrogate pair or a stray byte of a command line cannot)."""
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"the prompt {ascii(prompt)[:60]} is not text: {error.reason}") from error
+    return prompt
+
+
+def _from_command_line(config: RunConfig) -> list[dict[str, Any]]:
+    prompts = [config.prompt] if isinstance(config.prompt, str) else list(config.prompt or ())
+    if not prompts:
+        raise ConfigError("nothing to draw: give prompt=… (a text or [a list]) or prompts_file=…")
+    return [{"prompt": prompt} for prompt in prompts]
+
+
+def read_prompts(path: Path) -> list[dict[str, Any]]:
+    """Entries ``{prompt, seed?, num_images?}`` of a .txt (one prompt a line), .yaml/.yml or .jsonl file.
+
+    Raises ConfigError when the file is missing, unreadable, empty or of another shape.
+    """
+    path = path.expanduser()
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise ConfigError(f"prompts_file={path}: no such file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"prompts_file={path} cannot be read as UTF-8 text: {one_line(error)}") from error
+    readers = {".txt": _read_lines, ".yaml": _read_yaml, ".yml": _read_yaml, ".jsonl": _read_json_lines}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise ConfigError(f"prompts_file={path}: the ending must be one of {', '.join(readers)}")
+    entries = [_entry(path, number, raw) for number, raw in reader(path, text)]
+    if not entries:
+        raise ConfigError(f"prompts_file={path} holds no prompt")
+    return entries
+
+
+def _read_lines(path: Path, text: str) -> list[tuple[int, Any]]:
+    # Not splitlines(): that also breaks at characters such as U+2028, which a prompt may hold.
+    lines = (line.removesuffix("\r") for line in text.split("\n"))
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _read_json_lines(path: Path, text: str) -> list[tuple[int, Any]]:
+    entries = []
+    for number, line in _read_lines(path, text):
+        try:
+            entries.append((number, json.loads(line)))
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"prompts_file={path} line {number} is not JSON: {error.msg}") from error
+    return entries
+
+
+def _read_yaml(path: Path, text: str) -> list[tuple[int, Any]]:
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"prompts_file={path} is not valid YAML: {one_line(error)}") from error
+    if not isinstance(content, (list, type(None))):
+        raise ConfigError(f"prompts_file={path} must hold a list of prompts, got a {type(content).__name__}")
+    return list(enumerate(content or [], 1))
+
+
+def _entry(path: Path, number: int, raw: Any) -> dict[str, Any]:
+    entry = {"prompt": raw} if isinstance(raw, str) else raw
+    where = f"prompts_file={path}, entry {number}"
+    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
+        raise ConfigError(f"{where}: must be a text or a mapping with a prompt, got {raw!r}")
+    if unknown := sorted(set(entry) - set(ALLOWED_KEYS)):
+        raise ConfigError(f"{where}: unknown key {unknown[0]!r}, allowed: {', '.join(ALLOWED_KEYS)}")
+    for key, least in (("seed", 0), ("num_images", 1)):
+        value = entry.get(key, least)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ConfigError(f"{where}: {key} must be a whole number of at least {least}, got {value!r}")
+    return entry
+
+
+def load_reference_images(paths: tuple[Path, ...]) -> list[Image.Image]:
+    """The reference pictures as RGB PIL images; raises ConfigError for one that cannot be read."""
+    images = []
+    for path in paths:
+        try:
+            with Image.open(path.expanduser()) as image:
+                images.append(image.convert("RGB"))
+        except FileNotFoundError as error:
+            raise ConfigError(f"reference_images: {path}: no such file") from error
+        except (UnidentifiedImageError, OSError) as error:
+            raise ConfigError(f"reference_images: {path} cannot be read as an image: {one_line(error)}") from error
+    return images

@@ -1,0 +1,177 @@
+"""What a composed config is, typed and validated: a run, and what a sweep adds."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from fluxrun.errors import ConfigError
+from fluxrun.formatting import nearest, shorten
+from fluxrun.options.attention import AttentionOption
+from fluxrun.options.base import Option, load_option
+from fluxrun.options.cache import CacheOption
+from fluxrun.options.compile import CompileOption
+from fluxrun.options.kernels import KernelsOption
+from fluxrun.options.memory import MemoryOption
+from fluxrun.options.model import Flux2Model
+from fluxrun.options.quantization import QuantizationOption
+from fluxrun.options.vae import VaeOption
+
+_LOAD = BeforeValidator(load_option)
+
+
+class Measure(BaseModel):
+    """How often an image is drawn when its speed is measured."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    warmup: int = Field(0, ge=0)
+    """Images drawn and thrown away before the first one that counts."""
+
+    repeats: int = Field(1, ge=1)
+    """How many times each image is drawn; it is saved once, every time is recorded."""
+
+
+def _as_list(value: Any) -> Any:
+    return [] if value is None else [value] if isinstance(value, (str, Path)) else value
+
+
+PathList = Annotated[tuple[Path, ...], BeforeValidator(_as_list)]
+
+
+class RunConfig(BaseModel):
+    """One run, composed and validated. Sizes in pixels; ``None`` means the model's own default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+    prompt: str | tuple[str, ...] | None = None
+    """What to draw: one text or a list of texts."""
+    prompts_file: Path | None = None
+    """Text (one prompt a line), YAML or JSON-lines file of prompts; used instead of ``prompt``."""
+    negative_prompt: str | None = None
+    """What not to draw; only for models with classifier-free guidance (FLUX.2 klein base)."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seed of the first image; further images of a prompt count up."""
+    num_images: int = Field(1, ge=1)
+    """Images per prompt."""
+    steps: int | None = Field(None, ge=1)
+    """Denoising steps."""
+    guidance: float | None = Field(None, ge=0)
+    """Guidance scale; refused for distilled models, which have none."""
+    height: int | None = Field(None, ge=16, multiple_of=16)
+    """Picture height in pixels, a multiple of 16."""
+    width: int | None = Field(None, ge=16, multiple_of=16)
+    """Picture width in pixels, a multiple of 16."""
+    reference_images: PathList = ()
+    """Pictures to edit or to take subjects from (FLUX.2 image editing)."""
+    output_format: Literal["png", "jpeg", "webp"] = "png"
+    """Image file format; all of them carry the config as metadata."""
+    batch_size: int = Field(1, ge=1)
+    """Images per pipeline call."""
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    """auto, cpu, cuda, cuda:N or mps."""
+    strict: bool = False
+    """Turn every fallback into an error."""
+    measure: Measure = Measure()
+    """Repeats for measurements."""
+
+    model: Annotated[Flux2Model, _LOAD]
+    attention: Annotated[AttentionOption, _LOAD]
+    kernels: Annotated[KernelsOption, _LOAD]
+    compile: Annotated[CompileOption, _LOAD]
+    vae: Annotated[VaeOption, _LOAD]
+    memory: Annotated[MemoryOption, _LOAD]
+    quantization: Annotated[QuantizationOption, _LOAD]
+    cache: Annotated[CacheOption, _LOAD]
+
+    source: dict[str, Any] = Field(default_factory=dict, exclude=True, repr=False)
+    """The resolved config as plain data, as it goes into the record."""
+    config_dirs: tuple[Path, ...] = Field(default=(), exclude=True, repr=False)
+    """Config folders in search order: the user's first, fluxrun's own last."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_source(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "source" not in data:
+            return {**data, "source": {k: v for k, v in data.items() if k != "config_dirs"}}
+        return data
+
+    def options(self) -> dict[str, Option]:
+        """The option of every group, in the groups' order."""
+        return {group: getattr(self, group) for group in GROUPS}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], config_dirs: tuple[Path, ...] = ()) -> RunConfig:
+        """Validate plain data; raises ConfigError with one line for the first thing that is wrong."""
+        try:
+            return cls(**data, config_dirs=config_dirs)
+        except ValidationError as error:
+            raise ConfigError(explain(error, data)) from error
+
+
+GROUPS: tuple[str, ...] = tuple(n for n, field in RunConfig.model_fields.items() if _LOAD in field.metadata)
+"""The option groups, in the order of RunConfig: a new group is a field here and a row in ``options/groups.py``."""
+
+
+class SweepConfig(BaseModel):
+    """The ``sweep`` node of the config: how a multirun's jobs are run and compared."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    isolation: Literal["none", "process"] = "none"
+    """``none``: all jobs in this process, over weights loaded once. ``process``: every job in a process of its own."""
+    resume: Path | None = None
+    """Folder of an earlier sweep: jobs that it has completed (by config hash) are not run again."""
+    baseline: str = "auto"
+    """What others are compared with. ``auto``: the neutral job; ``neutral``: the same, drawn first when the sweep has
+    none; ``key=value key=value``: the job with these; or the folder of an earlier run."""
+    min_psnr: float | None = Field(None, gt=0)
+    """For a sweeper that optimises: settings whose pictures are further from the baseline's are worth nothing (dB)."""
+
+
+def explain(error: ValidationError, data: dict[str, Any]) -> str:
+    """One line for the first problem: the key, what was got, what is allowed (nearest name first)."""
+    problem = error.errors(include_url=False)[0]
+    path = [str(part) for part in problem["loc"] if str(part) not in ("str", "tuple[str, ...]")]
+    key = ".".join(path)
+    got = problem.get("input")
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {key!r}: {nearest(path[-1], sorted(_known_keys(path, data)))}"
+    if problem["type"] == "missing":
+        return f"{key} is missing: it must be given"
+    if problem["type"] == "value_error":
+        return f"{key}: {problem['ctx']['error']}"
+    if problem["type"] == "model_type" and isinstance(got, Option):
+        wanted = RunConfig.model_fields[path[0]].annotation
+        return f"{key}={got.name}: {type(got).__name__} is no option of this group (a subclass of {_dotted(wanted)})"
+    return f"{key}={shorten(got)}: {problem['msg'].lower()}, got {shorten(repr(got))} ({type(got).__name__})"
+
+
+def _dotted(cls: Any) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _known_keys(path: list[str], data: dict[str, Any]) -> list[str]:
+    """The keys that are allowed where ``path`` ends."""
+    if len(path) == 1:
+        return [name for name in RunConfig.model_fields if name not in ("source", "config_dirs")]
+    if path[0] == "measure":
+        return list(Measure.model_fields)
+    module, _, name = str(data[path[0]]["_target_"]).rpartition(".")
+    fields = getattr(importlib.import_module(module), name).model_fields
+    return [key for key, knob in fields.items() if not knob.exclude and key != "name"]
+
+
+def sweep_config(node: DictConfig) -> SweepConfig:
+    """The validated ``sweep`` node; raises ConfigError in one line."""
+    data = OmegaConf.to_container(node.sweep, resolve=True)
+    try:
+        return SweepConfig.model_validate(data)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        key = ".".join(["sweep", *map(str, problem["loc"])])
+        raise ConfigError(f"{key}={problem['input']}: {problem['msg'].lower()}") from error

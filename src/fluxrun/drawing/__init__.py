@@ -1,0 +1,1 @@
+"""Prompts × seeds into pictures on disk, each stage timed."""

@@ -1,0 +1,225 @@
+"""Generate: prompts × seeds → images, each stage timed, interrupts looked at after every step."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL.Image import Image
+
+from fluxrun.config.prompts import Job, texts_of
+from fluxrun.drawing.saving import Saver
+from fluxrun.drawing.stopwatch import Stopwatch
+from fluxrun.errors import Interrupted
+from fluxrun.pipeline.session import Session
+from fluxrun.process.device import peak_bytes, reset_peak
+from fluxrun.record.folder import RunFolder
+from fluxrun.record.schema import MemoryRecord, Timings, spread
+
+log = logging.getLogger("fluxrun.generate")
+
+
+@dataclass
+class Drawn:
+    """One pipeline call's pictures and its times in seconds."""
+
+    images: list[Image]
+    step_s: list[float]
+    denoise_s: float
+    decode_s: float
+
+
+class Generation:
+    """The loop over a run's images, with one session's pipeline."""
+
+    def __init__(self, session: Session, folder: RunFolder, jobs: Sequence[Job]) -> None:
+        self.session = session
+        self.plan = session.plan
+        self.config = session.plan.config
+        self.device = session.plan.machine.device
+        self.folder = folder
+        self.jobs = list(jobs)
+        self.remaining = Counter(job.prompt for job in jobs)
+        self.stage = "load"
+        self._fresh = True
+        """Whether the next pipeline call is the first after a build: it may compile, and it may fall back."""
+
+    # -- the loop -----------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Draw every job. Finished images are on disk and in the record whatever ends the loop."""
+        reset_peak(self.device)
+        texts = texts_of(self.jobs, self.plan.negative_prompt)
+        self.session.prompts.begin(texts, self._note_encoded)
+        if self.session.ready_for(texts):
+            self._fresh = False
+        else:
+            self._rebuild(None)
+        batches = [self.jobs[n : n + self.config.batch_size] for n in range(0, len(self.jobs), self.config.batch_size)]
+        for _ in range(self.config.measure.warmup):
+            self._note_first_call(self._draw_or_fall_back(batches[0], "warm-up"))
+        with self._saver() as saver:
+            for number, batch in enumerate(batches, 1):
+                self._draw_and_save(batch, f"image {number}/{len(batches)}", saver)
+                self._forget(batch)
+            self.stage = "save"
+
+    def _saver(self) -> Saver:
+        """Where pictures go: beside drawing if that leaves the CPU idle, and no repeats are to be timed undisturbed."""
+        beside = self.device != "cpu" and self.config.measure.repeats == 1
+        return Saver(self.folder, self.config.output_format, beside=beside)
+
+    def _draw_and_save(self, batch: Sequence[Job], text: str, saver: Saver) -> None:
+        for repeat in range(self.config.measure.repeats):
+            self.session.interrupts.check()
+            drawn = self._draw_or_fall_back(batch, text if repeat == 0 else f"{text}, repeat {repeat + 1}")
+            self._record(drawn)
+            if repeat == 0:
+                self.stage = "save"
+                for image, job in zip(drawn.images, batch, strict=True):
+                    saver.save(image, job, f"denoise {drawn.denoise_s:.2f} s, decode {drawn.decode_s:.2f} s")
+        self._summarise()
+
+    def _forget(self, batch: Sequence[Job]) -> None:
+        """Let go of the embeddings that no later image needs."""
+        self.remaining.subtract(job.prompt for job in batch)
+        self.session.prompts.forget(job.prompt for job in batch if not self.remaining[job.prompt])
+
+    def _draw_or_fall_back(self, batch: Sequence[Job], text: str) -> Drawn:
+        """One call. A failure of the first call after a build takes a fallback and draws the image again."""
+        while True:
+            first = self._fresh
+            try:
+                drawn = self._draw(batch, text)
+                self._fresh = False
+                return drawn
+            except (Interrupted, KeyboardInterrupt):
+                raise
+            except Exception as error:
+                if not first:
+                    raise
+                self._rebuild(error)
+
+    def _rebuild(self, error: BaseException | None) -> None:
+        failed_at, self.stage = self.stage, "load"
+        if error is None:
+            self.session.assemble()
+        else:
+            try:
+                self.session.recover(error)
+            except BaseException as raised:
+                if raised is error:  # nobody to blame: the error is where it was
+                    self.stage = failed_at
+                raise
+        self._note_memory("load")
+        self._fresh = True
+
+    # -- one call -----------------------------------------------------------------------------------------------
+
+    def _draw(self, batch: Sequence[Job], text: str) -> Drawn:
+        pipeline, compiles = self.session.pipeline, self._fresh and self.session.compiles
+        self.stage = "text_encode"
+        arguments = self._arguments(batch)
+        self.stage = "denoise"
+        with self.session.reporter.steps(text, arguments["num_inference_steps"]) as shown:
+            watch = Stopwatch(self.device, shown, self._after_step, self._after_denoising, compiles=compiles)
+            with self._interruptible(compiles), watch.timing(pipeline):
+                images = pipeline(**arguments, callback_on_step_end=watch.step).images
+        self._note_memory("decode")
+        return Drawn(images, watch.step_seconds(), watch.denoise_s, watch.decode_s)
+
+    def _after_step(self) -> None:
+        assert self.session.context is not None
+        self.session.context.counters["steps"] += 1
+        self.session.interrupts.check()
+
+    def _after_denoising(self) -> None:
+        self._note_memory("denoise")
+        self.stage = "decode"
+
+    @contextmanager
+    def _interruptible(self, compiles: bool) -> Iterator[None]:
+        """Compiling is interrupted at once; everything else at the next step. Offload hooks are always freed."""
+        try:
+            if compiles:
+                with self.session.interrupts.immediate():
+                    yield
+            else:
+                yield
+        except BaseException:
+            self.session.pipeline.maybe_free_model_hooks()
+            raise
+
+    def _arguments(self, batch: Sequence[Job]) -> dict[str, Any]:
+        """The pipeline call's arguments: the same that a user of plain diffusers would give."""
+        height, width = self.plan.size
+        generators = [torch.Generator("cpu").manual_seed(job.seed) for job in batch]
+        arguments: dict[str, Any] = {
+            "prompt_embeds": self._embeddings([job.prompt for job in batch]),
+            "height": height,
+            "width": width,
+            "num_inference_steps": self.plan.steps,
+            "generator": generators[0] if len(generators) == 1 else generators,
+        }
+        if self.plan.model.distilled:
+            arguments["guidance_scale"] = 1.0  # a distilled model warns about anything above 1
+        elif self.plan.guidance is not None:
+            arguments["guidance_scale"] = self.plan.guidance
+        if self.plan.negative_prompt is not None:
+            arguments["negative_prompt_embeds"] = self._embeddings([self.plan.negative_prompt] * len(batch))
+        if self.session.references:
+            arguments["image"] = self.session.references
+        return arguments
+
+    def _embeddings(self, texts: Sequence[str]) -> torch.Tensor:
+        return self.session.prompts.of(texts, self.session.pipeline)
+
+    # -- the record ---------------------------------------------------------------------------------------------
+
+    @property
+    def timings(self) -> Timings:
+        """The record's timings."""
+        return self.folder.record.timings
+
+    @property
+    def memory(self) -> MemoryRecord:
+        """The record's memory figures."""
+        return self.folder.record.memory
+
+    def _record(self, drawn: Drawn) -> None:
+        self._note_first_call(drawn)
+        self.timings.step_s.append(drawn.step_s)
+        self.timings.denoise_s.append(drawn.denoise_s)
+        self.timings.decode_s.append(drawn.decode_s)
+
+    def _note_first_call(self, drawn: Drawn) -> None:
+        if self.timings.first_call_s is None and drawn.step_s:
+            self.timings.first_call_s = drawn.step_s[0]
+
+    def _note_encoded(self, seconds: float) -> None:
+        self.timings.text_encode_s.append(seconds)
+        self._note_memory("text_encode")
+
+    def _summarise(self) -> None:
+        """Bring options, timings and memory in the record up to date; written with every image."""
+        self.session.observe()
+        self.folder.note_options(self.plan.record(), self.plan.notes)
+        for name, seconds in self.session.timings.items():  # import_s, load_s, apply_s
+            setattr(self.timings, name, seconds)
+        if self.session.context is not None and self.session.compiles:
+            self.timings.compile_s = self.session.context.compiler.seconds()
+        steps = [s for image in self.timings.step_s for s in image]
+        warm = self.config.measure.warmup > 0
+        self.timings.steady_step_s = spread(steps if warm else steps[1:])
+        self.folder.write()
+
+    def _note_memory(self, stage: str) -> None:
+        """The peak since the last stage's end (on a CPU: since the process began)."""
+        used = peak_bytes(self.device)
+        self.memory.by_stage[stage] = max(used, self.memory.by_stage.get(stage, 0))
+        self.memory.peak_allocated_bytes = max(used, self.memory.peak_allocated_bytes)

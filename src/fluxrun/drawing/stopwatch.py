@@ -1,0 +1,82 @@
+"""Times one pipeline call: each step, denoising, decoding; it also shows the steps and lets an interrupt stop them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from fluxrun.process.console import Steps
+from fluxrun.process.device import synchronize
+
+
+class Stopwatch:
+    """Rides along a pipeline call, in the place of diffusers' progress bar and step callback.
+
+    ``on_step`` is called after every step and may raise; ``on_denoised`` between the last step and the decoder.
+    """
+
+    def __init__(
+        self, device: str, shown: Steps, on_step: Callable[[], None], on_denoised: Callable[[], None], *, compiles: bool
+    ) -> None:
+        self._device = device
+        self._shown = shown
+        self._on_step, self._on_denoised = on_step, on_denoised
+        self._compiles = compiles
+        self._clock: list[float] = []
+        self._events: list[torch.cuda.Event] = []
+        self._denoised_at = time.perf_counter()
+        self.denoise_s = 0.0
+        self.decode_s = 0.0
+
+    @contextmanager
+    def timing(self, pipeline: Any) -> Iterator[Stopwatch]:
+        """Around the call: the device is synchronised at both ends."""
+        pipeline.progress_bar = self.progress_bar
+        synchronize(self._device)
+        yield self
+        synchronize(self._device)
+        self.decode_s = time.perf_counter() - self._denoised_at
+
+    @contextmanager
+    def progress_bar(self, iterable: Any = None, total: int | None = None) -> Iterator[Stopwatch]:
+        """Stands in for diffusers' own bar, which the pipeline opens around its denoising loop."""
+        if self._compiles:
+            self._shown.compiling()
+        synchronize(self._device)
+        started = time.perf_counter()
+        self._mark()
+        yield self
+        synchronize(self._device)
+        self._denoised_at = time.perf_counter()
+        self.denoise_s = self._denoised_at - started
+        self._on_denoised()
+
+    def update(self, n: int = 1) -> None:
+        """diffusers calls it after each step."""
+
+    def step(self, pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        """diffusers' ``callback_on_step_end``: take the time, show it, and stop here if the user asked to."""
+        self._mark()
+        self._shown.advance()
+        self._on_step()
+        return {}
+
+    def _mark(self) -> None:
+        """A point in time: an event on a GPU (nothing waits for it), the clock elsewhere."""
+        if not self._device.startswith("cuda"):
+            self._clock.append(time.perf_counter())
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._events.append(event)
+
+    def step_seconds(self) -> list[float]:
+        """Seconds of each step; the device must have been synchronised since."""
+        if self._events:
+            return [before.elapsed_time(after) / 1e3 for before, after in pairwise(self._events)]
+        return [after - before for before, after in pairwise(self._clock)]

@@ -1,0 +1,45 @@
+"""Words and numbers for people: sizes, times, shortened values, the nearest known name."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+GIB = 2**30
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """``did you mean 'x'? allowed: …`` for a name that is not among ``known``."""
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {matches[0]!r}? " if matches else ""
+    return f"{hint}allowed: {', '.join(known)}"
+
+
+def shorten(value: Any, limit: int = 100) -> str:
+    """A value for a message of one line."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def gigabytes(count: int) -> str:
+    """Decimal, as the hub and disk makers count: ``15.8 GB``, ``3.1 MB``."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6)):
+        if count >= size:
+            return f"{count / size:.{0 if count >= 100 * size else 1}f} {unit}"
+    return f"{count / 1000:.1f} kB"
+
+
+def seconds(value: float | None) -> str:
+    """Seconds with three significant digits; milliseconds below a tenth."""
+    if value is None:
+        return "–"
+    if value >= 100:
+        return f"{value:.0f} s"
+    return f"{value * 1e3:#.3g} ms".replace(". ", " ") if value < 0.1 else f"{value:#.3g} s".replace(". ", " ")
+
+
+def decibels(value: float | None) -> str:
+    """PSNR; equal pictures have no finite one."""
+    return "–" if value is None else "equal" if math.isinf(value) else f"{value:.1f} dB"

@@ -1,0 +1,246 @@
+"""FLUX.2's transformer blocks with fused kernels: the same modules and weights, another ``forward``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import nn
+
+Rotary = tuple[torch.Tensor, torch.Tensor]
+
+
+class Projection:
+    """One matmul for one or more Linear layers over the same input, in their dtype or in torchao's row-wise float8.
+
+    Weights are used where they lie; those of several layers are put side by side once (a copy) unless they already are.
+    Raises ValueError for layers it cannot stand in for, and with ``in_place`` for those it would have to copy.
+    """
+
+    def __init__(self, *linears: nn.Linear, in_place: bool = False) -> None:
+        if any(type(linear) is not nn.Linear or linear.bias is not None for linear in linears):
+            raise ValueError("only plain torch.nn.Linear layers without bias are supported")
+        weights: list[Any] = [linear.weight.data for linear in linears]
+        self.quantized = all(hasattr(weight, "qdata") for weight in weights)
+        if self.quantized:
+            self.weight = _joined([weight.qdata for weight in weights], in_place)
+            # Too small to come and go with a swapped block's weights, so that a copy will do.
+            scale = torch.cat([weight.scale.float().reshape(-1, 1) for weight in weights])
+            self.scale = scale.reshape(1, -1)
+            if self.weight.dtype != torch.float8_e4m3fn or self.scale.shape[1] != self.weight.shape[0]:
+                raise ValueError("of the quantized formats only float8 e4m3 with one scale per row is supported")
+        elif any(type(weight) is not torch.Tensor for weight in weights):
+            raise ValueError(f"weights of type {type(weights[0]).__name__} are not supported")
+        else:
+            self.weight = _joined(weights, in_place)
+
+    def __call__(self, rows: Any, dtype: torch.dtype) -> torch.Tensor:
+        """rows [n, in] (or float8 with scales) -> [n, out] in ``dtype``."""
+        if not self.quantized:
+            return F.linear(rows, self.weight)
+        return torch._scaled_mm(
+            rows.data, self.weight.t(), scale_a=rows.scale, scale_b=self.scale, out_dtype=dtype, use_fast_accum=True
+        )
+
+
+def _joined(parts: list[torch.Tensor], in_place: bool) -> torch.Tensor:
+    """[rows, in] of each -> [all rows, in]."""
+    if len(parts) == 1:
+        return parts[0]
+    if _side_by_side(parts):
+        return parts[0].as_strided((sum(len(part) for part in parts), *parts[0].shape[1:]), parts[0].stride())
+    if in_place:
+        raise ValueError("weights that are multiplied at once do not lie side by side, and their memory is shared")
+    return torch.cat(parts)
+
+
+def _side_by_side(parts: list[torch.Tensor]) -> bool:
+    """Whether these are one matrix's rows already."""
+    ends = [part.data_ptr() + part.nbytes for part in parts]
+    one = len({part.untyped_storage().data_ptr() for part in parts}) == 1
+    return one and all(p.is_contiguous() for p in parts) and ends[:-1] == [part.data_ptr() for part in parts[1:]]
+
+
+class FusedSingleBlock:
+    """The forward of a ``Flux2SingleTransformerBlock``: three fused kernels, attention and two matmuls."""
+
+    def __init__(self, block: Any, ops: Any, counters: Counter[str], fp8_attention: bool) -> None:
+        self.ops, self.counters = ops, counters
+        self.attn = block.attn  # not the block itself: a reference cycle would keep the derived weights alive
+        self.eps = block.norm.eps
+        self.project_in = Projection(block.attn.to_qkv_mlp_proj)
+        self.project_out = Projection(block.attn.to_out)
+        self.attend = Attend(block.attn, [_norms(block.attn)], ops, fp8_attention)
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None,
+        temb_mod: torch.Tensor,
+        image_rotary_emb: Rotary | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+        split_hidden_states: bool = False,
+        text_seq_len: int | None = None,
+    ) -> Any:
+        """As the original; [batch, tokens, width] in and out."""
+        _check(joint_attention_kwargs, image_rotary_emb, temb_mod)
+        self.counters["fused_block_calls"] += 1
+        assert image_rotary_emb is not None
+        if encoder_hidden_states is not None:
+            text_seq_len = encoder_hidden_states.shape[1]
+            hidden_states = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        x = hidden_states.contiguous()
+        shift, scale, gate = _chunks(temb_mod, 3)
+        _, rows = self.ops.norm_modulate(x, shift, scale, self.eps, quantize=self.project_in.quantized)
+        projected = self.project_in(rows, x.dtype)
+        attended, kind = self.attend([projected], image_rotary_emb, x.shape[0], x.dtype)
+        gate_up = projected[:, 3 * self.attn.inner_dim :]
+        y = self.project_out(self.ops.pack(attended, gate_up, quantize=self.project_out.quantized, **kind), x.dtype)
+        x = self.ops.gated_add(x, y.view_as(x), gate)
+        return (x[:, :text_seq_len], x[:, text_seq_len:]) if split_hidden_states else x
+
+
+class FusedDoubleBlock:
+    """The forward of a ``Flux2TransformerBlock``, each stream's three projections in one matmul."""
+
+    def __init__(self, block: Any, ops: Any, counters: Counter[str], fp8_attention: bool, in_place: bool) -> None:
+        self.ops, self.counters, attn = ops, counters, block.attn
+        self.eps = block.norm1.eps
+        self.image = _Stream(
+            Projection(attn.to_q, attn.to_k, attn.to_v, in_place=in_place), Projection(attn.to_out[0]),
+            block.ff, _norms(attn),
+        )  # fmt: skip
+        self.text = _Stream(
+            Projection(attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, in_place=in_place),
+            Projection(attn.to_add_out), block.ff_context, (attn.norm_added_q.weight, attn.norm_added_k.weight),
+        )  # fmt: skip
+        self.attend = Attend(attn, [self.text.norms, self.image.norms], ops, fp8_attention)
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        temb_mod_img: torch.Tensor,
+        temb_mod_txt: torch.Tensor,
+        image_rotary_emb: Rotary | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As the original: (text stream, image stream), [batch, tokens, width]."""
+        _check(joint_attention_kwargs, image_rotary_emb, temb_mod_img)
+        self.counters["fused_block_calls"] += 1
+        assert image_rotary_emb is not None
+        streams = (
+            (self.text, encoder_hidden_states.contiguous(), _chunks(temb_mod_txt, 6)),
+            (self.image, hidden_states.contiguous(), _chunks(temb_mod_img, 6)),
+        )
+        projected = []
+        for stream, x, (shift, scale, *_) in streams:
+            _, rows = self.ops.norm_modulate(x, shift, scale, self.eps, quantize=stream.qkv.quantized)
+            projected.append(stream.qkv(rows, x.dtype))
+        attended, kind = self.attend(projected, image_rotary_emb, hidden_states.shape[0], hidden_states.dtype)
+        parts = attended.split([x.shape[1] for _, x, _ in streams], dim=1)
+        text, image = (
+            self._after_attention(stream, x, part, kind, modulation)
+            for (stream, x, modulation), part in zip(streams, parts, strict=True)
+        )
+        return text, image
+
+    def _after_attention(
+        self,
+        stream: _Stream,
+        x: torch.Tensor,
+        attended: torch.Tensor,
+        kind: dict[str, Any],
+        modulation: tuple[torch.Tensor, ...],
+    ) -> torch.Tensor:
+        _, _, gate, shift, scale, gate_mlp = modulation
+        y = stream.out(self.ops.pack(attended, None, quantize=stream.out.quantized, **kind), x.dtype).view_as(x)
+        x, rows = self.ops.norm_modulate(x, shift, scale, self.eps, quantize=stream.linear_in.quantized, add=(gate, y))
+        gate_up = stream.linear_in(rows, x.dtype)
+        y = stream.linear_out(self.ops.pack(None, gate_up, quantize=stream.linear_out.quantized), x.dtype)
+        return self.ops.gated_add(x, y.view_as(x), gate_mlp)
+
+
+class _Stream:
+    """The weights of one of a double block's two streams."""
+
+    def __init__(self, qkv: Projection, out: Projection, ff: Any, norms: Rotary) -> None:
+        self.qkv, self.out, self.norms = qkv, out, norms
+        self.linear_in, self.linear_out = Projection(ff.linear_in), Projection(ff.linear_out)
+
+
+class Attend:
+    """From a block's projections to attention's output: by the ``attention`` group's kernel, or in float8."""
+
+    def __init__(self, attn: Any, norms: Sequence[Rotary], ops: Any, fp8: bool) -> None:
+        self.attn, self.norms, self.ops = attn, norms, ops
+        self.fp8 = None
+        if fp8:
+            from fluxrun.kernels.transformer.fp8_attention import CudnnFp8Attention
+
+            self.fp8 = CudnnFp8Attention([query for query, _ in norms], [key for _, key in norms])
+
+    def __call__(
+        self, projected: Sequence[torch.Tensor], rotary: Rotary, batch: int, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """([batch, tokens, heads, size], what ``pack`` must know of it) from each stream's projected rows."""
+        tokens = [len(rows) // batch for rows in projected]
+        shape = (batch, sum(tokens), self.attn.heads, self.attn.head_dim)
+        kind = torch.float8_e4m3fn if self.fp8 else dtype
+        q, k, v = (torch.empty(shape, dtype=kind, device=projected[0].device) for _ in range(3))
+        width = self.attn.inner_dim
+        scales = self.fp8.scales([rows[:, 2 * width : 3 * width] for rows in projected]) if self.fp8 else None
+        offset = 0
+        for rows, norms, count in zip(projected, self.norms, tokens, strict=True):
+            self.ops.split_qkv(
+                rows, norms, rotary, (q, k, v), self.attn.norm_q.eps, tokens=count, offset=offset,
+                multipliers=scales.multipliers if scales else None,
+            )  # fmt: skip
+            offset += count
+        if self.fp8 and scales:
+            return self.fp8(q, k, v, scales), {"descale": scales.descales[2:], "dtype": dtype}
+        processor = self.attn.processor
+        return dispatch_attention_fn(
+            q, k, v, backend=processor._attention_backend, parallel_config=processor._parallel_config
+        ), {}
+
+
+def fuse(
+    transformer: Any, ops: Any, counters: Counter[str], *, fp8_attention: bool = False, in_place: bool = False
+) -> dict[str, int]:
+    """Give every block of a ``Flux2Transformer2DModel`` its fused forward; returns how many of each kind.
+
+    ``ops`` has the kernels (``triton_ops``); ``counters["fused_block_calls"]`` is counted up with every call.
+    ``in_place``: weights must be used where they lie, since what lies there changes (block swap).
+
+    Raises ValueError, with nothing changed, when a block's layers are not what the kernels expect.
+    """
+    double = [
+        FusedDoubleBlock(block, ops, counters, fp8_attention, in_place) for block in transformer.transformer_blocks
+    ]
+    single = [FusedSingleBlock(block, ops, counters, fp8_attention) for block in transformer.single_transformer_blocks]
+    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    for block, forward in zip(blocks, [*double, *single], strict=True):
+        block.forward = forward
+    return {"double_blocks": len(double), "single_blocks": len(single)}
+
+
+def _norms(attn: Any) -> Rotary:
+    return attn.norm_q.weight, attn.norm_k.weight
+
+
+def _chunks(modulation: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+    """Each [batch, 1, width]."""
+    return (modulation.unsqueeze(1) if modulation.ndim == 2 else modulation).chunk(count, dim=-1)
+
+
+def _check(kwargs: dict[str, Any] | None, rotary: Rotary | None, modulation: torch.Tensor) -> None:
+    """NotImplementedError for what the kernels do not cover: then the option falls back."""
+    if kwargs:
+        raise NotImplementedError(f"kernels=fused does not take joint_attention_kwargs ({', '.join(kwargs)})")
+    if rotary is None or (modulation.ndim == 3 and modulation.shape[1] != 1):
+        raise NotImplementedError("kernels=fused needs rotary tables, and one modulation for all tokens")

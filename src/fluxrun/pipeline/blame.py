@@ -1,0 +1,37 @@
+"""Whose failure was it? Reads an exception's chain for the option that is to fall back."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Sequence
+
+from fluxrun.errors import chain
+from fluxrun.options.groups import MARKS
+
+
+def blame(error: BaseException, suspects: Sequence[str]) -> str | None:
+    """The group among ``suspects`` whose code the error comes from; else the first, the likeliest; None for none."""
+    places = _places(error)
+    for group, marks in MARKS.items():
+        if group in suspects and any(mark in place for place in places for mark in marks):
+            return group
+    return suspects[0] if suspects else None
+
+
+def _places(error: BaseException) -> list[str]:
+    """Files and error types along the whole chain of causes and contexts, innermost frames included."""
+    places: list[str] = []
+    for one in chain(error):
+        places += [frame.filename for frame in traceback.extract_tb(one.__traceback__)]
+        places.append(f"{type(one).__module__.replace('.', '/')}/{type(one).__qualname__}")
+    return places
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator gave up, on a GPU or on the CPU."""
+    import torch
+
+    cpu = isinstance(error, (RuntimeError, MemoryError)) and (
+        "can't allocate memory" in str(error) or isinstance(error, MemoryError)
+    )
+    return isinstance(error, torch.OutOfMemoryError) or cpu

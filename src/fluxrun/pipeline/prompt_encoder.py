@@ -1,0 +1,116 @@
+"""Prompt embeddings: encoded once per prompt, kept while images still need them; with staged memory before all else."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fluxrun.pipeline.weights_loader import WeightsLoader
+from fluxrun.process.console import Reporter
+from fluxrun.process.device import synchronize
+from fluxrun.process.signals import Interrupts
+from fluxrun.weights.shells import shell
+
+log = logging.getLogger("fluxrun.build")
+
+
+class PromptEncoder:
+    """The embeddings of one run's prompts, over one session's weights.
+
+    With staged memory the text encoder is loaded alone, encodes every prompt and goes before the rest is loaded; its
+    embeddings stay in the weight store, so that a sweep encodes each prompt once.
+    """
+
+    def __init__(self, loader: WeightsLoader) -> None:
+        self._loader = loader
+        self._known: dict[str, torch.Tensor] = {}
+        self._texts: Sequence[str] = ()
+        self._on_encoded: Callable[[float], None] = lambda seconds: None
+        self.upcoming: Sequence[str] = ()
+        """Prompts of later runs over the same weights: staged memory encodes them while its text encoder is there."""
+        self.counts: Counter[str] = Counter()
+        """Staged memory: prompts encoded first, and known before; bytes freed."""
+
+    @property
+    def staged(self) -> bool:
+        """Whether prompts are encoded first, with the text encoder alone."""
+        return self._loader.plan.memory.staged
+
+    def begin(self, texts: Sequence[str], on_encoded: Callable[[float], None]) -> None:
+        """Begin a run that needs these texts; ``on_encoded`` gets the seconds of each one that is encoded."""
+        self._texts, self._on_encoded = list(texts), on_encoded
+        self._known.clear()
+
+    def knows(self, texts: Iterable[str]) -> bool:
+        """Whether staged memory's embeddings of all of them are in the store."""
+        return all(self._stored(text) is not None for text in texts)
+
+    def of(self, texts: Sequence[str], pipeline: Any) -> torch.Tensor:
+        """Embeddings of a batch: [batch, max_sequence_length, joint_attention_dim], on the run's device."""
+        for text in texts:
+            if not self._has(text):
+                self._known[text] = self._encode(pipeline, text)
+        return torch.cat([self._known[text].to(self._device) for text in texts])
+
+    def encode_first(self, reporter: Reporter, interrupts: Interrupts) -> None:
+        """Staged memory: every text that is not known yet, with the text encoder alone, which is then freed."""
+        missing = [text for text in self._texts if not self._has(text)]
+        if not missing:
+            return
+        # The text encoder is loaded once more for each run that misses one: a sweep's later prompts go along.
+        later = [text for text in dict.fromkeys(self.upcoming) if text not in missing and self._stored(text) is None]
+        base = self._loader.load("text", reporter, interrupts)
+        pipeline: Any = shell(base)
+        for text in (*missing, *later):
+            interrupts.check()
+            self._known[text] = self._encode(pipeline, text)
+            self._loader.store.embeddings[self._key(text)] = self._known[text].cpu()
+        self.counts |= Counter(prompts_encoded_first=len(missing) + len(later), freed_bytes=base.bytes)
+        del pipeline, base
+        self._loader.store.keep_only([])
+
+    def forget(self, texts: Iterable[str]) -> None:
+        """Drop what no later image needs, so that ten thousand prompts do not fill the memory."""
+        if not self.staged:
+            for text in texts:
+                self._known.pop(text, None)
+
+    # -- one text -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _device(self) -> str:
+        return self._loader.plan.machine.device
+
+    def _has(self, text: str) -> bool:
+        """Whether this run knows the text's embedding, or an earlier one with staged memory has left it."""
+        if text not in self._known and self.staged and (found := self._stored(text)) is not None:
+            self._known[text] = found
+            self.counts["prompts_known_before"] += 1
+        return text in self._known
+
+    def _stored(self, text: str) -> torch.Tensor | None:
+        return self._loader.store.embeddings.get(self._key(text))
+
+    def _key(self, text: str) -> str:
+        model = self._loader.plan.model
+        weights = replace(self._loader.key("text"), quantization="", distilled=None)  # neither is the text encoder's
+        return f"{weights} {model.max_sequence_length} {model.text_encoder_out_layers} {text}"
+
+    def _encode(self, pipeline: Any, text: str) -> torch.Tensor:
+        model = self._loader.plan.model
+        arguments: dict[str, Any] = {"max_sequence_length": model.max_sequence_length}
+        if model.text_encoder_out_layers:
+            arguments["text_encoder_out_layers"] = model.text_encoder_out_layers
+        synchronize(self._device)
+        started = time.perf_counter()
+        with torch.no_grad():
+            embeds: torch.Tensor = pipeline.encode_prompt(text, device=pipeline._execution_device, **arguments)[0]
+        synchronize(self._device)
+        self._on_encoded(time.perf_counter() - started)
+        return embeds

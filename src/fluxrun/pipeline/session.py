@@ -1,0 +1,236 @@
+"""A session: a plan and the pipeline built from it, rebuilt from the same weights whenever an option falls back."""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from PIL.Image import Image
+
+from fluxrun.errors import Interrupted, OptionFailed, OptionUnavailable, OutOfMemory, chain, one_line
+from fluxrun.options.base import Context
+from fluxrun.options.groups import APPLY_ORDER
+from fluxrun.pipeline.blame import blame, is_out_of_memory
+from fluxrun.planning import fallbacks
+from fluxrun.planning.plan import Plan
+from fluxrun.process.console import Reporter
+from fluxrun.process.device import free_memory
+from fluxrun.process.signals import Interrupts
+from fluxrun.process.switches import ProcessState, import_diffusers
+from fluxrun.record.schema import Stage
+from fluxrun.weights.location import Located
+
+if TYPE_CHECKING:
+    from fluxrun.weights.store import Base, WeightStore
+
+log = logging.getLogger("fluxrun.build")
+
+
+class Session:
+    """A plan and the pipeline built from it: options applied in one order, fallbacks taken where one fails.
+
+    As a context manager it puts every process-wide switch back when it is left. Making one imports torch, diffusers
+    and transformers.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        store: WeightStore | None = None,
+        reporter: Reporter | None = None,
+        interrupts: Interrupts | None = None,
+        references: Sequence[Image] = (),
+        located: Located | None = None,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        started = time.perf_counter()
+        import_diffusers()
+        from fluxrun.pipeline.prompt_encoder import PromptEncoder
+        from fluxrun.pipeline.weights_loader import WeightsLoader
+        from fluxrun.weights.loading import pipeline_class
+        from fluxrun.weights.store import WeightStore
+
+        if located is not None:
+            pipeline_class(located.pipeline)
+        self.import_s = time.perf_counter() - started
+        self.apply_s = 0.0
+
+        self.plan = plan
+        self.store = WeightStore() if store is None else store
+        self.loader = WeightsLoader(plan, self.store, located)
+        self.prompts = PromptEncoder(self.loader)
+        self.reporter = reporter or Reporter()
+        self.interrupts = interrupts or Interrupts()
+        self.references = list(references)
+        self.pipeline: Any = None
+        self.context: Context | None = None
+        self.whole = False
+        """Whether the pipeline is handed out: then it keeps its text encoder, and memory=staged is not for it."""
+        self._on_change = on_change
+        self._state = ProcessState()
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Session:
+        self._state.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+        self._state.__exit__(kind, error, trace)
+
+    def close(self) -> None:
+        """Leave: the shell is dropped, every process-wide switch is put back."""
+        self.__exit__(None, None, None)
+
+    @property
+    def compiles(self) -> bool:
+        """Whether torch.compile was asked to work on the pipeline as it stands."""
+        return self.context is not None and self.context.compiler.active
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """Seconds of this run so far, under the record's names."""
+        return {"import_s": self.import_s, "load_s": self.loader.seconds, "apply_s": self.apply_s}
+
+    def ready_for(self, texts: Iterable[str]) -> bool:
+        """Whether a pipeline stands that can draw these; a staged one has no text encoder left for new ones."""
+        return self.pipeline is not None and (not self.plan.memory.staged or self.prompts.knows(texts))
+
+    def carry_on(
+        self, plan: Plan, *, reporter: Reporter, interrupts: Interrupts, on_change: Callable[[], None]
+    ) -> None:
+        """Draw another run's pictures with the pipeline as it stands: options, model and size must be the same.
+
+        The choices stay this session's, with every fallback found so far; counts and times start anew.
+        """
+        assert self.context is not None
+        self.plan.config, self.plan.notes = plan.config, plan.notes
+        self.reporter, self.interrupts, self._on_change = reporter, interrupts, on_change
+        self.import_s = self.apply_s = self.loader.seconds = 0.0
+        self.prompts.counts.clear()
+        self.context.start_counting()
+        on_change()
+
+    def release(self) -> None:
+        """Let go of the shell; the weights stay in the store."""
+        if self.context is not None:
+            self.context.graphs.clear()
+        self.pipeline = None
+        self.context = None
+
+    def observe(self) -> None:
+        """Add to each option's facts what only shows after pictures were drawn."""
+        assert self.context is not None
+        for choice in self.plan.choices.values():
+            choice.facts = {**choice.facts, **choice.option.observe(self.pipeline, self.context)}
+
+    # -- building -----------------------------------------------------------------------------------------------------
+
+    def assemble(self) -> None:
+        """Build until it works: every failure at ``apply`` takes that option's fallback and starts afresh."""
+        while True:
+            try:
+                self._assemble()
+                self._on_change()
+                return
+            except OptionFailed as failed:
+                self._fall_back(failed.group, "apply", failed.error)
+
+    def recover(self, error: BaseException) -> None:
+        """After a failed first call: take the fallback of the option to blame and build again.
+
+        Re-raises ``error`` when no option is left to blame, or when the user interrupted.
+        """
+        self.interrupts.check()
+        if isinstance(error, (Interrupted, KeyboardInterrupt)):
+            raise error
+        group = "memory" if is_out_of_memory(error) else blame(error, fallbacks.suspects(self.plan))
+        if group is None:
+            raise error
+        self._fall_back(group, "first_call", error)
+        self.assemble()
+
+    def _assemble(self) -> None:
+        from fluxrun.weights.shells import shell
+
+        memory, device = self.plan.memory, self.plan.machine.device
+        self.release()
+        self._state.restore()
+        self._state.use_device(device)
+        memory.limit(device)
+        if memory.staged:
+            self.prompts.encode_first(self.reporter, self.interrupts)
+        base = self.loader.load("image" if memory.staged else "all", self.reporter, self.interrupts)
+        self.plan.choices["model"].facts = base.facts
+        started = time.perf_counter()
+        with self.interrupts.immediate():
+            self.context = self._new_context(base)
+            self.pipeline = shell(base)
+            for group in APPLY_ORDER:
+                self._apply(group)
+        self.apply_s += time.perf_counter() - started
+
+    def _new_context(self, base: Base) -> Context:
+        from fluxrun.compilation.compiler import Compiler
+        from fluxrun.compilation.cuda_graphs import Graphs
+
+        return Context(
+            workload=self.plan.workload,
+            options=self.plan.options,
+            state=self._state,
+            compiler=Compiler(),
+            graphs=Graphs(),
+            load_option=self.plan.catalog.load,
+            note=self.plan.note,
+            prompt_counts=self.prompts.counts,
+            weight_facts=base.facts,
+            pins=base.pins,
+        )
+
+    def _apply(self, group: str) -> None:
+        """One option: let it choose (auto), apply it, keep its facts; a failure names the group."""
+        assert self.context is not None
+        choice = self.plan.choices[group]
+        try:
+            if chosen := choice.option.choose(self.pipeline, self.context):
+                self.plan.switch(group, *chosen)
+                self.context.options = self.plan.options
+            choice.facts = {**choice.facts, **choice.option.apply(self.pipeline, self.context)}
+        except (Interrupted, KeyboardInterrupt):
+            raise
+        except Exception as error:  # an option may fail in any way its library likes; it is recorded, never hidden
+            raise OptionFailed(group, error) from error
+
+    # -- falling back -------------------------------------------------------------------------------------------------
+
+    def _fall_back(self, group: str, stage: Stage, error: BaseException) -> None:
+        said = fallbacks.known(self.plan)
+        reason, kind = one_line(error), type(error).__name__
+        try:
+            if is_out_of_memory(error):
+                fallbacks.step_down(self.plan, stage, reason, kind, whole=self.whole)
+            else:
+                fallbacks.fall_back(self.plan, group, stage, reason, kind)
+        except (OptionUnavailable, OutOfMemory) as refused:
+            raise refused from error
+        fallbacks.settle(self.plan)
+        fallbacks.announce(self.plan, said, "".join(traceback.format_exception(error)).rstrip())
+        self._let_go(error)
+
+    def _let_go(self, error: BaseException) -> None:
+        """Free the failed pipeline's memory before another one is built.
+
+        The error's frames still hold all they were working on; the traceback is in the log, nobody needs them now.
+        """
+        self.release()
+        for one in chain(error):
+            one.__traceback__ = None
+        free_memory()

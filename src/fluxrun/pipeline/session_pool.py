@@ -1,0 +1,138 @@
+"""What the runs of one process share: the loaded weights, and the built pipeline while nothing of it changes.
+
+A single run has a pool of its own. The jobs of a sweep share one: a job that differs from the last one only in
+prompt, seed, steps or guidance draws with the pipeline as it stands; any other job gets a fresh shell over the stored
+weights, after everything process-wide was put back.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from fluxrun.errors import Interrupted
+from fluxrun.pipeline.session import Session
+from fluxrun.planning.prepare import Prepared
+from fluxrun.process.console import Reporter
+from fluxrun.process.device import free_memory
+from fluxrun.process.signals import Interrupts
+
+if TYPE_CHECKING:
+    from fluxrun.weights.store import WeightStore
+
+log = logging.getLogger("fluxrun.sessions")
+
+
+class SessionPool:
+    """One session at a time; ``close`` puts the process back as it was, leaving the block frees weights."""
+
+    def __init__(self) -> None:
+        self._store: WeightStore | None = None
+        self._session: Session | None = None
+        self._key = ""
+        self._graphs: str | None = None
+        self._compiled = False
+        self.interrupted: Interrupted | None = None
+        """A signal that came when a run was all but done: the runs that follow are not begun."""
+        self.upcoming: Sequence[str] = ()
+        """Prompts of the runs still to come over the same weights, where that is known."""
+
+    def __enter__(self) -> SessionPool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+        if self._store is not None:
+            self._store.clear()
+
+    @property
+    def loads(self) -> list[str]:
+        """Why weights were loaded, one line per load, in order."""
+        return list(self._store.reasons) if self._store is not None else []
+
+    @contextmanager
+    def session(
+        self, prepared: Prepared, *, reporter: Reporter, interrupts: Interrupts, on_change: Callable[[], None]
+    ) -> Iterator[Session]:
+        """A session for this run. One that an error or an interrupt has left is not used again."""
+        shared: dict[str, Any] = {"reporter": reporter, "interrupts": interrupts, "on_change": on_change}
+        try:
+            yield self._take(prepared, shared)
+        except BaseException:
+            self.close()
+            raise
+
+    def _take(self, prepared: Prepared, shared: dict[str, Any]) -> Session:
+        key = build_key(prepared)
+        if self._session is not None and key == self._key and self._session.ready_for(prepared.texts):
+            log.info("options, model and size as before: the pipeline is used as it stands")
+            self._session.carry_on(prepared.plan, **shared)
+            return self._session
+        self.close()
+        graphs = graphs_key(prepared)
+        self._clear_up(keep_graphs=graphs is not None and graphs == self._graphs)
+        self._session, self._key, self._graphs = self._open(prepared, shared), key, graphs
+        return self._session
+
+    def _clear_up(self, keep_graphs: bool) -> None:
+        """Free what the last pipeline left behind, so that a job starts with the weights' memory and nothing more."""
+        if self._compiled and not keep_graphs:
+            from fluxrun.compilation.compiler import Compiler
+
+            # Also keeps a long sweep below the number of recompilations at which dynamo quietly goes eager.
+            Compiler.forget()
+            self._compiled = False
+        if self._store is not None:
+            free_memory()
+
+    def _open(self, prepared: Prepared, shared: dict[str, Any]) -> Session:
+        session = Session(
+            prepared.plan, store=self._store, references=prepared.references, located=prepared.located, **shared
+        )
+        self._store, session.prompts.upcoming = session.store, self.upcoming
+        session.__enter__()
+        return session
+
+    def close(self) -> None:
+        """Drop the pipeline and put every process-wide switch back; the weights stay in the store."""
+        if self._session is None:
+            return
+        session, self._session = self._session, None
+        self._compiled = self._compiled or session.compiles
+        session.close()
+
+
+def graphs_key(prepared: Prepared) -> str | None:
+    """What must agree for compiled code to serve another size: all options, with graphs for every size; else None.
+
+    Without ``compile.dynamic=true`` each size gets graphs of its own, so that a job is as fast as it is alone.
+    """
+    option = prepared.plan.compile
+    if not option.dynamic or option.cudagraphs:
+        return None
+    key = json.loads(build_key(prepared))
+    return json.dumps({name: value for name, value in key.items() if name not in ("size", "batch_size", "references")})
+
+
+def build_key(prepared: Prepared) -> str:
+    """What must agree for a built pipeline to be used again: everything but prompts, seeds, steps and guidance."""
+    config = prepared.config
+    return json.dumps(
+        {
+            "options": {group: [option.name, option.model_dump_json()] for group, option in config.options().items()},
+            "source": prepared.located.source,
+            "size": prepared.plan.size,
+            "batch_size": config.batch_size,
+            "device": prepared.plan.machine.device,
+            "strict": config.strict,
+            "references": [image.size for image in prepared.references],
+            # A step cache is set up for the steps it will see.
+            "steps": config.steps if config.cache.skips_steps else None,
+        }
+    )

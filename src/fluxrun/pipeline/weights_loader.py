@@ -1,0 +1,92 @@
+"""The weights of a plan: which key they have in the store, how they are loaded and quantized, what that took."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from torch import nn
+
+from fluxrun.errors import Interrupted, OptionFailed
+from fluxrun.options.base import Facts
+from fluxrun.pipeline.blame import is_out_of_memory
+from fluxrun.planning.plan import Plan
+from fluxrun.process.console import Reporter
+from fluxrun.process.signals import Interrupts
+from fluxrun.weights.loading import load
+from fluxrun.weights.location import Located
+from fluxrun.weights.store import Base, Part, WeightsKey, WeightStore
+
+log = logging.getLogger("fluxrun.build")
+
+DESCRIPTIONS: dict[Part, str] = {"all": "model", "text": "text encoder", "image": "transformer and VAE"}
+
+
+class WeightsLoader:
+    """Loads what a plan needs into a store, on first use; other weights are freed first."""
+
+    def __init__(self, plan: Plan, store: WeightStore, located: Located | None) -> None:
+        self.plan = plan
+        self.store = store
+        self.located = located
+        self.seconds = 0.0
+        """Spent on loading for this run."""
+
+    def key(self, part: Part) -> WeightsKey:
+        """The key of ``part`` under the options in use."""
+        placement = "cpu" if self.plan.memory.offloads else self.plan.machine.device
+        quantization = self.plan.quantization.model_dump_json(exclude={"fallback"})
+        return WeightsKey.of(
+            self.plan.model, dtype=self.plan.dtype, device=placement, part=part, quantization=quantization
+        )
+
+    def load(self, part: Part, reporter: Reporter, interrupts: Interrupts) -> Base:
+        """The stored weights of ``part``, loaded on first use.
+
+        Raises OptionFailed for an option's failure (quantization could not convert, or the memory was not enough) and
+        whatever else the libraries raise.
+        """
+        key = self.key(part)
+        self.store.keep_only([key])
+        loads = len(self.store.reasons)
+        started = time.perf_counter()
+        try:
+            with interrupts.immediate():
+                base = self.store.get(key, lambda: self._load(part, key, reporter))
+        except (Interrupted, KeyboardInterrupt, OptionFailed):
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise OptionFailed("memory", error) from error
+            raise
+        finally:
+            if len(self.store.reasons) > loads:  # else the weights were there
+                self.seconds += time.perf_counter() - started
+        if 0 < loads < len(self.store.reasons) and self.store.reasons[-1] != "first load":
+            self.plan.note(f"weights loaded again: {self.store.reasons[-1]}")
+            log.info("weights loaded again: %s", self.store.reasons[-1])
+        return base
+
+    def _load(self, part: Part, key: WeightsKey, reporter: Reporter) -> Base:
+        text = f"Loading {self.plan.model.name} ({DESCRIPTIONS[part]}, {key.dtype}, {key.placement})"
+        with reporter.stage(text):
+            return load(
+                self.plan.model,
+                dtype=key.dtype,
+                device=key.placement,
+                part=part,
+                quantize=self._quantize,
+                progress=_say,
+                located=self.located,
+            )
+
+    def _quantize(self, component: nn.Module, name: str) -> Facts:
+        try:
+            return self.plan.quantization.quantize(component, name, self.key("all").placement)
+        except Exception as error:  # a library's failure to convert is this option's failure
+            raise OptionFailed("quantization", error) from error
+
+
+def _say(text: str) -> None:
+    """A download's lines are for the user; each component's are for the log."""
+    log.log(logging.INFO if text.startswith("download") else logging.DEBUG, "%s", text)

@@ -1,0 +1,175 @@
+"""The plan: what would run, what falls back and why, and what the user should know before. Nothing is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fluxrun.config.catalog import Catalog
+from fluxrun.config.schema import RunConfig
+from fluxrun.hardware.machine import Machine
+from fluxrun.options.base import Facts, O, Option, Workload
+from fluxrun.options.compile import CompileOption
+from fluxrun.options.kernels import KernelsOption
+from fluxrun.options.memory import MemoryOption
+from fluxrun.options.model import Flux2Model
+from fluxrun.options.quantization import QuantizationOption
+from fluxrun.options.vae import VaeOption
+from fluxrun.planning.estimate import Estimate
+from fluxrun.record.schema import Fallback, OptionRecord
+
+
+@dataclass
+class Choice:
+    """One group's way from what was requested to what is used."""
+
+    requested: str
+    option: Option
+    fallbacks: list[Fallback] = field(default_factory=list)
+    facts: Facts = field(default_factory=dict)
+
+    @property
+    def effective(self) -> str:
+        """The name of the option in use."""
+        return self.option.name
+
+    def record(self) -> OptionRecord:
+        """The choice as run.json keeps it."""
+        return OptionRecord(
+            requested=self.requested, effective=self.effective, fallbacks=list(self.fallbacks), facts=dict(self.facts)
+        )
+
+
+@dataclass
+class Plan:
+    """What will be built: one choice per group, and what the user should know before."""
+
+    config: RunConfig
+    machine: Machine
+    catalog: Catalog
+    choices: dict[str, Choice]
+    weight_bytes: Mapping[str, int] | None = None
+    """Bytes of the model's components, where they are known before loading."""
+    reference_tokens: int = 0
+    """What reference pictures add to the transformer's sequence."""
+    notes: list[str] = field(default_factory=list)
+
+    # -- the options in use -------------------------------------------------------------------------------------------
+
+    @property
+    def options(self) -> dict[str, Option]:
+        """The options in use, by group."""
+        return {group: choice.option for group, choice in self.choices.items()}
+
+    def option(self, base: type[O], group: str) -> O:
+        """The option in use of a group, as the group's base class."""
+        found = self.choices[group].option
+        assert isinstance(found, base)
+        return found
+
+    @property
+    def model(self) -> Flux2Model:
+        """The model option, with what its checkpoint knows filled in."""
+        return self.option(Flux2Model, "model")
+
+    @property
+    def memory(self) -> MemoryOption:
+        """The memory option in use."""
+        return self.option(MemoryOption, "memory")
+
+    @property
+    def quantization(self) -> QuantizationOption:
+        """The quantization option in use."""
+        return self.option(QuantizationOption, "quantization")
+
+    @property
+    def compile(self) -> CompileOption:
+        """The compile option in use."""
+        return self.option(CompileOption, "compile")
+
+    # -- the call -----------------------------------------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> str:
+        """The weights' dtype on this run's device."""
+        return self.model.dtype_on(self.machine)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels: the run's, else the model's."""
+        return self.config.height or self.model.height, self.config.width or self.model.width
+
+    @property
+    def steps(self) -> int | None:
+        """Denoising steps: the run's, else the model's; None only before a checkpoint was looked at."""
+        return self.config.steps or self.model.steps
+
+    @property
+    def guidance(self) -> float | None:
+        """Guidance scale: the run's, else the model's; 0 is a value of its own."""
+        return self.model.guidance if self.config.guidance is None else self.config.guidance
+
+    @property
+    def guided(self) -> bool:
+        """Whether the run uses classifier-free guidance, which calls the transformer twice a step."""
+        return self.model.classifier_free and self.guidance is not None and self.guidance > 1
+
+    @property
+    def negative_prompt(self) -> str | None:
+        """The text that classifier-free guidance encodes besides the prompt; None without it."""
+        return (self.config.negative_prompt or "") if self.guided else None
+
+    # -- what it takes ------------------------------------------------------------------------------------------------
+
+    @property
+    def estimate(self) -> Estimate:
+        """The memory estimate for the options in use."""
+        height, width = self.size
+        return Estimate(
+            weight_bytes=self.weight_bytes,
+            height=height,
+            width=width,
+            batch_size=self.config.batch_size,
+            reference_tokens=self.reference_tokens,
+            dtype=self.dtype,
+            model=self.model,
+            vae=self.option(VaeOption, "vae"),
+            memory=self.memory,
+            kernels=self.option(KernelsOption, "kernels"),
+            quantization=self.quantization,
+        )
+
+    @property
+    def workload(self) -> Workload:
+        """What the options may know of this run."""
+        estimate = self.estimate
+        return Workload(
+            machine=self.machine,
+            height=estimate.height,
+            width=estimate.width,
+            tokens=estimate.tokens,
+            steps=self.steps,
+            batch_size=estimate.batch_size,
+            dtype=estimate.dtype,
+            guided=self.guided,
+            needs=estimate.memory_needs(),
+            ram=estimate.ram_needs(),
+            swapping_bytes=estimate.swapping_bytes(),
+        )
+
+    # -- changes ------------------------------------------------------------------------------------------------------
+
+    def note(self, text: str) -> None:
+        """Add a note once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def switch(self, group: str, name: str, facts: Facts) -> None:
+        """Take what an ``auto`` option chose; a choice is not a fallback (those are ``fallbacks.py``'s)."""
+        choice = self.choices[group]
+        choice.option = self.catalog.load(group, name, like=choice.option)
+        choice.facts = {**choice.facts, **facts}
+
+    def record(self) -> dict[str, OptionRecord]:
+        """Every choice as run.json keeps it, by group."""
+        return {group: choice.record() for group, choice in self.choices.items()}

@@ -1,0 +1,158 @@
+"""What the user sees while a run is on: a live display in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import logging.config
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from fluxrun.errors import ConfigError
+
+log = logging.getLogger("fluxrun")
+
+console = Console(stderr=True)
+"""The one console: log lines and the live display share it, so that neither tears the other."""
+
+PLAIN_STEP_SECONDS = 5.0
+"""Without a terminal a step line is printed at most this often (seconds)."""
+
+
+class ConsoleHandler(logging.Handler):
+    """Log lines on the console, without tracebacks (those are in the log file) and without other libraries' chatter."""
+
+    def __init__(self, stream: Any = None) -> None:
+        super().__init__()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno < logging.ERROR and not record.name.startswith(("fluxrun", "hydra", "HYDRA")):
+            return
+        if not record.name.startswith("fluxrun") and record.name.split(".")[0] not in ("hydra", "HYDRA"):
+            return
+        style = "red" if record.levelno >= logging.ERROR else "yellow" if record.levelno >= logging.WARNING else None
+        prefix = (
+            "error: " if record.levelno >= logging.ERROR else "warning: " if record.levelno >= logging.WARNING else ""
+        )
+        console.print(prefix + record.getMessage(), style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+class Reporter:
+    """Stage and step reports of one run."""
+
+    @contextmanager
+    def stage(self, text: str) -> Iterator[None]:
+        """Show ``text`` with a running timer until the block ends; then log how long it took."""
+        started = time.perf_counter()
+        if console.is_terminal:
+            with Progress(
+                SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True
+            ) as live:
+                live.add_task(text, total=None)
+                yield
+        else:
+            yield
+        log.info("%s: %.1f s", text, time.perf_counter() - started)
+
+    @contextmanager
+    def steps(self, text: str, total: int) -> Iterator[Steps]:
+        """Show the denoising of one image (or batch) of ``total`` steps."""
+        shown = _LiveSteps(text, total) if console.is_terminal else _PlainSteps(text, total)
+        with shown:
+            yield shown
+
+
+class Steps:
+    """Step reports of one image; the first step may be compiling."""
+
+    def __init__(self, text: str, total: int) -> None:
+        self.text, self.total, self.done = text, total, 0
+        self.started = self._first_done = time.perf_counter()
+
+    def __enter__(self) -> Steps:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def compiling(self) -> None:
+        """Say that the next step compiles first."""
+
+    def advance(self) -> None:
+        """One step is done."""
+        self.done += 1
+        if self.done == 1:
+            self._first_done = time.perf_counter()
+
+    def seconds_per_step(self) -> float:
+        """Mean seconds per step; the first one, which may compile, counts only while it is alone."""
+        now = time.perf_counter()
+        return (now - self._first_done) / (self.done - 1) if self.done > 1 else now - self.started
+
+    def pace(self) -> str:
+        """Seconds per step and seconds still to go."""
+        each = self.seconds_per_step()
+        return f"{each:.2f} s/step · eta {each * (self.total - self.done):.0f} s"
+
+
+COMPILING = "Compiling (first run only…)"
+
+
+class _LiveSteps(Steps):
+    def __enter__(self) -> Steps:
+        columns = (  # narrow on purpose: the timer must be readable in 80 characters, also while compiling
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            BarColumn(bar_width=10),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[pace]}"),
+        )
+        self._live = Progress(*columns, console=console, transient=True)
+        self._live.start()
+        self._task = self._live.add_task(self.text, total=self.total, pace="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def compiling(self) -> None:
+        self._live.update(self._task, description=f"{self.text} · {COMPILING}")
+
+    def advance(self) -> None:
+        super().advance()
+        self._live.update(self._task, description=self.text, completed=self.done, pace=self.pace())
+
+
+class _PlainSteps(Steps):
+    def __enter__(self) -> Steps:
+        self._last = self.started
+        return self
+
+    def compiling(self) -> None:
+        log.info("%s · %s", self.text, COMPILING)
+
+    def advance(self) -> None:
+        super().advance()
+        now = time.perf_counter()
+        if now - self._last >= PLAIN_STEP_SECONDS and self.done < self.total:
+            self._last = now
+            log.info("%s · step %d/%d · %s", self.text, self.done, self.total, self.pace())
+
+
+def log_to(folder: Path) -> None:
+    """The same console and log file that Hydra sets up for an ordinary run."""
+    if (folder / "run.json").exists():
+        raise ConfigError(f"{folder} already holds a run: choose another hydra.run.dir, or remove it")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(folder / "fluxrun.log")
+    except OSError as error:
+        raise ConfigError(f"cannot write to the output folder {folder}: {error.strerror}") from error
+    file.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[ConsoleHandler(), file], force=True)

@@ -1,0 +1,50 @@
+"""The device's clock and memory: waiting for it, its peak, giving cached memory back."""
+
+from __future__ import annotations
+
+import gc
+from contextlib import suppress
+from pathlib import Path
+
+
+def free_memory() -> None:
+    """Collect what nothing refers to and give cached device memory back."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device; a CPU has nothing to wait for."""
+    import torch
+
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    elif device == "mps":
+        torch.mps.synchronize()
+
+
+def reset_peak(device: str) -> None:
+    """Start measuring peak memory anew: a run after another one in the same process has a peak of its own."""
+    import torch
+
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):  # Linux only; elsewhere the peak is the process's
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes(device: str) -> int:
+    """Peak memory in bytes: allocated on a GPU since the last call, resident set size of the process on a CPU."""
+    import torch
+
+    if device.startswith("cuda"):
+        peak = int(torch.cuda.max_memory_allocated(device))
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    import resource  # not on Windows, where no GPU run needs it
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

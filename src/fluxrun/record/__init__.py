@@ -1,0 +1,1 @@
+"""The record of a run: run.json, the picture files, versions and hardware."""

@@ -1,0 +1,143 @@
+"""run.json as types: what was asked, what ran, why the two differ, and what each part cost."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Status = Literal["running", "completed", "failed", "interrupted"]
+Stage = Literal["requires", "apply", "first_call"]
+
+
+class RecordModel(BaseModel):
+    """What all parts of the record share."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class Fallback(RecordModel):
+    """An option that could not be used, or only in part."""
+
+    model_config = ConfigDict(frozen=True)
+
+    option: str
+    stage: Stage
+    """When it showed: before loading, while it was applied, or at the first real call."""
+    reason: str
+    error_type: str | None = None
+
+
+def replacement(fallback: Fallback, effective: str) -> str:
+    """What an option fell back to, for people: it may have kept its name and lost a knob."""
+    return "a part of it" if fallback.option == effective else effective
+
+
+class Chosen(RecordModel):
+    """One option group: asked for, used, and why they differ."""
+
+    requested: str
+    effective: str
+    fallbacks: list[Fallback] = []
+
+    @property
+    def fell_back(self) -> bool:
+        """Whether something else runs than what was asked for; a choice of ``auto`` is no fallback."""
+        return bool(self.fallbacks)
+
+
+class OptionRecord(Chosen):
+    """The same, and what was counted."""
+
+    facts: dict[str, Any] = {}
+
+
+class Spread(RecordModel):
+    """Statistics of repeated measurements, in seconds."""
+
+    median: float
+    min: float
+    max: float
+    n: int
+
+
+class Timings(RecordModel):
+    """Seconds. Lists have one entry per prompt (text_encode_s) or per image drawn."""
+
+    import_s: float = 0.0
+    """Importing torch, diffusers and transformers; next to nothing after the first run of a process."""
+    load_s: float = 0.0
+    apply_s: float = 0.0
+    first_call_s: float | None = None
+    """The very first denoising step, compiling included."""
+    compile_s: float = 0.0
+    text_encode_s: list[float] = []
+    step_s: list[list[float]] = []
+    denoise_s: list[float] = []
+    decode_s: list[float] = []
+    save_s: list[float] = []
+    total_s: float = 0.0
+    steady_step_s: Spread | None = None
+    """All steps but the first one after a build."""
+
+
+class MemoryRecord(RecordModel):
+    """Peak memory in bytes: allocated on a GPU, resident set size on a CPU."""
+
+    peak_allocated_bytes: int = 0
+    by_stage: dict[str, int] = {}
+
+
+class ErrorRecord(RecordModel):
+    """What ended a run that was not completed; the traceback is in fluxrun.log."""
+
+    type: str
+    message: str
+    stage: str
+
+
+class SavedImage(RecordModel):
+    """One saved image; ``sha256`` is of its RGB pixels, so it does not change with the file's metadata."""
+
+    path: str
+    prompt: str
+    seed: int
+    sha256: str
+
+
+class ImageRecord(SavedImage):
+    """One saved image of a run, with its size in pixels; the path is relative to the run's folder."""
+
+    width: int
+    height: int
+
+
+class RunRecord(RecordModel):
+    """A run folder's run.json."""
+
+    schema_version: Literal[1] = 1
+    run_id: str
+    status: Status = "running"
+    error: ErrorRecord | None = None
+    command: list[str] = []
+    cwd: str | None = None
+    """Where the run was started: what relative paths in its config are relative to. Not in the images."""
+    started_at: str
+    finished_at: str | None = None
+    config: dict[str, Any]
+    config_hash: str
+    options: dict[str, OptionRecord] = {}
+    notes: list[str] = []
+    timings: Timings = Field(default_factory=Timings)
+    memory: MemoryRecord = Field(default_factory=MemoryRecord)
+    environment: dict[str, Any] = {}
+    images: list[ImageRecord] = []
+
+
+def spread(values: Sequence[float]) -> Spread | None:
+    """Median, minimum, maximum and count, or None for no values."""
+    if not values:
+        return None
+    return Spread(median=statistics.median(values), min=min(values), max=max(values), n=len(values))

@@ -1,0 +1,61 @@
+"""How near a picture is to another one, and whether it shows what was asked for."""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+EXTRA = "pip install 'fluxrun[report]'"
+
+SHAPES = "shapes"
+"""The bundled model, whose pictures a pixel checker can read."""
+
+
+@dataclass(frozen=True)
+class Distance:
+    """From one picture to another. ``psnr_db`` is in decibels, infinite for equal pixels; ``ssim`` is 1 for them."""
+
+    psnr_db: float
+    ssim: float
+
+
+def missing() -> str | None:
+    """Why pictures cannot be compared here, or None."""
+    import importlib.util
+
+    return None if importlib.util.find_spec("skimage") else f"scikit-image is not installed ({EXTRA})"
+
+
+@functools.lru_cache(maxsize=4096)
+def distance(first: Path, second: Path) -> Distance | None:
+    """The distance between two image files; None when their sizes differ. Needs scikit-image."""
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+    a, b = _pixels(first), _pixels(second)
+    if a.shape != b.shape:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # equal pictures: the division by zero is the answer
+        psnr = float(peak_signal_noise_ratio(a, b))
+    return Distance(math.inf if math.isinf(psnr) else psnr, float(structural_similarity(a, b, channel_axis=2)))
+
+
+def shows_prompt(path: Path, prompt: str) -> bool | None:
+    """Whether a picture of the shapes world shows all that its prompt asks for; None when the prompt is not of it."""
+    from fluxrun.shapes.captions import parse
+    from fluxrun.shapes.checker import score
+
+    scene = parse(prompt)
+    return None if scene is None else bool(score(scene, _pixels(path))["all"])
+
+
+def _pixels(path: Path) -> Any:
+    import numpy as np
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))

@@ -1,0 +1,188 @@
+"""The end of a sweep, and every moment before it: sweep.json, sweep.csv, report.html and the table on the screen."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from fluxrun.atomic import write_atomically
+from fluxrun.errors import ConfigError, one_line
+from fluxrun.record.folder import read_record
+from fluxrun.report.comparison import compare, settings
+from fluxrun.report.rows import (
+    BASELINE_ELSEWHERE,
+    Result,
+    Row,
+    Totals,
+    by_speed,
+    read_row,
+    read_rows,
+    run_folders,
+    to_csv,
+)
+from fluxrun.report.table import show_result
+
+log = logging.getLogger("fluxrun.sweep")
+
+
+@dataclass
+class Progress:
+    """What only the running sweep knows, and its job folders do not."""
+
+    status: str
+    command: list[str]
+    started_at: str
+    wall_s: float
+    order: list[str]
+    pending: list[Row] = field(default_factory=list)
+    loads: list[str] = field(default_factory=list)
+
+    def write(self, folder: Path, rows: Sequence[Row]) -> None:
+        """sweep.json as it stands in the middle of a sweep: cheap, and enough to rebuild everything from."""
+        _write(folder, self.result(folder, [*rows, *self.pending]))
+
+    def result(self, folder: Path, rows: list[Row]) -> Result:
+        """The result without what needs comparing; an earlier run that is the baseline took none of the time."""
+        done = [row for row in rows if row.status == "completed" and row.job != BASELINE_ELSEWHERE]
+        totals = Totals(
+            wall_s=self.wall_s,
+            loads=sum(bool(row.load_s) for row in done),
+            load_s=sum(row.load_s or 0.0 for row in done),
+            jobs_s=sum((row.total_s or 0.0) - (row.load_s or 0.0) for row in done),
+        )
+        return Result(
+            status=self.status, command=self.command, started_at=self.started_at, written_at=_now(), order=self.order,
+            totals=totals, loads=self.loads, jobs=rows,
+        )  # fmt: skip
+
+
+def finish(folder: Path, progress: Progress, baseline: str) -> Result:
+    """Compare all jobs of a sweep's folder, write its files, show its table."""
+    result = complete(progress.result(folder, _all_rows(folder, progress.pending, baseline)), folder, baseline)
+    write_files(folder, result, folder)
+    show_result(result, folder)
+    return result
+
+
+def rebuild(folders: Sequence[Path], root: Path) -> Result:
+    """The result of sweeps (or single runs) that are over, read from their folders; paths become relative to ``root``.
+
+    Raises ConfigError for a folder that holds no run.
+    """
+    folders = list({folder.resolve(): folder for folder in folders}.values())
+    parts = [_earlier(folder) for folder in folders]
+    rows = []
+    for folder, part, prefix in zip(folders, parts, _prefixes(folders), strict=True):
+        rows += [r.model_copy(update={"job": prefix + r.job}) for r in _rows_of(folder, root, part)]
+    one = parts[0] if len(parts) == 1 else None
+    progress = Progress(
+        status=one.status if one else "completed",
+        command=one.command if one else [],
+        started_at=min(part.started_at for part in parts),
+        wall_s=sum(part.totals.wall_s for part in parts),
+        order=one.order if one else [],
+        loads=one.loads if one else [],
+    )
+    return complete(progress.result(root, rows), root, one.baseline if one else "auto")
+
+
+def _prefixes(folders: Sequence[Path]) -> list[str]:
+    """What tells the jobs of several sweeps apart: the shortest end of each folder's path that is its own."""
+    if len(folders) == 1:
+        return [""]
+    parts = [folder.resolve().parts for folder in folders]
+    depth = next(n for n in range(1, 1 + max(map(len, parts))) if len({p[-n:] for p in parts}) == len(parts))
+    return ["/".join(p[-depth:]) + "/" for p in parts]
+
+
+def complete(result: Result, root: Path, baseline: str) -> Result:
+    """Add comparisons, settings and environments; jobs sorted by speed."""
+    result.baseline = baseline
+    result.problems = compare(result.jobs, root, baseline)
+    result.settings = settings(result.jobs)
+    result.jobs = by_speed(result.jobs)
+    result.environments = _environments(result.jobs, root)
+    if result.status == "completed" and any(row.status != "completed" for row in result.jobs):
+        result.status = "failed"
+    return result
+
+
+def write_files(folder: Path, result: Result, root: Path) -> None:
+    """sweep.json and sweep.csv always; report.html where its libraries are."""
+    _write(folder, result)
+    write_atomically(folder / "sweep.csv", to_csv(result.jobs))
+    if reason := missing_libraries():
+        log.warning("no report.html: %s (pip install 'fluxrun[report]')", reason)
+        return
+    from fluxrun.report.page import write_report
+
+    write_report(result, root, folder / "report.html")
+
+
+def missing_libraries() -> str | None:
+    """Why there can be no report.html here, or None."""
+    try:
+        import_module("fluxrun.report.page")
+    except ImportError as error:
+        return one_line(error)
+    return None
+
+
+def _write(folder: Path, result: Result) -> None:
+    write_atomically(folder / "sweep.json", result.model_dump_json(indent=1))
+
+
+def _all_rows(folder: Path, pending: Sequence[Row], baseline: str) -> list[Row]:
+    rows = read_rows(folder, folder)
+    if (Path(baseline) / "run.json").is_file():
+        outside = read_row(Path(baseline), folder)
+        rows.append(outside.model_copy(update={"job": BASELINE_ELSEWHERE}))
+    known = {row.config_hash for row in rows}
+    return rows + [row for row in pending if row.config_hash not in known]
+
+
+def _rows_of(folder: Path, root: Path, earlier: Result) -> list[Row]:
+    """A sweep's rows, or the one row of a run folder."""
+    if (folder / "run.json").is_file():
+        return [read_row(folder, root)]
+    if not run_folders(folder):
+        raise ConfigError(f"{folder} holds no run and no sweep of fluxrun's (no run.json in it or one level below)")
+    rows = read_rows(folder, root)
+    if (Path(earlier.baseline) / "run.json").is_file():
+        rows.append(read_row(Path(earlier.baseline), root).model_copy(update={"job": BASELINE_ELSEWHERE}))
+    known = {row.config_hash for row in rows}
+    return rows + [row for row in earlier.jobs if row.status == "pending" and row.config_hash not in known]
+
+
+def _earlier(folder: Path) -> Result:
+    """What sweep.json says, for what the job folders do not; an empty one where there is none."""
+    path = folder / "sweep.json"
+    try:
+        return Result.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return Result(status="completed")
+    except (OSError, ValidationError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as a sweep's result: {one_line(error)}") from error
+
+
+def _environments(rows: Sequence[Row], root: Path) -> list[dict[str, Any]]:
+    """The different machines and versions of all jobs; a commit made meanwhile is no other machine."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if row.status == "pending" or not row.config:  # without a config its record could not be read either
+            continue
+        environment = read_record(root / row.folder).environment
+        if environment:
+            found.setdefault(repr({**environment, "git_commit": None}), environment)
+    return list(found.values())
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

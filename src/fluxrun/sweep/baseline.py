@@ -1,0 +1,83 @@
+"""The job that all others are compared with, where the sweep has to find or draw it itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+
+from fluxrun.config.catalog import Catalog, is_neutral_option, neutral_options
+from fluxrun.config.schema import GROUPS, RunConfig, SweepConfig
+from fluxrun.errors import ConfigError
+from fluxrun.record.folder import data_hash
+from fluxrun.report.rows import GridJob
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+
+LOADS = ("model", "device")
+"""Jobs that agree in these draw their neutral pictures over the same weights."""
+
+
+def missing(
+    config: SweepConfig, grid: Sequence[GridJob] | None, job: GridJob, dirs: tuple[Path, ...]
+) -> dict[str, dict[str, Any]]:
+    """Neutral runs, by config hash, that are to be compared with this job and that no job of the sweep itself draws.
+
+    All those of the jobs over the same weights come together: going to and fro would build and compile every time.
+    """
+    if not (config.baseline == "neutral" or (config.min_psnr is not None and config.baseline == "auto")):
+        return {}
+    alike = [j for j in grid or (job,) if all(j.data.get(key) == job.data.get(key) for key in LOADS)]
+    drawn = {j.config_hash for j in grid or ()}
+    wanted = (neutral_data(j.data, dirs) for j in alike)
+    return {name: data for data in wanted if (name := data_hash(data)) not in drawn and _valid(data, dirs)}
+
+
+def _valid(data: dict[str, Any], dirs: tuple[Path, ...]) -> bool:
+    """Whether there can be such a run at all: a job with ``steps=0`` has no baseline, and says itself why it fails."""
+    try:
+        RunConfig.from_dict(data, dirs)
+    except ConfigError:
+        return False
+    return True
+
+
+def is_neutral(data: dict[str, Any]) -> bool:
+    """Whether a config asks for neutral options only; ``auto`` where it chooses a placement or tiles."""
+    names = ((group, _name(data, group)) for group in GROUPS if group != "model")
+    return all(name == "auto" or is_neutral_option(group, name) for group, name in names)
+
+
+def neutral_data(data: dict[str, Any], dirs: tuple[Path, ...], keep: Sequence[str] = ()) -> dict[str, Any]:
+    """The same run with every option neutral but those of the groups in ``keep``; where ``auto`` places the weights,
+    it still does."""
+    catalog = Catalog(dirs)
+    changed = {
+        group: option_data(catalog, group, name)
+        for group, name in neutral_options().items()
+        if group not in keep and _name(data, group) not in (name, "auto")
+    }
+    return {**data, **changed}
+
+
+def option_data(catalog: Catalog, group: str, name: str) -> dict[str, Any]:
+    """An option's file as it lies in a composed config."""
+    content = OmegaConf.to_container(OmegaConf.load(catalog.path(group, name)))
+    assert isinstance(content, dict)
+    return {"name": name, **{str(key): value for key, value in content.items()}}
+
+
+def describes(wanted: str, data: dict[str, Any]) -> bool:
+    """Whether ``key=value key=value`` (a group's value is its option) holds for a config."""
+    pairs = [pair.partition("=") for pair in wanted.split()]
+    return bool(pairs) and all(equals and _name(data, key) == value for key, equals, value in pairs)
+
+
+def _name(data: dict[str, Any], key: str) -> str:
+    value: Any = data
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return str(value.get("name")) if isinstance(value, dict) else str(value)

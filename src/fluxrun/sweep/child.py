@@ -1,0 +1,88 @@
+"""``sweep.isolation=process``: every job in a process of its own, that ends with it and with its parent.
+
+``python -m fluxrun.sweep.child FOLDER`` is the child: it reads the config as JSON from its standard input, runs it into
+the folder, and ends at once when the input closes, because then its parent is gone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fluxrun.config.schema import RunConfig
+from fluxrun.errors import FluxrunError, exit_code_of
+from fluxrun.process.console import console, log_to
+from fluxrun.process.signals import Interrupts, end_children
+from fluxrun.record.folder import read_record, write_failure
+from fluxrun.runner import run
+
+
+class JobProcessError(FluxrunError):
+    """A job's process ended without saying why, for example by a crash in a kernel."""
+
+
+def run_in_child(data: dict[str, Any], dirs: tuple[Path, ...], folder: Path, command: Sequence[str]) -> None:
+    """Run one job's config in a child process and wait for it. Raises what ended it."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "fluxrun.sweep.child", str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # a Ctrl+C reaches it through us, once
+    )
+    assert child.stdin is not None
+    assert child.stdout is not None
+    interrupts = Interrupts(on_first=lambda: child.send_signal(signal.SIGINT))
+    with interrupts, child:
+        child.stdin.write(json.dumps({"data": data, "dirs": [str(d) for d in dirs], "command": list(command)}) + "\n")
+        child.stdin.flush()
+        for line in child.stdout:
+            console.print(line.rstrip("\n"), markup=False, highlight=False, soft_wrap=True)
+        child.stdin.close()
+        child.wait()
+    interrupts.check()
+    if child.returncode:
+        raise _failure(child.returncode, folder)
+
+
+def _failure(code: int, folder: Path) -> FluxrunError:
+    if (folder / "run.json").exists():
+        error = read_record(folder).error
+        if error is not None:
+            return FluxrunError(error.message)
+    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    return JobProcessError(f"the job's process ended with {how} before it could say why")
+
+
+def main(folder: Path) -> int:
+    """The child."""
+    job = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    log_to(folder)
+    try:
+        config = RunConfig.from_dict(job["data"], tuple(Path(d) for d in job["dirs"]))
+        run(config, folder, command=job["command"])
+    except (Exception, KeyboardInterrupt) as error:
+        if write_failure(folder, job["data"], error):
+            logging.getLogger("fluxrun").error("%s", error, exc_info=error)
+        return exit_code_of(error)
+    return 0
+
+
+def _end_with_parent() -> None:
+    sys.stdin.read()
+    end_children()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

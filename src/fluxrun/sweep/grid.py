@@ -1,0 +1,85 @@
+"""The jobs of a sweep before any of them runs: in an order that loads weights seldom, composed, and hashed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.hydra import Hydra
+from omegaconf import DictConfig
+
+from fluxrun.config.composition import compose_node, parse, shown, to_data
+from fluxrun.record.folder import data_hash
+from fluxrun.report.rows import GridJob, Row
+
+WEIGHT_KEYS = ("preset", "model", "device", "quantization", "memory")
+"""Whatever changes these loads other weights, so they change least often."""
+
+RUN_KEYS = ("steps", "guidance", "prompts_file", "prompt", "negative_prompt", "num_images", "seed")
+"""Whatever changes only these draws with the pipeline as it stands, so they change most often."""
+
+IN_PROCESS_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+
+GRID_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+
+
+def is_grid(node: DictConfig) -> bool:
+    """Whether Hydra's own sweeper runs the sweep: all jobs are known beforehand."""
+    return str(node.hydra.sweeper.get("_target_")) == GRID_SWEEPER
+
+
+def ordered(overrides: Sequence[str], params: dict[str, Any] | None) -> list[str]:
+    """A sweep's overrides, a sweep file's ``hydra.sweeper.params`` included, in the order in which they vary.
+
+    Hydra lets the last override vary fastest. Those that need other weights come first, seeds and prompts last.
+    """
+    given = {_key(override): override for override in [*(f"{k}={v}" for k, v in (params or {}).items()), *overrides]}
+    return sorted(given.values(), key=_rank)
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0]
+
+
+def _rank(override: str) -> int:
+    name = _key(override).lstrip("+~").partition(".")[0].partition("@")[0]
+    if name in WEIGHT_KEYS:
+        return 1 + WEIGHT_KEYS.index(name)
+    if name in RUN_KEYS:
+        return 100 + RUN_KEYS.index(name)
+    # A sweep file, and Hydra's own keys, are composed before what the command line adds.
+    return 0 if name in ("hydra", "sweep") or name.startswith("hydra/") else 50
+
+
+def compose_grid(hydra: Hydra, overrides: Sequence[str], dirs: tuple[Path, ...]) -> list[GridJob]:
+    """Every job of Hydra's own sweeper. An unknown option or key refuses the whole sweep (ConfigError).
+
+    Values are not looked at: one that only some jobs have wrong fails those jobs.
+    """
+    batches = BasicSweeper.split_arguments(parse(hydra, overrides, dirs), max_batch_size=None)
+    jobs = []
+    for number, job in enumerate(job for batch in batches for job in batch):
+        data = to_data(compose_node(hydra, job, dirs))
+        jobs.append(GridJob(number, tuple(shown(job)), data, data_hash(data)))
+    return jobs
+
+
+def describe_order(hydra: Hydra, overrides: Sequence[str], dirs: tuple[Path, ...]) -> list[str]:
+    """The swept keys, slowest first."""
+    return [str(o.get_key_element()) for o in parse(hydra, overrides, dirs) if o.is_sweep_override()]
+
+
+def prompts_beside(data: dict[str, Any], jobs: Sequence[dict[str, Any]]) -> list[str]:
+    """The prompts of all jobs with this one's model; a file's are read when its job runs."""
+    same = [job.get("prompt") for job in jobs if job.get("model") == data.get("model") and not job.get("prompts_file")]
+    texts = (prompt if isinstance(prompt, list) else [prompt] for prompt in same)
+    return list(dict.fromkeys(text for found in texts for text in found if isinstance(text, str)))
+
+
+def pending_row(job: GridJob) -> Row:
+    """A job that has not begun."""
+    name = str(job.number)
+    known = {"overrides": list(job.overrides), "config_hash": job.config_hash, "config": job.data}
+    return Row(job=name, folder=name, status="pending", **known)

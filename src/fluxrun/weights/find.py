@@ -1,0 +1,93 @@
+"""Finds a model's weights: a folder, a hub id, or random ones of a known architecture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fluxrun.architectures import ArchitectureName, architecture, recognised
+from fluxrun.errors import ConfigError
+from fluxrun.hardware.machine import Machine
+from fluxrun.options.model import Flux2Model
+from fluxrun.weights.folder import check_whole, component_classes, of_folder, read_json, read_layers
+from fluxrun.weights.hub import locate
+from fluxrun.weights.location import Located
+
+
+def find_weights(model: Flux2Model, machine: Machine | None = None) -> Located:
+    """Find ``model``'s weights and check that they are whole; for a hub id, what must still be downloaded.
+
+    With a ``machine``, also that it has what the checkpoint's text processor needs. Raises ConfigError.
+    """
+    if model.weights == "random":
+        return _random(model, "bfloat16" if machine is None else model.dtype_on(machine))
+    folder = model.folder()
+    if folder is not None:
+        located = _local(model, folder)
+    elif model.id:
+        located = locate(model)
+    else:
+        raise ConfigError(f"model {model.name or 'option'} names no weights: give model.path=FOLDER or model.id=HUB/ID")
+    if machine is not None:
+        _check_processor(located, machine)
+    return located
+
+
+def resolve(model: Flux2Model, located: Located) -> Flux2Model:
+    """``model`` with what its checkpoint knows filled in: pipeline, architecture, distilled, steps and guidance."""
+    return model.model_copy(
+        update={
+            "architecture": model.architecture or _architecture_of(located),
+            "pipeline": located.pipeline,
+            "distilled": located.distilled,
+            "steps": model.default_steps(located.distilled),
+            "guidance": model.default_guidance(located.distilled),
+        }
+    )
+
+
+def _architecture_of(located: Located) -> ArchitectureName | None:
+    """The architecture of a folder of a user's own, where it is one of those known: a fine-tune has its sizes."""
+    file = None if located.folder is None else located.folder / "transformer" / "config.json"
+    return recognised(read_json(file)) if file is not None and file.is_file() else None
+
+
+def _random(model: Flux2Model, dtype: str) -> Located:
+    if model.architecture is None:
+        raise ConfigError("model.weights=random needs sizes: give model.architecture=dev, klein_4b, klein_9b or tiny")
+    sizes = architecture(model.architecture, model.pipeline)
+    distilled = sizes.pipeline == "klein" and model.distilled is not False
+    found = sizes.bytes_in(dtype)
+    if model.text_encoder_layers == "needed":
+        each = found["text_encoder"] // sizes.parameters["text_encoder"]
+        found["text_encoder"] -= each * sizes.unread_text_parameters(read_layers(model, sizes.pipeline))
+    return Located("random", model.source(), sizes.pipeline, distilled, component_bytes=found)
+
+
+def check_layers(model: Flux2Model, located: Located) -> None:
+    """Refuse hidden states that a checkpoint's text encoder does not have, before anything is loaded."""
+    if located.folder is None:
+        return
+    config = read_json(located.folder / "text_encoder" / "config.json")
+    layers = config.get("num_hidden_layers") or config.get("text_config", {}).get("num_hidden_layers")
+    last = max(read_layers(model, located.pipeline))
+    if layers is not None and last > layers:
+        raise ConfigError(
+            f"the text encoder of {located.source} has {layers} layers, hidden state {last} would be read: "
+            f"give model.text_encoder_out_layers=[…] with numbers up to {layers}"
+        )
+
+
+def _local(model: Flux2Model, folder: Path) -> Located:
+    if not folder.exists():
+        raise ConfigError(f"model.path={folder}: no such folder (a FLUX.2 checkpoint in diffusers layout is expected)")
+    check_whole(folder, model.variant, "copy or download the folder again")
+    return of_folder(model, folder, kind="folder", source=str(folder.resolve()))
+
+
+def _check_processor(located: Located, machine: Machine) -> None:
+    """The dev checkpoint's image-and-text processor needs torchvision; a plain tokenizer does not."""
+    if located.folder is None:
+        return
+    _, class_name = component_classes(located.folder)["tokenizer"]
+    if class_name in ("PixtralProcessor", "AutoProcessor") and machine.lacks("torchvision"):
+        raise ConfigError(f"{class_name} of {located.source} needs torchvision (pip install 'fluxrun[dev]')")

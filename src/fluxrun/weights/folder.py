@@ -1,0 +1,223 @@
+"""Where a model's weights are, and whether they are whole: settled before anything heavy is loaded.
+
+Imports neither torch nor diffusers nor transformers, and huggingface_hub only for a hub id, so that a wrong
+path, a gated repository or a full disk is answered in one line and at once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fluxrun.architectures import HIDDEN_STATES_READ, MODEL_COMPONENTS, PIPELINE_CLASSES, PipelineKind, layers_needed
+from fluxrun.errors import ConfigError, one_line
+from fluxrun.options.model import Flux2Model
+from fluxrun.weights.location import Located
+
+LIBRARIES = ("diffusers", "transformers")
+"""Libraries a checkpoint may name its components from: the folder may come from a stranger."""
+
+WEIGHT_FILE = re.compile(
+    r"^(?:model|diffusion_pytorch_model)(?:-\d+-of-\d+)?(?:\.(?P<variant>[^.-]+))?(?:-\d+-of-\d+)?\.safetensors$"
+)
+
+INDEX_FILE = re.compile(r"^(?:model|diffusion_pytorch_model)\.safetensors\.index(?:\.(?P<variant>[^.]+))?\.json$")
+
+TEXT_LAYER = re.compile(r"(?:^|\.)(?:model|language_model)\.layers\.(\d+)\.")
+"""A tensor of the language model's layers; a vision tower numbers its own ones."""
+
+VOCABULARIES = ("tokenizer.json", "vocab.json", "tekken.json", "tokenizer.model")
+
+
+def read_layers(model: Flux2Model, pipeline: PipelineKind) -> tuple[int, ...]:
+    """The text encoder's hidden states that become the embedding."""
+    return model.text_encoder_out_layers or HIDDEN_STATES_READ[pipeline]
+
+
+def of_folder(model: Flux2Model, folder: Path, **fields: Any) -> Located:
+    pipeline, distilled = pipeline_of(_model_index(folder), model)
+    sizes = {name: sum(f.stat().st_size for f in _weights(folder, name, model.variant)) for name in MODEL_COMPONENTS}
+    if model.text_encoder_layers == "needed":
+        files = _weights(folder, "text_encoder", model.variant)
+        sizes["text_encoder"] -= _unread_bytes(files, read_layers(model, pipeline))
+    return Located(
+        pipeline=pipeline,
+        distilled=distilled,
+        folder=folder,
+        variant=model.variant,
+        component_bytes=sizes,
+        **fields,
+    )
+
+
+def _unread_bytes(files: list[Path], read: tuple[int, ...]) -> int:
+    """Bytes in a text encoder's files that are not loaded: layers behind the last one read, and the head."""
+    layers: dict[int, int] = {}
+    head = 0
+    for file in files:
+        for name, size in _tensor_sizes(file):
+            if match := TEXT_LAYER.search(name):
+                layers[int(match[1])] = layers.get(int(match[1]), 0) + size
+            elif name.startswith("lm_head.") or ".lm_head." in name:
+                head += size
+    kept = layers_needed(len(layers), read)
+    return head + sum(size for number, size in layers.items() if number >= kept)
+
+
+def _tensor_sizes(file: Path) -> Iterator[tuple[str, int]]:
+    """Names and bytes of the tensors in a safetensors file, from its header (it was checked to be whole)."""
+    with file.open("rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, end = entry["data_offsets"]
+            yield name, end - start
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read: {one_line(error)}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{file} is not a JSON object")
+    return data
+
+
+def _model_index(folder: Path) -> dict[str, Any]:
+    """model_index.json, checked to name a FLUX.2 pipeline whose components' libraries may be imported."""
+    file = folder / "model_index.json"
+    if not file.is_file():
+        single = next(folder.glob("*.safetensors"), None) if folder.is_dir() else folder
+        hint = f"; {single.name} alone is a single-file checkpoint, which fluxrun does not read" if single else ""
+        raise ConfigError(f"{folder} is not a diffusers folder: it has no model_index.json{hint}")
+    index = read_json(file)
+    check_index(index, str(folder))
+    return index
+
+
+def check_index(index: dict[str, Any], where: str) -> None:
+    name = index.get("_class_name")
+    if name not in PIPELINE_CLASSES:
+        raise ConfigError(f"{where} holds a {name}, not a FLUX.2 pipeline (allowed: {', '.join(PIPELINE_CLASSES)})")
+    components = components_of(index)
+    missing = [part for part in (*MODEL_COMPONENTS, "tokenizer", "scheduler") if part not in components]
+    if missing:
+        raise ConfigError(f"{where}: model_index.json does not name the component(s) {', '.join(missing)}")
+    foreign = sorted({library for library, _ in components.values()} - set(LIBRARIES))
+    if foreign:
+        raise ConfigError(f"{where} asks for code from {', '.join(foreign)}; only {' and '.join(LIBRARIES)} are used")
+
+
+def components_of(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    return {
+        name: (value[0], value[1])
+        for name, value in index.items()
+        if isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
+    }
+
+
+def component_classes(folder: Path) -> dict[str, tuple[str, str]]:
+    """Library and class name of each component that model_index.json names."""
+    return components_of(_model_index(folder))
+
+
+def pipeline_of(index: dict[str, Any], model: Flux2Model) -> tuple[PipelineKind, bool]:
+    """Pipeline and whether it is distilled: the checkpoint knows; if it does not say, the option does."""
+    pipeline = PIPELINE_CLASSES[index["_class_name"]]
+    said = index.get("is_distilled", model.distilled)
+    return pipeline, pipeline == "klein" and bool(said)
+
+
+def check_whole(folder: Path, variant: str | None, remedy: str) -> None:
+    """Raise ConfigError naming what ``folder`` lacks."""
+    problems = list(problems_of(folder, variant))
+    if problems:
+        shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
+        raise ConfigError(f"{folder} is incomplete: {shown} ({remedy})")
+    if variant and not any(variant_of(folder, name, variant) for name in MODEL_COMPONENTS):
+        found = sorted({v for name in MODEL_COMPONENTS for v in _variants(folder / name) if v})
+        others = f"; it has {', '.join(found)}" if found else ""
+        raise ConfigError(
+            f"{folder} has no {variant} weight files{others} (leave model.variant out for the plain ones)"
+        )
+
+
+def problems_of(folder: Path, variant: str | None) -> Iterator[str]:
+    for name in components_of(_model_index(folder)):
+        place = folder / name
+        if not place.is_dir():
+            yield f"folder {name}/ is missing"
+        elif name in MODEL_COMPONENTS:
+            yield from _model_problems(place, variant)
+        elif name == "scheduler" and not (place / "scheduler_config.json").is_file():
+            yield f"{name}/scheduler_config.json is missing"
+        elif name == "tokenizer" and not any((place / file).is_file() for file in VOCABULARIES):
+            yield f"{name}/tokenizer.json is missing"
+
+
+def _model_problems(place: Path, variant: str | None) -> Iterator[str]:
+    if not (place / "config.json").is_file():
+        yield f"{place.name}/config.json is missing"
+    files = _weights(place.parent, place.name, variant)
+    if not files:
+        only = ", ".join(sorted(v for v in _variants(place) if v))
+        hint = f" (only the variant(s) {only}: give model.variant)" if only else ""
+        yield f"{place.name}/ has no .safetensors weights{hint}"
+    for file in files:
+        problem = _file_problem(file)
+        if problem:
+            yield f"{place.name}/{file.name} {problem}"
+
+
+def _file_problem(file: Path) -> str | None:
+    """Why a safetensors file cannot be whole, from its header alone."""
+    if not file.is_file():
+        return "is missing"
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        if start == b"version ":
+            return "is a Git LFS pointer, not the weights (git lfs pull)"
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > size - 8:
+            return f"is truncated ({size:,} bytes)"
+        try:
+            header = json.loads(stream.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return "is not a safetensors file"
+    expected = 8 + length + max(ends, default=0)
+    return f"is truncated ({size:,} of {expected:,} bytes)" if size < expected else None
+
+
+def _variants(place: Path) -> set[str | None]:
+    """Variants that a component folder has weights of; None stands for the plain ones."""
+    return {match["variant"] for file in place.glob("*.safetensors") if (match := WEIGHT_FILE.match(file.name))}
+
+
+def variant_of(folder: Path, component: str, variant: str | None) -> str | None:
+    """``variant`` if ``component`` has weights of it, else None: like in diffusers, plain ones serve then."""
+    return variant if variant and variant in _variants(folder / component) else None
+
+
+def _weights(folder: Path, component: str, variant: str | None) -> list[Path]:
+    """The weight files that will be read; from the shard index where there is one, so some may be missing."""
+    place = folder / component
+    used = variant_of(folder, component, variant)
+    whole = place / f"model{'.' + used if used else ''}.safetensors"
+    if whole.is_file():  # transformers prefers it to shards, diffusers (whose files are named otherwise) the shards
+        return [whole]
+    for index in place.glob("*.safetensors.index*.json"):
+        match = INDEX_FILE.match(index.name)
+        if match and match["variant"] == used:
+            shards = read_json(index).get("weight_map", {})
+            return [place / name for name in sorted(set(shards.values()))]
+    return [
+        file
+        for file in sorted(place.glob("*.safetensors"))
+        if (match := WEIGHT_FILE.match(file.name)) and match["variant"] == used
+    ]

@@ -1,0 +1,208 @@
+"""Weights: loaded or built once, component by component, kept in a store, handed out as fresh module shells.
+
+This module is heavy (torch, diffusers, transformers); nothing light may import it. Where a checkpoint lies and
+whether it is whole is ``checkpoint.py``'s business and is settled before anything here runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from fluxrun.architectures import HIDDEN_STATES_READ, MODEL_COMPONENTS, PipelineKind
+from fluxrun.errors import ConfigError
+from fluxrun.offload.tensors import tensor_bytes
+from fluxrun.options.model import Flux2Model
+from fluxrun.weights.find import find_weights
+from fluxrun.weights.folder import component_classes, variant_of
+from fluxrun.weights.hub import download
+from fluxrun.weights.location import Located
+from fluxrun.weights.random_weights import random_source
+from fluxrun.weights.store import Base, Part
+from fluxrun.weights.text_encoder import NeededLayers
+
+Quantize = Callable[[nn.Module, str], dict[str, Any]]
+
+Progress = Callable[[str], None]
+
+PARTS: dict[Part, tuple[str, ...]] = {
+    "text": ("text_encoder", "tokenizer"),
+    "image": ("transformer", "vae", "scheduler"),
+    "all": ("transformer", "text_encoder", "tokenizer", "vae", "scheduler"),
+}
+"""Pipeline components of each part, in the order in which they are loaded: what may be quantized first, while there is
+still room for it as it was."""
+
+
+def _tensors(modules: Iterable[nn.Module]) -> Iterator[torch.Tensor]:
+    for module in modules:
+        yield from module.parameters()
+        yield from module.buffers()
+
+
+def _silent(_: str) -> None:
+    return None
+
+
+def load(
+    model: Flux2Model,
+    *,
+    dtype: str,
+    device: str,
+    part: Part = "all",
+    quantize: Quantize | None = None,
+    progress: Progress = _silent,
+    located: Located | None = None,
+) -> Base:
+    """Load or build ``part`` of ``model`` as ``dtype`` (a torch dtype's name) onto ``device``.
+
+    ``quantize(component, name)`` is called with each model component before the next one is loaded. A
+    pretrained component is then still on the CPU, so that a quantizer can move it layer by layer (torchao's
+    ``quantize_(..., device=...)``); a random one is already on ``device``. ``progress`` gets a line per stage.
+
+    Raises ConfigError when the checkpoint is missing, partial or of another kind.
+    """
+    located = located or find_weights(model)
+    parts: dict[str, Any] = dict.fromkeys(PARTS["all"])
+    facts: dict[str, Any] = {"source": located.source, "revision": located.revision, "components": {}}
+    needed = _needed_layers(model, located.pipeline)
+    make = random_source(model, dtype, device, needed) if located.kind == "random" else None
+    folder = None if make else download(located, progress)
+    for name in PARTS[part]:
+        progress(f"{'building' if make else 'loading'} {name}")
+        parts[name] = make(name) if make else _pretrained(folder, name, dtype, model.variant, needed)  # type: ignore[arg-type]
+        if isinstance(parts[name], nn.Module):
+            facts["components"][name] = _settle(parts[name], name, device, quantize)
+        if name == "text_encoder" and needed is not None:
+            facts["components"][name] |= needed.facts(getattr(torch, dtype).itemsize)
+    pipeline = _assemble(located.pipeline, located.distilled, parts)
+    modules = [module for module in parts.values() if isinstance(module, nn.Module)]
+    facts["parameters"] = sum(component["parameters"] for component in facts["components"].values())
+    facts["bytes"] = tensor_bytes(_tensors(modules))
+    return Base(pipeline, facts, facts["bytes"])
+
+
+def _settle(module: nn.Module, name: str, device: str, quantize: Quantize | None) -> dict[str, Any]:
+    """Freeze, quantize and place one component; returns its facts."""
+    module.eval().requires_grad_(False)
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    facts = quantize(module, name) if quantize else {}
+    module.to(device)
+    facts = {"quantization": facts} if facts else {}
+    return {
+        "class": type(module).__name__,
+        "parameters": parameters,
+        "bytes": tensor_bytes(_tensors([module])),
+        **facts,
+    }
+
+
+def _assemble(kind: PipelineKind, distilled: bool, parts: dict[str, Any]) -> DiffusionPipeline:
+    """The pipeline object of ``parts``; missing ones stay None."""
+    cls: Any = pipeline_class(kind)
+    return cls(**parts, is_distilled=distilled) if kind == "klein" else cls(**parts)
+
+
+def pipeline_class(kind: PipelineKind) -> type[DiffusionPipeline]:
+    """diffusers' class, imported when it is asked for: each brings libraries that the other does without."""
+    if kind == "klein":
+        from diffusers.pipelines.flux2.pipeline_flux2_klein import Flux2KleinPipeline
+
+        return Flux2KleinPipeline
+    from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
+
+    return Flux2Pipeline
+
+
+# --- pretrained -----------------------------------------------------------------------------------
+
+
+def _needed_layers(model: Flux2Model, pipeline: PipelineKind) -> NeededLayers | None:
+    """What is cut from the text encoder; None when all of it is wanted."""
+    if model.text_encoder_layers == "all":
+        return None
+    return NeededLayers(model.text_encoder_out_layers or HIDDEN_STATES_READ[pipeline])
+
+
+def _pretrained(folder: Path, name: str, dtype: str, variant: str | None, needed: NeededLayers | None) -> Any:
+    """One component of a diffusers folder, on the CPU, in ``dtype``; of the text encoder what is ``needed``.
+
+    Components are loaded one at a time by their own ``from_pretrained`` and not through the pipeline's: that
+    is what lets each be quantized before the next one needs memory.
+    """
+    library, class_name = component_classes(folder)[name]
+    cls = getattr(importlib.import_module(library), class_name)
+    if name not in MODEL_COMPONENTS:
+        return cls.from_pretrained(str(folder), subfolder=name, local_files_only=True)
+    # Always said: a folder saved in bfloat16 would otherwise mix a bfloat16 text encoder with a float32 transformer.
+    precision = {"dtype": getattr(torch, dtype)}
+    used = variant_of(folder, name, variant)
+    arguments = {"subfolder": name, "variant": used, "local_files_only": True, **precision}
+    if name == "text_encoder" and needed is not None:
+        return _cut_text_encoder(cls, folder, arguments, needed)
+    with _no_bars():
+        return cls.from_pretrained(str(folder), **arguments)
+
+
+def _cut_text_encoder(cls: Any, folder: Path, arguments: dict[str, Any], needed: NeededLayers) -> nn.Module:
+    """A text encoder without what is never read; tensors of the layers behind are not read from disk either.
+
+    Raises ConfigError when the checkpoint lacks tensors of what remains: transformers would only warn.
+    """
+    config = needed.cut(cls.config_class.from_pretrained(str(folder), subfolder=arguments["subfolder"]))
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it would report every layer that was left out
+    try:
+        with _no_bars():
+            encoder, report = cls.from_pretrained(str(folder), config=config, output_loading_info=True, **arguments)
+    finally:
+        transformers_logging.set_verbosity(level)
+    if missing := sorted(key for key in report["missing_keys"] if not key.startswith("lm_head.")):
+        raise ConfigError(f"{folder}/text_encoder lacks {len(missing)} tensors, {missing[0]} for one")
+    needed.trim(encoder)
+    return encoder
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Switch the libraries' own loading bars off: ``progress`` says what is loaded."""
+    switches = (diffusers_logging, transformers_logging)
+    shown = [switch.is_progress_bar_enabled() for switch in switches]
+    for switch in switches:
+        switch.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for switch, was in zip(switches, shown, strict=True):
+            if was:
+                switch.enable_progress_bar()
+
+
+def save_tiny(
+    folder: Path,
+    pipeline: PipelineKind = "klein",
+    *,
+    distilled: bool = True,
+    dtype: str = "float32",
+    shard_bytes: int | None = None,
+    variant: str | None = None,
+) -> Path:
+    """Write the tiny model as an ordinary diffusers checkpoint folder and return ``folder``.
+
+    ``shard_bytes`` splits the weights of each component into files of at most that size.
+    """
+    model = Flux2Model(
+        weights="random", architecture="tiny", pipeline=pipeline, distilled=distilled, text_encoder_layers="all"
+    )
+    base = load(model, dtype=dtype, device="cpu")
+    base.pipeline.save_pretrained(folder, variant=variant, max_shard_size=shard_bytes or "5GB")
+    return folder

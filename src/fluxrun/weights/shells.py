@@ -1,0 +1,50 @@
+"""Fresh module shells over stored weights: change them freely, the weights stay as they were."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from torch import nn
+
+from fluxrun.weights.store import Base
+
+# --- shells ---------------------------------------------------------------------------------------
+
+
+def shell(base: Base) -> DiffusionPipeline:
+    """A pipeline of fresh modules over ``base``'s weights: change it freely, the base stays as it was.
+
+    Modules, hooks, attention processors, Parameter objects and buffers are new; parameters share their storage
+    with the base (no memory, no time, bit-identical output). Writing into a parameter in place would reach the
+    base: whatever must change weights replaces them instead.
+    """
+    modules = {name: part for name, part in base.pipeline.components.items() if isinstance(part, nn.Module)}
+    parts = {name: _fresh(part) for name, part in base.pipeline.components.items() if name not in modules}
+    parts |= {name: _shared_copy(module) for name, module in modules.items()}
+    cls = type(base.pipeline)
+    # Settings such as is_distilled: leaving one out silently turns classifier-free guidance on.
+    accepted = inspect.signature(cls.__init__).parameters
+    settings = {k: v for k, v in base.pipeline.config.items() if k in accepted and k not in parts}
+    pipeline = cls(**parts, **settings)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _shared_copy(module: nn.Module) -> nn.Module:
+    """A deep copy whose parameters share storage with the original's; ties and tensor subclasses are kept."""
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+    for buffer in module.buffers():
+        memo[id(buffer)] = buffer.detach().clone()
+    return copy.deepcopy(module, memo)
+
+
+def _fresh(part: Any) -> Any:
+    """A component without weights, with no state of an earlier run (a scheduler keeps its timesteps)."""
+    if part is None:
+        return None
+    return type(part).from_config(part.config) if hasattr(type(part), "from_config") else copy.deepcopy(part)
