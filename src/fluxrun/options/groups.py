@@ -66,5 +66,4 @@ def by_rank(rank: Callable[[Group], int | None]) -> tuple[str, ...]:
 APPLY_ORDER = by_rank(lambda group: group.apply_rank)
 BLAME_ORDER = by_rank(lambda group: group.blame_rank)
 SEARCH_ORDER = by_rank(lambda group: group.search_rank)
-MARKS = {group.name: group.marks for group in TABLE}
-BASES = {group.name: group.base for group in TABLE}
+ROWS = {group.name: group for group in TABLE}

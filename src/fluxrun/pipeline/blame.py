@@ -6,15 +6,15 @@ import traceback
 from collections.abc import Sequence
 
 from fluxrun.errors import chain
-from fluxrun.options.groups import MARKS
+from fluxrun.options.groups import TABLE
 
 
 def blame(error: BaseException, suspects: Sequence[str]) -> str | None:
     """The group among ``suspects`` whose code the error comes from; else the first, the likeliest; None for none."""
     places = _places(error)
-    for group, marks in MARKS.items():
-        if group in suspects and any(mark in place for place in places for mark in marks):
-            return group
+    for group in TABLE:
+        if group.name in suspects and any(mark in place for place in places for mark in group.marks):
+            return group.name
     return suspects[0] if suspects else None
 
 

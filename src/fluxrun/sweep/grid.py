@@ -11,10 +11,11 @@ from hydra._internal.hydra import Hydra
 from omegaconf import DictConfig
 
 from fluxrun.config.composition import compose_node, parse, shown, to_data
+from fluxrun.options.groups import APPLY_ORDER, ROWS
 from fluxrun.record.folder import data_hash
 from fluxrun.report.rows import GridJob, Row
 
-WEIGHT_KEYS = ("preset", "model", "device", "quantization", "memory")
+WEIGHT_KEYS = ("preset", "model", "device", *(group for group in APPLY_ORDER if ROWS[group].loads_weights))
 """Whatever changes these loads other weights, so they change least often."""
 
 RUN_KEYS = ("steps", "guidance", "prompts_file", "prompt", "negative_prompt", "num_images", "seed")

@@ -23,6 +23,7 @@ from fluxrun.config.schema import GROUPS, RunConfig
 from fluxrun.errors import ConfigError, FluxrunError, Interrupted, one_line
 from fluxrun.formatting import decibels, seconds
 from fluxrun.options.base import load_option
+from fluxrun.options.groups import SEARCH_ORDER
 from fluxrun.pipeline.session_pool import SessionPool
 from fluxrun.planning.prepare import prepare
 from fluxrun.process.console import ConsoleHandler
@@ -36,10 +37,7 @@ from fluxrun.sweep.trials import Trial, together
 
 log = logging.getLogger("fluxrun.tune")
 
-FIRST = ("kernels", "attention", "compile", "quantization", "vae", "cache")
-"""The groups that are searched first, in this order; groups that are new here come after them."""
-
-AS_CONFIGURED = ("model", "memory")
+AS_CONFIGURED = tuple(group for group in GROUPS if group not in SEARCH_ORDER)
 """Not searched: which model is the user's choice, and where the weights lie is memory=auto's, by what fits."""
 
 WORTH = 0.02
@@ -52,12 +50,6 @@ MOST_STEPS = 8
 """Steps of a measured image when nobody says otherwise: enough to compare, for a model of fifty too."""
 
 UNUSABLE = "not usable here: "
-
-
-def search_order() -> list[str]:
-    """The groups to search: those with a known place, then every other one there is."""
-    known = [group for group in FIRST if group in GROUPS]
-    return [*known, *(group for group in GROUPS if group not in (*known, *AS_CONFIGURED))]
 
 
 @dataclass
@@ -85,7 +77,7 @@ class Tuner:
             raise FluxrunError(f"the neutral options could not be measured: {baseline.reason} (see {self.folder})")
         log.info("    %s", _pace(baseline))
         best = self._as_fixed(asked, baseline)
-        for group in (g for g in search_order() if g not in self.fixed):
+        for group in (g for g in SEARCH_ORDER if g not in self.fixed):
             best = self._search_group(group, best)
         return baseline, best
 
