@@ -49,7 +49,7 @@ class Chosen(RecordModel):
 
 
 class OptionRecord(Chosen):
-    """The same, and what was counted."""
+    """One option group in a run's record: the choice, and what was counted."""
 
     facts: dict[str, Any] = {}
 

@@ -33,7 +33,7 @@ log = logging.getLogger("fluxrun.sweep")
 
 
 @dataclass
-class Progress:
+class SweepProgress:
     """What only the running sweep knows, and its job folders do not."""
 
     status: str
@@ -63,7 +63,7 @@ class Progress:
         )  # fmt: skip
 
 
-def finish(folder: Path, progress: Progress, baseline: str) -> Result:
+def finish(folder: Path, progress: SweepProgress, baseline: str) -> Result:
     """Compare all jobs of a sweep's folder, write its files, show its table."""
     result = complete(progress.result(folder, _all_rows(folder, progress.pending, baseline)), folder, baseline)
     write_files(folder, result, folder)
@@ -82,7 +82,7 @@ def rebuild(folders: Sequence[Path], root: Path) -> Result:
     for folder, part, prefix in zip(folders, parts, _prefixes(folders), strict=True):
         rows += [r.model_copy(update={"job": prefix + r.job}) for r in _rows_of(folder, root, part)]
     one = parts[0] if len(parts) == 1 else None
-    progress = Progress(
+    progress = SweepProgress(
         status=one.status if one else "completed",
         command=one.command if one else [],
         started_at=min(part.started_at for part in parts),

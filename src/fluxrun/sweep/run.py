@@ -26,7 +26,7 @@ from fluxrun.errors import ConfigError, FluxrunError, Interrupted, exit_code_of,
 from fluxrun.pipeline.session_pool import SessionPool
 from fluxrun.process.signals import Interrupts
 from fluxrun.record.folder import data_hash, write_failure
-from fluxrun.report.result import Progress, finish
+from fluxrun.report.result import SweepProgress, finish
 from fluxrun.report.rows import GridJob, Result, Row, read_row
 from fluxrun.runner import run
 from fluxrun.sweep.baseline import describes, missing
@@ -97,9 +97,9 @@ class Sweep:
                 self.rows[str(job.number)] = read_row(self.completed[job.config_hash], self.folder)
         self._progress("running").write(self.folder, list(self.rows.values()))
 
-    def _progress(self, status: str) -> Progress:
+    def _progress(self, status: str) -> SweepProgress:
         pending = [pending_row(job) for job in self.grid or () if str(job.number) not in self.rows]
-        return Progress(
+        return SweepProgress(
             status=status,
             command=self.command,
             started_at=_STARTED_AT,
