@@ -32,6 +32,16 @@ def compare(rows: Sequence[Row], root: Path, baseline: str = "auto") -> list[str
     return problems
 
 
+def worst_psnr(row: Row, rows: Sequence[Row], root: Path, baseline: str = "auto") -> float | None:
+    """Of one job's pictures, the largest distance from the baseline's; None where nothing can be compared."""
+    candidates = baseline_rows(rows, baseline)
+    if missing() is not None or _baseline_of(row, candidates) is None:
+        return None
+    measured = row.model_copy(deep=True)
+    _measure_pictures(measured, candidates, root)
+    return measured.psnr_db
+
+
 def baseline_rows(rows: Iterable[Row], baseline: str) -> list[Row]:
     """The completed jobs that others are compared with: neutral ones, or those that ``key=value …`` describes."""
     done = [row for row in rows if row.status == "completed"]

@@ -21,6 +21,7 @@ from fluxrun.report.rows import (
     Result,
     Row,
     Totals,
+    baseline_elsewhere,
     by_speed,
     read_row,
     read_rows,
@@ -140,10 +141,7 @@ def _write(folder: Path, result: Result) -> None:
 
 
 def _all_rows(folder: Path, pending: Sequence[Row], baseline: str) -> list[Row]:
-    rows = read_rows(folder, folder)
-    if (Path(baseline) / "run.json").is_file():
-        outside = read_row(Path(baseline), folder)
-        rows.append(outside.model_copy(update={"job": BASELINE_ELSEWHERE}))
+    rows = read_rows(folder, folder) + baseline_elsewhere(baseline, folder)
     known = {row.config_hash for row in rows}
     return rows + [row for row in pending if row.config_hash not in known]
 
@@ -154,9 +152,7 @@ def _rows_of(folder: Path, root: Path, earlier: Result) -> list[Row]:
         return [read_row(folder, root)]
     if not run_folders(folder):
         raise ConfigError(f"{folder} holds no run and no sweep of fluxrun's (no run.json in it or one level below)")
-    rows = read_rows(folder, root)
-    if (Path(earlier.baseline) / "run.json").is_file():
-        rows.append(read_row(Path(earlier.baseline), root).model_copy(update={"job": BASELINE_ELSEWHERE}))
+    rows = read_rows(folder, root) + baseline_elsewhere(earlier.baseline, root)
     known = {row.config_hash for row in rows}
     return rows + [row for row in earlier.jobs if row.status == "pending" and row.config_hash not in known]
 

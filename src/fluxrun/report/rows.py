@@ -348,6 +348,14 @@ def read_rows(folder: Path, root: Path) -> list[Row]:
     return rows
 
 
+def baseline_elsewhere(baseline: str, root: Path) -> list[Row]:
+    """The row of ``sweep.baseline=FOLDER``; none where the baseline is something else."""
+    folder = Path(baseline)
+    if not (folder / "run.json").is_file():
+        return []
+    return [read_row(folder, root).model_copy(update={"job": BASELINE_ELSEWHERE})]
+
+
 def is_baseline(path: Path) -> bool:
     """Whether a run folder is a baseline's that the sweep drew by itself."""
     return path.name.partition("-")[0] == BASELINE
