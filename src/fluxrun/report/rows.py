@@ -94,7 +94,7 @@ class Row(ResultModel):
     total_s: float | None = None
     peak_memory_bytes: int | None = None
     start_memory_bytes: int | None = None
-    """Memory in use when the job began to draw: the weights, in a sweep that keeps them."""
+    """Memory in use when the built pipeline began to draw: the weights, all that the sweep keeps among them."""
     continued: bool = False
     """Drawn with the pipeline of the job before: nothing was built or compiled."""
     images: list[Picture] = []
@@ -208,7 +208,7 @@ def read_row(folder: Path, root: Path) -> Row:
         first_call_s=timings.first_call_s,
         total_s=timings.total_s or None,
         peak_memory_bytes=record.memory.peak_allocated_bytes or None,
-        start_memory_bytes=record.memory.by_stage.get("start"),
+        start_memory_bytes=record.memory.start_bytes,
         continued=bool(timings.step_s) and timings.load_s == 0 and timings.apply_s == 0,
         notes=record.notes,
         images=[
