@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
+from typing import Annotated
 
 import pytest
-from helpers import fluxrun, said
+from helpers import CONF, fluxrun, said
 from PIL import Image
+from pydantic import BaseModel, Field, ValidationError
 
 from fluxrun.cli.rerun import from_image
 from fluxrun.config.composition import compose
+from fluxrun.config.schema import closed_knobs
 from fluxrun.errors import ConfigError, TrustError
+from fluxrun.options.attention import Attention
 from fluxrun.record.picture import save_image
-from fluxrun.trust import check_target
+from fluxrun.trust import UNMARKED, Closed, Open, check_file, check_target, closed_in
 
 GLOBAL = "# @package _global_\n# fluxrun +preset=mine\n"
 
@@ -116,6 +122,79 @@ def test_knobs_that_run_code_are_the_command_lines(config_dir, knob, monkeypatch
     assert compose(["compile.cache_dir=/tmp/mine"]).compile.cache_dir is not None
     monkeypatch.setenv("FLUXRUN_TRUST_CONFIG", "1")
     compose(["+preset=mine"], config_dir=config_dir)
+
+
+INTERNAL = {"source", "config_dirs"}
+"""Fields of RunConfig that are no knobs: no file sets them."""
+
+CLOSED = {
+    "inductor_options": "inductor's options can name programs that it runs",
+    "cache_dir": "compiled kernels that lie in a cache folder are run",
+    "hub": "a kernel from the kernels hub is code that is downloaded and run",
+    "cache_artifacts": "compiled code that lies in the file is run",
+}
+
+
+def test_every_other_knob_is_open():
+    closed = closed_knobs()
+    assert {name: why for name, why in closed.items() if name not in INTERNAL} == CLOSED
+    assert {name for name in closed if closed[name] == UNMARKED} == INTERNAL
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_what_comes_with_fluxrun_could_be_a_strangers(path, tmp_path):
+    check_file(path, path.parent.name, tmp_path, closed=closed_knobs())
+
+
+@pytest.mark.parametrize("header", ["compile.inductor_options", "_global_.compile.inductor_options"])
+def test_a_closed_knob_may_not_be_a_files_package(config_dir, header):
+    preset(config_dir, f"# @package {header}\ncpp.cxx: [/tmp/evil]\n")
+    with pytest.raises(TrustError, match="sets 'inductor_options': inductor's options can name programs"):
+        compose(["+preset=mine"], config_dir=config_dir)
+
+
+def test_nor_the_package_that_a_defaults_list_gives_it(config_dir):
+    preset(config_dir, "cpp.cxx: [/tmp/evil]\n", name="other")
+    preset(config_dir, GLOBAL + "defaults:\n  - /preset@compile.inductor_options: other\n  - _self_\n")
+    with pytest.raises(TrustError, match="inductor_options"):
+        compose(["+preset=mine"], config_dir=config_dir)
+
+
+class Marked(BaseModel):
+    steps: Open[int] = Field(4, ge=1)
+    names: Annotated[Open[tuple[str, ...]], Field(min_length=1)] = ("a",)
+    forgotten: int = 0
+    hub: Annotated[bool, Closed("it is downloaded and run")] = False
+
+
+class Holder(BaseModel):
+    inner: Marked = Marked()
+
+
+def test_the_mark_opens_a_knob_and_is_no_part_of_its_type():
+    assert closed_in([Holder, Marked]) == {"forgotten": UNMARKED, "hub": "it is downloaded and run"}
+    assert Marked.model_fields["steps"].annotation is int
+    with pytest.raises(ValidationError, match="greater than or equal to 1"):
+        Marked(steps=0)
+
+
+@pytest.mark.parametrize("file", ["option", "preset"])
+def test_a_new_knob_that_nobody_marked_is_refused(config_dir, file, monkeypatch):
+    """In the class of an option of our own, as if somebody had just added it."""
+    module = types.ModuleType("fluxrun.options.brand_new")
+    knobs = {"brand_new_knob": int, "marked_knob": Open[int]}
+    body = {"__module__": __name__, "__annotations__": knobs, "brand_new_knob": 0, "marked_knob": 0}
+    module.BrandNew = type("BrandNew", (Attention,), body)
+    monkeypatch.setattr(module.BrandNew, "__module__", module.__name__)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    (config_dir / "attention").mkdir()
+    text = "_target_: fluxrun.options.brand_new.BrandNew\nbackend: native\nmarked_knob: 3\nbrand_new_knob: {}\n"
+    (config_dir / "attention" / "new.yaml").write_text(text.format(7 if file == "option" else 0))
+    preset(config_dir, GLOBAL + f"attention: {{marked_knob: 2, brand_new_knob: {7 if file == 'preset' else 0}}}\n")
+    with pytest.raises(TrustError, match=f"sets 'brand_new_knob': {UNMARKED}; if you trust it"):
+        compose(["attention=new", "+preset=mine"], config_dir=config_dir)
+    monkeypatch.setenv("FLUXRUN_TRUST_CONFIG", "1")
+    assert compose(["attention=new", "+preset=mine"], config_dir=config_dir).attention.marked_knob == 2
 
 
 def test_no_config_key_lifts_the_rule(config_dir):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import yaml
+from pydantic import BaseModel
 
 from fluxrun.errors import ConfigError, TrustError
 
@@ -15,14 +18,47 @@ TRUST_VARIABLE = "FLUXRUN_TRUST_CONFIG"
 OWN_TARGETS = "fluxrun.options."
 SWEEP_KEYS = {("mode",), ("sweeper", "params")}
 """The only ``hydra.*`` keys a sweep file may set."""
-CODE_KNOBS = {
-    "inductor_options": "inductor's options can name programs that it runs",
-    "cache_dir": "compiled kernels that lie in a cache folder are run",
-    "hub": "a kernel from the kernels hub is code that is downloaded and run",
-    "cache_artifacts": "compiled code that lies in the file is run",
-}
-"""Knobs that are the command line's alone, and why."""
 HOW_TO_LIFT = f"if you trust it, pass --trust-config or set {TRUST_VARIABLE}=1"
+
+# --- marks on a schema ----------------------------------------------------------------------------------------------
+
+T = TypeVar("T")
+
+
+class OpenToStrangers:
+    """The mark in a knob's type by which any config file may set it; without it a knob is the command line's alone."""
+
+
+Open = Annotated[T, OpenToStrangers]
+"""``steps: Open[int]`` is an ``int`` with that mark."""
+
+
+@dataclass(frozen=True)
+class Closed:
+    """Why a knob is the command line's alone: ``hub: Annotated[bool, Closed("…")]``."""
+
+    why: str
+
+
+UNMARKED = "its schema does not open it to other people's files"
+
+
+def closed_in(models: Iterable[type[BaseModel]]) -> dict[str, str]:
+    """The knobs of these models that a stranger's config may not set, by name, and why.
+
+    A field that holds another model is no knob but a place for some. A name that is closed in one model is so in all:
+    in a file's text nobody can tell yet which option its keys will end up in.
+    """
+    fields = [(name, field) for model in models for name, field in model.model_fields.items()]
+    return {
+        name: next((mark.why for mark in field.metadata if isinstance(mark, Closed)), UNMARKED)
+        for name, field in fields
+        if OpenToStrangers not in field.metadata
+        and not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel))
+    }
+
+
+# --- the rule -------------------------------------------------------------------------------------------------------
 
 
 def trusted() -> bool:
@@ -39,8 +75,8 @@ def check_target(target: str) -> None:
         )
 
 
-def check_file(path: Path, group: str, own_dir: Path, package: str | None = None) -> None:
-    """Refuse a config file outside ``own_dir`` that sets ``hydra.*``, lies in the hydra package or names code to run.
+def check_file(path: Path, group: str, own_dir: Path, *, closed: Mapping[str, str], package: str | None = None) -> None:
+    """Refuse a config file outside ``own_dir`` that sets ``hydra.*``, lies in the hydra package or sets a closed knob.
 
     Hydra acts on callbacks, logging and run.dir before any of our code runs, so this is looked at in the file's
     text and before Hydra composes it. ``package`` is where Hydra puts the file's keys: a folder called hydra would
@@ -57,17 +93,25 @@ def check_file(path: Path, group: str, own_dir: Path, package: str | None = None
     steers += [entry for entry in _defaults(content) if "hydra" in entry]
     if steers:
         raise TrustError(f"{path} sets {steers[0]!r}: a config file may not steer Hydra itself; {HOW_TO_LIFT}")
-    check_knobs(content, str(path))
+    for name in packages:
+        check_knobs(_packed(content, name), str(path), closed)
 
 
-def check_knobs(content: Any, where: str) -> None:
-    """Refuse a stranger's config that sets a knob through which code is run (see ``CODE_KNOBS``)."""
+def check_knobs(content: Any, where: str, closed: Mapping[str, str]) -> None:
+    """Refuse a stranger's config that sets one of the knobs that are ``closed``, at whatever depth."""
     if not isinstance(content, dict) or trusted():
         return
     for key, value in content.items():
-        if key in CODE_KNOBS and value:
-            raise TrustError(f"{where} sets {key!r}: {CODE_KNOBS[key]}; {HOW_TO_LIFT}")
-        check_knobs(value, where)
+        if key in closed and value:
+            raise TrustError(f"{where} sets {key!r}: {closed[key]}; {HOW_TO_LIFT}")
+        check_knobs(value, where, closed)
+
+
+def _packed(content: Any, package: str) -> Any:
+    """A file's content as it will lie in the config: ``# @package compile.inductor_options`` sets that knob, too."""
+    for part in reversed(package.split(".") if package else []):
+        content = {part: content}
+    return content
 
 
 def _read(path: Path) -> str:

@@ -43,6 +43,16 @@ def test_memory_options_draw_the_same_picture(memory: str, pipeline: str, tmp_pa
     assert other.images[0].sha256 == resident.images[0].sha256
 
 
+def test_a_run_begins_with_its_weights_and_works_above_them(tmp_path: Path) -> None:
+    record = draw(tmp_path / "run", "memory=resident")
+    memory, weights = record.memory, record.options["memory"].facts["resident_bytes"]
+    assert memory.start_bytes is not None
+    assert weights <= memory.start_bytes < memory.peak_allocated_bytes
+    assert memory.start_bytes < weights + 64 * 2**20, "allocated in whole blocks, and buffers"
+    missing = {name for name in ("gpu", "gpu_memory_bytes", "driver", "cuda") if not record.environment[name]}
+    assert missing == set()
+
+
 def test_regional_compile_runs_compiled_with_offloading(tmp_path: Path) -> None:
     record = draw(tmp_path / "run", "compile=regional", "memory=balanced")
     assert record.options["compile"].facts["graph_calls"] > 0

@@ -24,7 +24,7 @@ from small_transformer import inputs, transformer
 from fluxrun.kernels.transformer.blocks import Projection, fuse
 from fluxrun.offload import block_sizes as swap_sizes
 from fluxrun.offload import components as offload
-from fluxrun.offload.block_sizes import PLACES, SPARE_BYTES, spread
+from fluxrun.offload.block_sizes import PLACES, SPARE_BYTES, evenly_spread
 from fluxrun.offload.block_swap import ALIGNMENT, Block, Stack, SwapBlocks, packed, packed_bytes
 from fluxrun.offload.tensors import tensor_bytes
 from fluxrun.pipeline.session_pool import SessionPool
@@ -239,7 +239,7 @@ def test_the_block_that_follows_is_fetched_at_once(count, endless):
     stack, _ = stack_of(chain, endless=endless)
     stack.enter(count)
     for _ in range(2):
-        for turn, position in enumerate(spread(count, 7)):
+        for turn, position in enumerate(evenly_spread(count, 7)):
             chain.blocks[position](x)
             last = turn + PLACES >= count
             follows = turn + PLACES if not last else turn % PLACES if endless else turn
@@ -329,7 +329,7 @@ def test_tensors_are_aligned():
 
 @pytest.mark.parametrize(("count", "total"), [(0, 5), (1, 5), (2, 5), (5, 5), (7, 56), (55, 56)])
 def test_evenly_spread(count, total):
-    chosen = spread(count, total)
+    chosen = evenly_spread(count, total)
     assert len(set(chosen)) == count
     assert all(0 <= position < total for position in chosen)
     gaps = {after - before for before, after in pairwise(chosen)}

@@ -25,7 +25,7 @@ from fluxrun.config.composition import compose
 from fluxrun.errors import ConfigError, OptionUnavailable
 from fluxrun.formatting import GIB
 from fluxrun.hardware.detection import detect
-from fluxrun.hardware.machine import Proof, version_tuple
+from fluxrun.hardware.machine import Machine, Proof
 from fluxrun.options.conflicts import CONFLICTS
 from fluxrun.planning.fallbacks import announce, fall_back
 from fluxrun.planning.prepare import make_plan, prepare
@@ -285,8 +285,18 @@ def test_this_machine_and_summary():
     found = make_plan(compose(["attention=xformers"]), CPU).record()
     assert found["attention"].requested == "xformers"
     assert found["attention"].fallbacks[0].stage == "requires"
-    assert version_tuple("2.11.0+cu130") == (2, 11, 0)
-    assert version_tuple("0.0.9") < version_tuple("0.0.29")
+
+
+@pytest.mark.parametrize(
+    ("version", "minimum", "enough"),
+    [
+        ("2.11.0+cu130", "2.11", True), ("0.0.9", "0.0.29", False), ("0.0.29", "0.0.9", True), ("1.12", "1.12.0", True),
+        ("0.15.0.dev20260101", "0.15", True), ("4.0.0b4", "4", True), ("1!1.0", "2.0", True), ("unknown", "0.1", False),
+    ],
+)  # fmt: skip
+def test_versions_are_compared_by_their_numbers(version: str, minimum: str, enough: bool) -> None:
+    reason = Machine(packages={"torchao": version}).lacks("torchao", minimum)
+    assert reason == (None if enough else f"torchao {version} is too old (pip install 'torchao>={minimum}')")
 
 
 def test_doctor_knows_every_option():

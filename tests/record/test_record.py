@@ -269,9 +269,18 @@ def test_only_paths_that_are_missing_here_are_looked_for_there(tmp_path, monkeyp
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path / "here")
-    config = {"reference_images": ["both.png", "only.png", "neither.png"], "model": {"path": "model", "id": None}}
+    target = {"_target_": "fluxrun.options.model.Flux2Model", "id": None, "bundled": "model"}
+    artifacts = {"_target_": "fluxrun.options.compile.Compile", "cache_dir": "model", "cache_artifacts": "only.png"}
+    config = {
+        "reference_images": ["both.png", "only.png", "neither.png"], "prompt": "only.png",
+        "model": {**target, "path": "model"}, "compile": artifacts, "measure": {"repeats": 1},
+    }  # fmt: skip
     there = tmp_path / "there"
     found = with_found_paths(config, str(there))
     assert found["reference_images"] == ["both.png", str(there / "only.png"), "neither.png"]
-    assert found["model"] == {"path": str(there / "model"), "id": None}
+    assert found["model"] == {**target, "path": str(there / "model")}, "no other text is a path"
+    assert found["compile"]["cache_dir"] == str(there / "model")
+    assert found["compile"]["cache_artifacts"] == str(there / "only.png")
+    assert {key: found[key] for key in ("prompt", "measure")} == {key: config[key] for key in ("prompt", "measure")}
+    assert "prompts_file" not in found, "what a config does not have is not made up"
     assert with_found_paths(config, None)["reference_images"] == config["reference_images"]

@@ -12,7 +12,7 @@ from fluxrun.config.catalog import is_neutral_option, neutral_options
 from fluxrun.formatting import seconds
 from fluxrun.record.schema import Chosen, Fallback
 from fluxrun.report.rows import Result, Row, label
-from fluxrun.report.table import described, effective, show_result, table_lines
+from fluxrun.report.table import description, effective, show_result, table_lines
 
 WIDTHS = (60, 80, 120, 160)
 
@@ -67,7 +67,7 @@ def test_what_ran_instead_is_in_the_jobs_line() -> None:
     chosen = row("1", attention="auto")
     chosen.options["attention"] = Chosen(requested="auto", effective="cudnn")
     rows = [fell, chosen]
-    assert [described(r, rows) for r in rows] == ["attention=xformers→sdpa!", "attention=auto→cudnn"]
+    assert [description(r, rows) for r in rows] == ["attention=xformers→sdpa!", "attention=auto→cudnn"]
     assert effective(fell) == "attention=sdpa!"
 
 
@@ -80,7 +80,7 @@ def test_an_option_that_stayed_in_part_did_not_fall_back_to_itself(
     show_result(Result(status="completed", jobs=[kept]), tmp_path)
     said = " ".join(capsys.readouterr().err.split())
     assert "compile=cudagraphs fell back to a part of it (requires): transformer is taken out" in said
-    assert described(kept, [kept, row("1")]) == "compile=cudagraphs!"
+    assert description(kept, [kept, row("1")]) == "compile=cudagraphs!"
 
 
 def test_a_prompts_brackets_are_text() -> None:
@@ -106,7 +106,7 @@ def test_neutral_options_come_from_the_config_folder_and_unknown_groups_are_cope
     assert not is_neutral_option("from_another_version", "turbo")
     strange = row("0", attention="sdpa")
     strange.options["from_another_version"] = Chosen(requested="turbo", effective="turbo")
-    assert described(strange, [strange, row("1", attention="math")]) == "attention=sdpa from_another_version=turbo"
+    assert description(strange, [strange, row("1", attention="math")]) == "attention=sdpa from_another_version=turbo"
     assert not strange.neutral()
 
 

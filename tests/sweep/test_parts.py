@@ -13,7 +13,7 @@ from fluxrun.config.catalog import is_neutral_option
 from fluxrun.config.composition import config_dirs, hydra_for, shown
 from fluxrun.record.folder import data_hash, read_record, write_failure
 from fluxrun.record.schema import Chosen, RunRecord
-from fluxrun.report.comparison import baseline_rows, compare, mark_front, pays_after, settings
+from fluxrun.report.comparison import baseline_rows, break_even_after, compare, mark_front, settings
 from fluxrun.report.rows import Picture, Row, Setting, by_speed, label, to_csv
 from fluxrun.sweep.baseline import is_neutral, neutral_data
 from fluxrun.sweep.folder import arrange
@@ -105,7 +105,7 @@ def test_a_new_folder_has_nothing_to_arrange(tmp_path: Path) -> None:
     [(11.0, 0.5, 21), (1.0, 1.0, 1), (5.0, 1.0, None), (5.0, 2.0, None), (1.0, 0.5, 1), (None, 0.5, None)],
 )
 def test_after_how_many_images_a_slow_first_one_pays(first: float | None, later: float, images: int | None) -> None:
-    found = pays_after(first, later, 1.0, 1.0)
+    found = break_even_after(first, later, 1.0, 1.0)
     assert found == images
     if first is not None and found is not None:
         assert first + (found - 1) * later <= 1.0 + (found - 1) * 1.0

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 import logging.config
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from fluxrun.config.schema import RunConfig
+from pydantic import BaseModel
+
+from fluxrun.config.schema import RunConfig, closed_knobs
 from fluxrun.errors import ConfigError, exit_code_of
+from fluxrun.options.base import option_class
 from fluxrun.planning.prepare import prepare
 from fluxrun.process.console import log_to
 from fluxrun.record.folder import read_record
@@ -51,7 +54,7 @@ def rerun(target: str, overrides: Sequence[str] = ()) -> int:
 def from_folder(folder: Path) -> tuple[RunConfig, list[str]]:
     """A whole run's config and its images' pixel hashes."""
     record = read_record(folder)
-    check_knobs(record.config, f"the record in {folder}")
+    check_knobs(record.config, f"the record in {folder}", closed_knobs())
     config = with_found_paths(record.config, record.cwd)
     return RunConfig.from_dict(config), [image.sha256 for image in record.images]
 
@@ -63,7 +66,7 @@ def from_image(path: Path) -> tuple[RunConfig, list[str]]:
     if not path.exists():
         raise ConfigError(f"{path}: no such image or run folder")
     metadata = read_metadata(path)
-    check_knobs(metadata["config"], f"the config in {path}")
+    check_knobs(metadata["config"], f"the config in {path}", closed_knobs())
     config: dict[str, Any] = dict(metadata["config"])
     own = {"prompt": metadata.get("prompt"), "seed": metadata.get("seed"), "prompts_file": None, "num_images": 1}
     # A batch is numerically not the same as one image at a time, but the other images are not known here.
@@ -72,16 +75,6 @@ def from_image(path: Path) -> tuple[RunConfig, list[str]]:
         config = with_found_paths(config, read_record(path.parent.parent).cwd)
     with Image.open(path) as image:
         return RunConfig.from_dict(config), [pixel_hash(image)]
-
-
-PATHS = (
-    ("prompts_file",),
-    ("reference_images",),
-    ("model", "path"),
-    ("compile", "cache_dir"),
-    ("compile", "cache_artifacts"),
-)
-"""Where in a config paths stand."""
 
 
 def with_found_paths(config: dict[str, Any], cwd: str | None) -> dict[str, Any]:
@@ -94,14 +87,24 @@ def with_found_paths(config: dict[str, Any], cwd: str | None) -> dict[str, Any]:
             return value
         return str(Path(cwd) / value) if (Path(cwd) / value).exists() else value
 
-    result = dict(config)
-    for key, *rest in PATHS:
-        node = result.get(key)
-        if not rest:
-            result[key] = found(node)
-        elif isinstance(node, dict) and rest[0] in node:
-            result[key] = {**node, rest[0]: found(node[rest[0]])}
+    return _with_paths(config, RunConfig, found)
+
+
+def _with_paths(data: dict[str, Any], model: type[BaseModel], change: Callable[[Any], Any]) -> dict[str, Any]:
+    """``data`` with whatever its schema says is a path changed; an option's schema is that of its class."""
+    result = dict(data)
+    for name, field in model.model_fields.items():
+        value = data.get(name)
+        if _is_path(field.annotation):
+            result |= {name: change(value)} if name in data else {}
+        elif isinstance(value, dict) and "_target_" in value:
+            result[name] = _with_paths(value, option_class(str(value["_target_"])), change)
     return result
+
+
+def _is_path(annotation: Any) -> bool:
+    """Whether a field is a path, or has paths in it."""
+    return annotation is Path or any(map(_is_path, get_args(annotation)))
 
 
 def output_dir(overrides: Sequence[str]) -> Path:

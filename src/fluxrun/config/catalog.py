@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
-from fluxrun.config.schema import GROUPS
+from fluxrun.config.schema import GROUPS, closed_knobs
 from fluxrun.errors import ConfigError
 from fluxrun.formatting import nearest
 from fluxrun.options.base import Option, load_option
@@ -59,7 +59,7 @@ class Catalog:
 
     def _node(self, group: str, name: str) -> dict[str, Any]:
         path = self.path(group, name)
-        check_file(path, group, self.dirs[-1])
+        check_file(path, group, self.dirs[-1], closed=closed_knobs())
         node = OmegaConf.to_container(OmegaConf.load(path))
         if not isinstance(node, dict):
             raise ConfigError(f"{path} must hold a mapping with a _target_ and knobs")

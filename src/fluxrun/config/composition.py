@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fluxrun.config.catalog import Catalog
-from fluxrun.config.schema import GROUPS, RunConfig, SweepConfig
+from fluxrun.config.schema import GROUPS, RunConfig, SweepConfig, closed_knobs
 from fluxrun.errors import ConfigError, one_line
 from fluxrun.formatting import nearest, shorten
 from fluxrun.paths import conf_dir
@@ -127,7 +127,8 @@ def check_composed_files(hydra: Hydra, overrides: Sequence[str], dirs: tuple[Pat
     for entry in defaults.defaults:
         path = find_file(str(entry.config_path), dirs)
         if path is not None:
-            check_file(path, str(entry.config_path).partition("/")[0], dirs[-1], package=entry.package)
+            group = str(entry.config_path).partition("/")[0]
+            check_file(path, group, dirs[-1], closed=closed_knobs(), package=entry.package)
 
 
 def find_file(config_path: str, dirs: tuple[Path, ...]) -> Path | None:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from fluxrun.errors import ConfigError
 from fluxrun.formatting import nearest, shorten
 from fluxrun.options.attention import AttentionOption
-from fluxrun.options.base import Option, load_option
+from fluxrun.options.base import Option, load_option, own_options
 from fluxrun.options.cache import CacheOption
 from fluxrun.options.compile import CompileOption
 from fluxrun.options.kernels import KernelsOption
@@ -20,6 +20,7 @@ from fluxrun.options.memory import MemoryOption
 from fluxrun.options.model import Flux2Model
 from fluxrun.options.quantization import QuantizationOption
 from fluxrun.options.vae import VaeOption
+from fluxrun.trust import Open, closed_in
 
 _LOAD = BeforeValidator(load_option)
 
@@ -29,10 +30,10 @@ class Measure(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    warmup: int = Field(0, ge=0)
+    warmup: Open[int] = Field(0, ge=0)
     """Images drawn and thrown away before the first one that counts."""
 
-    repeats: int = Field(1, ge=1)
+    repeats: Open[int] = Field(1, ge=1)
     """How many times each image is drawn; it is saved once, every time is recorded."""
 
 
@@ -48,33 +49,33 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
-    prompt: str | tuple[str, ...] | None = None
+    prompt: Open[str | tuple[str, ...] | None] = None
     """What to draw: one text or a list of texts."""
-    prompts_file: Path | None = None
+    prompts_file: Open[Path | None] = None
     """Text (one prompt a line), YAML or JSON-lines file of prompts; used instead of ``prompt``."""
-    negative_prompt: str | None = None
+    negative_prompt: Open[str | None] = None
     """What not to draw; only for models with classifier-free guidance (FLUX.2 klein base)."""
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: Open[int] = Field(0, ge=0, lt=2**63)
     """Seed of the first image; further images of a prompt count up."""
-    num_images: int = Field(1, ge=1)
+    num_images: Open[int] = Field(1, ge=1)
     """Images per prompt."""
-    steps: int | None = Field(None, ge=1)
+    steps: Open[int | None] = Field(None, ge=1)
     """Denoising steps."""
-    guidance: float | None = Field(None, ge=0)
+    guidance: Open[float | None] = Field(None, ge=0)
     """Guidance scale; refused for distilled models, which have none."""
-    height: int | None = Field(None, ge=16, multiple_of=16)
+    height: Open[int | None] = Field(None, ge=16, multiple_of=16)
     """Picture height in pixels, a multiple of 16."""
-    width: int | None = Field(None, ge=16, multiple_of=16)
+    width: Open[int | None] = Field(None, ge=16, multiple_of=16)
     """Picture width in pixels, a multiple of 16."""
-    reference_images: PathList = ()
+    reference_images: Open[PathList] = ()
     """Pictures to edit or to take subjects from (FLUX.2 image editing)."""
-    output_format: Literal["png", "jpeg", "webp"] = "png"
+    output_format: Open[Literal["png", "jpeg", "webp"]] = "png"
     """Image file format; all of them carry the config as metadata."""
-    batch_size: int = Field(1, ge=1)
+    batch_size: Open[int] = Field(1, ge=1)
     """Images per pipeline call."""
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    device: Open[str] = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     """auto, cpu, cuda, cuda:N or mps."""
-    strict: bool = False
+    strict: Open[bool] = False
     """Turn every fallback into an error."""
     measure: Measure = Measure()
     """Repeats for measurements."""
@@ -122,15 +123,20 @@ class SweepConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    isolation: Literal["none", "process"] = "none"
+    isolation: Open[Literal["none", "process"]] = "none"
     """``none``: all jobs in this process, over weights loaded once. ``process``: every job in a process of its own."""
-    resume: Path | None = None
+    resume: Open[Path | None] = None
     """Folder of an earlier sweep: jobs that it has completed (by config hash) are not run again."""
-    baseline: str = "auto"
+    baseline: Open[str] = "auto"
     """What others are compared with. ``auto``: the neutral job; ``neutral``: the same, drawn first when the sweep has
     none; ``key=value key=value``: the job with these; or the folder of an earlier run."""
-    min_psnr: float | None = Field(None, gt=0)
+    min_psnr: Open[float | None] = Field(None, gt=0)
     """For a sweeper that optimises: settings whose pictures are further from the baseline's are worth nothing (dB)."""
+
+
+def closed_knobs() -> dict[str, str]:
+    """The knobs that a stranger's file may not set, by name, and why: those that their schema does not open."""
+    return closed_in([RunConfig, Measure, SweepConfig, *own_options()])
 
 
 def explain(error: ValidationError, data: dict[str, Any]) -> str:

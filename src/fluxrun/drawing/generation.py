@@ -17,7 +17,7 @@ from fluxrun.drawing.saving import Saver
 from fluxrun.drawing.stopwatch import Stopwatch
 from fluxrun.errors import Interrupted
 from fluxrun.pipeline.session import Session
-from fluxrun.process.device import peak_bytes, reset_peak
+from fluxrun.process.device import peak_bytes, reset_peak, used_bytes
 from fluxrun.record.folder import RunFolder
 from fluxrun.record.schema import MemoryRecord, Timings, spread
 
@@ -60,6 +60,7 @@ class Generation:
             self._fresh = False
         else:
             self._rebuild(None)
+        self.memory.start_bytes = used_bytes(self.device)
         batches = [self.jobs[n : n + self.config.batch_size] for n in range(0, len(self.jobs), self.config.batch_size)]
         for _ in range(self.config.measure.warmup):
             self._note_first_call(self._draw_or_fall_back(batches[0], "warm-up"))

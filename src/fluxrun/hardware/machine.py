@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+
+from packaging.version import InvalidVersion, Version
 
 from fluxrun.formatting import GIB
 
@@ -74,7 +75,7 @@ class Machine:
         wanted = f"{package}>={minimum}" if minimum else package
         if version is None:
             return f"{package} is not installed (pip install '{wanted}')"
-        if minimum and version_tuple(version) < version_tuple(minimum):
+        if minimum and _release(version) < _release(minimum):
             return f"{package} {version} is too old (pip install '{wanted}')"
         return None
 
@@ -110,7 +111,9 @@ class Machine:
         return replace(self, device=self.default_device() if device == "auto" else device)
 
 
-def version_tuple(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version, for comparisons: ``2.11.0+cu130`` → (2, 11, 0)."""
-    match = re.match(r"[\d.]+", version)
-    return tuple(int(part) for part in match.group().strip(".").split(".")) if match else ()
+def _release(version: str) -> Version:
+    """A version without what follows its numbers: a nightly build of 2.11 is 2.11. What is no version is the oldest."""
+    try:
+        return Version(Version(version).base_version)
+    except InvalidVersion:
+        return Version("0")

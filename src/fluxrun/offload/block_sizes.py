@@ -41,7 +41,7 @@ class StackSizes:
 
     def away(self, count: int) -> list[int]:
         """Bytes of each swapped block: what a step copies."""
-        return [self.blocks[n] for n in spread(count, len(self.blocks))]
+        return [self.blocks[n] for n in evenly_spread(count, len(self.blocks))]
 
     def fewest(self, room: int) -> int:
         """How few blocks must be swapped to stay within ``room`` bytes; all of them if that is not enough either."""
@@ -57,7 +57,7 @@ class StackSizes:
         return count if count > PLACES else 0
 
 
-def spread(count: int, total: int) -> list[int]:
+def evenly_spread(count: int, total: int) -> list[int]:
     """``count`` of ``total`` positions, evenly spread."""
     return [(2 * n + 1) * total // (2 * count) for n in range(count)]
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from fluxrun.offload import block_sizes
-from fluxrun.offload.block_sizes import PLACES, SPARE_BYTES, StackSizes, spread
+from fluxrun.offload.block_sizes import PLACES, SPARE_BYTES, StackSizes, evenly_spread
 from fluxrun.offload.components import Guest, Slot, slots
 from fluxrun.offload.tensors import plain_tensors, rebuilt, tensor_bytes
 
@@ -101,7 +101,7 @@ class Stack:
     def enter(self, count: int) -> None:
         """Bring everything that stays, and make the places for ``count`` swapped blocks, evenly spread."""
         self.rest.visit(self.device)
-        chosen = spread(count, len(self.blocks))
+        chosen = evenly_spread(count, len(self.blocks))
         self.away = [self.blocks[n] for n in chosen]
         largest = max((block.bytes for block in self.away), default=0)
         self.places = [self._new_place(largest) for _ in range(min(PLACES, count))]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
 from fluxrun.hardware.machine import Machine
 from fluxrun.options.base import Context, Facts, Option
+from fluxrun.trust import Closed, Open
 
 
 class AttentionOption(Option):
@@ -21,31 +22,31 @@ class AttentionOption(Option):
 class Attention(AttentionOption):
     """One attention backend of diffusers' dispatcher."""
 
-    backend: str
+    backend: Open[str]
     """Name of the backend in diffusers' attention dispatcher."""
 
-    hub: bool = False
+    hub: Annotated[bool, Closed("a kernel from the kernels hub is code that is downloaded and run")] = False
     """Use the kernel from the kernels hub (``hub_backend``): downloads code when first used."""
 
-    hub_backend: str | None = None
+    hub_backend: Open[str | None] = None
     """diffusers' name for the same kernel from the kernels hub."""
 
-    flash_impl: str | None = None
+    flash_impl: Open[str | None] = None
     """FlashAttention generation that torch's own flash backend is switched to (``FA4``)."""
 
-    package: str | None = None
+    package: Open[str | None] = None
     """Distribution that must be installed."""
 
-    package_minimum: str | None = None
+    package_minimum: Open[str | None] = None
     """Oldest usable version of ``package``."""
 
-    needs_cuda: bool = False
+    needs_cuda: Open[bool] = False
     """Whether the kernel runs on NVIDIA GPUs only."""
 
-    capability: tuple[int, int] | None = None
+    capability: Open[tuple[int, int] | None] = None
     """Lowest CUDA compute capability."""
 
-    dtypes: tuple[str, ...] | None = None
+    dtypes: Open[tuple[str, ...] | None] = None
     """Dtypes the kernel takes; None takes all."""
 
     @property
@@ -127,10 +128,10 @@ class Fp8Attention(Attention):
 class AutoAttention(AttentionOption):
     """Times the usable candidates with the run's own shape and takes the fastest."""
 
-    candidates: tuple[str, ...] = ("sdpa", "cudnn", "flash3", "flash4", "flash", "xformers")
+    candidates: Open[tuple[str, ...]] = ("sdpa", "cudnn", "flash3", "flash4", "flash", "xformers")
     """Options tried, in order; those this machine cannot use are left out."""
 
-    repeats: int = Field(5, ge=1)
+    repeats: Open[int] = Field(5, ge=1)
     """Timed calls per candidate; the median counts."""
 
     def choose(self, pipeline: Any, context: Context) -> tuple[str, Facts]:

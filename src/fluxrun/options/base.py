@@ -17,7 +17,7 @@ from fluxrun.hardware.machine import Machine
 from fluxrun.offload.block_sizes import StackSizes
 from fluxrun.process.device import synchronize
 from fluxrun.process.switches import ProcessState
-from fluxrun.trust import check_target
+from fluxrun.trust import OWN_TARGETS, Open, check_target
 
 if TYPE_CHECKING:
     from fluxrun.compilation.compiler import Compiler
@@ -37,10 +37,10 @@ class Option(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
-    name: str = ""
+    name: Open[str] = ""
     """The option's name, which is its YAML file's; filled in when the config is composed."""
 
-    fallback: str = "error"
+    fallback: Open[str] = "error"
     """Option of the same group that is used when this one cannot be; ``error`` refuses the run instead."""
 
     @property
@@ -212,6 +212,12 @@ class Context:
         call()
         synchronize(self.device)
         return time.perf_counter() - started
+
+
+def own_options(base: type[Option] = Option) -> list[type[Option]]:
+    """Every option class of fluxrun's own modules: what a config can name without being trusted."""
+    found = [base] if base.__module__.startswith(OWN_TARGETS) else []
+    return found + [cls for subclass in base.__subclasses__() for cls in own_options(subclass)]
 
 
 def load_option(node: Any) -> Option:

@@ -18,6 +18,7 @@ from pydantic import Field
 
 from fluxrun.hardware.machine import Machine
 from fluxrun.options.base import Context, Facts, Option, Workload
+from fluxrun.trust import Open
 
 FEW_STEPS = 4
 """Up to so many steps each one counts: nothing that could be skipped."""
@@ -32,34 +33,34 @@ class CacheOption(Option):
     skips_steps: ClassVar[bool] = True
     """Whether some steps may be skipped."""
 
-    first_blocks: int = Field(1, ge=1)
+    first_blocks: Open[int] = Field(1, ge=1)
     """Blocks at the start of each block list that always run (cache-dit's Fn, which is at least one)."""
 
-    last_blocks: int = Field(0, ge=0)
+    last_blocks: Open[int] = Field(0, ge=0)
     """Blocks at the end of each block list that always run (cache-dit's Bn)."""
 
-    warmup_steps: int = Field(4, ge=1)
+    warmup_steps: Open[int] = Field(4, ge=1)
     """Steps at the start that are always computed."""
 
-    residual_diff_threshold: float = Field(0.08, gt=0)
+    residual_diff_threshold: Open[float] = Field(0.08, gt=0)
     """dbcache: skip a step when the first blocks changed less than this since the last computed one."""
 
-    max_cached_steps: int | None = Field(None, ge=0)
+    max_cached_steps: Open[int | None] = Field(None, ge=0)
     """dbcache: the most steps to skip in one image."""
 
-    max_continuous_cached_steps: int | None = Field(None, ge=1)
+    max_continuous_cached_steps: Open[int | None] = Field(None, ge=1)
     """dbcache: the most steps to skip in a row."""
 
-    compute: float = Field(0.5, gt=0, le=1)
+    compute: Open[float] = Field(0.5, gt=0, le=1)
     """fixed: share of the steps that is computed, the rest is skipped."""
 
-    mask: str | None = Field(None, pattern=r"^1[01]*$")
+    mask: Open[str | None] = Field(None, pattern=r"^1[01]*$")
     """fixed: the schedule itself, a digit per step (1 computed, 0 skipped), instead of ``compute``."""
 
-    taylor_order: int = Field(1, ge=0, le=4)
+    taylor_order: Open[int] = Field(1, ge=0, le=4)
     """Extrapolate a skipped step from so many differences of the last ones (TaylorSeer); 0 reuses the last as it is."""
 
-    force: bool = False
+    force: Open[bool] = False
     """Use it on a few-step model, too."""
 
 

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from fluxrun.hardware.machine import Machine
 from fluxrun.options.base import Context, Facts, Option
+from fluxrun.trust import Closed, Open
 
 AUTOTUNE = ("max_autotune", "max_autotune_gemm", "max_autotune_pointwise", "coordinate_descent_tuning")
 """Inductor settings that time many kernels for each operation."""
@@ -33,34 +34,36 @@ class CompileOption(Option):
     compiles: ClassVar[bool] = False
     """Whether torch.compile takes part."""
 
-    mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None = None
+    mode: Open[Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None] = None
     """torch.compile's mode."""
 
-    scope: Literal["blocks", "full"] = "blocks"
+    scope: Open[Literal["blocks", "full"]] = "blocks"
     """``blocks`` compiles the transformer's repeated blocks, ``full`` all of it in one graph."""
 
-    fullgraph: bool = True
+    fullgraph: Open[bool] = True
     """A graph break is an error (and then a fallback) instead of silently slow."""
 
-    dynamic: bool | None = None
+    dynamic: Open[bool | None] = None
     """True: one graph for all sizes; None: torch decides after the second size."""
 
-    targets: Annotated[tuple[Target, ...], Field(min_length=1)] = ("transformer",)
+    targets: Open[tuple[Target, ...]] = Field(("transformer",), min_length=1)
     """What is compiled."""
 
-    inductor_options: dict[str, Any] = Field(default_factory=dict)
+    inductor_options: Annotated[dict[str, Any], Closed("inductor's options can name programs that it runs")] = Field(
+        default_factory=dict
+    )
     """Inductor config patches, by torch._inductor.config name."""
 
-    match_eager: bool = True
+    match_eager: Open[bool] = True
     """Round to bf16 where eager does (inductor's emulate_precision_casts): the picture stays the same."""
 
-    cuda_graph: bool = False
+    cuda_graph: Open[bool] = False
     """Record the whole forward of each target as one CUDA graph and replay it: no gaps between kernels."""
 
-    cache_dir: Path | None = None
+    cache_dir: Annotated[Path | None, Closed("compiled kernels that lie in a cache folder are run")] = None
     """Folder for compiled kernels; None is fluxrun's cache folder."""
 
-    cache_artifacts: Path | None = None
+    cache_artifacts: Annotated[Path | None, Closed("compiled code that lies in the file is run")] = None
     """File of compiled code to share between machines: used when it is there, written when something was compiled."""
 
     @property
@@ -87,7 +90,7 @@ class NoCompile(CompileOption):
 class CudaGraphs(CompileOption):
     """No compiler: each target's forward runs once as it is, is then recorded as a CUDA graph, and replayed."""
 
-    cuda_graph: bool = True
+    cuda_graph: Open[bool] = True
     """Always on here."""
 
     def requires(self, machine: Machine) -> str | None:

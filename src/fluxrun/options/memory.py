@@ -10,6 +10,7 @@ from pydantic import Field
 from fluxrun.formatting import GIB
 from fluxrun.hardware.machine import CONTEXT_BYTES, Machine
 from fluxrun.options.base import Context, Facts, Option, Resolution, Workload
+from fluxrun.trust import Open
 
 log = logging.getLogger("fluxrun.memory")
 
@@ -23,19 +24,19 @@ KNOBS_OF = {"group": ("group_level", "blocks_per_group", "use_stream"), "block_s
 class MemoryOption(Option):
     """The knobs all memory options share."""
 
-    budget_gb: float | None = Field(None, gt=0)
+    budget_gb: Open[float | None] = Field(None, gt=0)
     """GB (2**30 bytes) of GPU memory to stay under (torch's allocator is held to it); None is what is free."""
 
-    group_level: Literal["leaf", "block"] = "leaf"
+    group_level: Open[Literal["leaf", "block"]] = "leaf"
     """Group offload: by leaf module or by block."""
 
-    blocks_per_group: int = Field(1, ge=1)
+    blocks_per_group: Open[int] = Field(1, ge=1)
     """Group offload by block: how many blocks move together."""
 
-    use_stream: bool = True
+    use_stream: Open[bool] = True
     """Group offload: copy the next group while this one computes (CUDA)."""
 
-    blocks_to_swap: int | None = Field(None, ge=0)
+    blocks_to_swap: Open[int | None] = Field(None, ge=0)
     """Block swap: how many transformer blocks come and go (fewer than 3 save nothing); None: as few as fit."""
 
     staged: ClassVar[bool] = False

@@ -11,6 +11,7 @@ from fluxrun.architectures import ArchitectureName, PipelineKind, architecture
 from fluxrun.errors import ConfigError
 from fluxrun.hardware.machine import Machine
 from fluxrun.options.base import Option
+from fluxrun.trust import Open
 
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 
@@ -22,59 +23,59 @@ BUNDLED = (PACKAGE / "bundled", PACKAGE.parents[1] / "models")
 class Flux2Model(Option):
     """A FLUX.2 model: a hub id, a diffusers folder on disk, or random weights of its real architecture."""
 
-    id: str | None = None
+    id: Open[str | None] = None
     """Hugging Face hub id, for example black-forest-labs/FLUX.2-klein-4B."""
 
-    path: Path | None = None
+    path: Open[Path | None] = None
     """A folder in diffusers layout; used instead of ``id`` and ``bundled``."""
 
-    bundled: str | None = None
+    bundled: Open[str | None] = None
     """Name of a model that comes with fluxrun, for example shapes."""
 
-    weights: Literal["pretrained", "random"] = "pretrained"
+    weights: Open[Literal["pretrained", "random"]] = "pretrained"
     """``random`` builds the architecture on the device without any download: real speed, no picture."""
 
-    architecture: ArchitectureName | None = None
+    architecture: Open[ArchitectureName | None] = None
     """Sizes used for ``weights=random`` (dev, klein_4b, klein_9b or tiny)."""
 
-    pipeline: PipelineKind | None = None
+    pipeline: Open[PipelineKind | None] = None
     """Flux2KleinPipeline or Flux2Pipeline; a checkpoint folder, which knows, overrules it."""
 
-    distilled: bool | None = None
+    distilled: Open[bool | None] = None
     """Few-step model without guidance; a checkpoint folder, which knows, overrules it."""
 
-    revision: str | None = None
+    revision: Open[str | None] = None
     """Branch, tag or commit on the hub."""
 
-    variant: str | None = None
+    variant: Open[str | None] = None
     """Weight-file variant, for example fp16 (``*.fp16.safetensors``)."""
 
-    dtype: DtypeName = "bfloat16"
+    dtype: Open[DtypeName] = "bfloat16"
     """Number format of the weights; ``auto`` is float32 on a CPU, bfloat16 on a GPU (float16 if it has none)."""
 
-    offline: bool = False
+    offline: Open[bool] = False
     """Never ask the hub; use what is in its cache."""
 
-    max_sequence_length: int = Field(default=512, ge=8, le=512)
+    max_sequence_length: Open[int] = Field(default=512, ge=8, le=512)
     """Text tokens the prompt is padded to; all of them are attended to, so fewer is faster."""
 
-    text_encoder_out_layers: tuple[int, ...] | None = None
+    text_encoder_out_layers: Open[tuple[int, ...] | None] = None
     """Hidden states read from the text encoder; None is the pipeline's own choice."""
 
-    text_encoder_layers: Literal["needed", "all"] = "needed"
+    text_encoder_layers: Open[Literal["needed", "all"]] = "needed"
     """``needed`` leaves out what no embedding is made of: the layers behind the last one read, the final norm and the
     language-model head, none of which is loaded or run; ``all`` keeps them (for diffusers' ``upsample_prompt``)."""
 
-    steps: int | None = Field(default=4, ge=1)
+    steps: Open[int | None] = Field(default=4, ge=1)
     """Denoising steps when the run does not say; None goes by whether the checkpoint is distilled."""
 
-    guidance: float | None = Field(default=None, ge=0)
+    guidance: Open[float | None] = Field(default=None, ge=0)
     """Guidance scale when the run does not say; None goes by whether the checkpoint is distilled."""
 
-    height: int = Field(default=1024, ge=16, multiple_of=16)
+    height: Open[int] = Field(default=1024, ge=16, multiple_of=16)
     """Picture height in pixels when the run does not say."""
 
-    width: int = Field(default=1024, ge=16, multiple_of=16)
+    width: Open[int] = Field(default=1024, ge=16, multiple_of=16)
     """Picture width in pixels when the run does not say."""
 
     @model_validator(mode="after")

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from fluxrun.hardware.machine import Machine
 from fluxrun.options.base import Context, Facts, Option
+from fluxrun.trust import Open
 
 
 class QuantizationOption(Option):
@@ -14,7 +15,7 @@ class QuantizationOption(Option):
     quantizes: ClassVar[bool] = True
     """Whether anything is converted."""
 
-    components: tuple[Literal["transformer"], ...] = ("transformer",)
+    components: Open[tuple[Literal["transformer"], ...]] = ("transformer",)
     """Pipeline components whose linear layers are converted."""
 
     def quantize(self, component: Any, name: str, device: str) -> Facts:

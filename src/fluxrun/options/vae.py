@@ -9,6 +9,7 @@ from pydantic import Field
 from fluxrun.hardware.machine import Machine
 from fluxrun.options.base import Context, Facts, Option, Resolution, Workload
 from fluxrun.options.compile import CompileOption
+from fluxrun.trust import Open
 
 AUTO_TILING_PIXELS = 1536 * 1536
 
@@ -24,13 +25,13 @@ def decode_bytes(height: int, width: int) -> int:
 class VaeOption(Option):
     """The knobs all VAE options share."""
 
-    tile_size: int = Field(512, ge=64, multiple_of=16)
+    tile_size: Open[int] = Field(512, ge=64, multiple_of=16)
     """Edge of a tile in pixels."""
 
-    tile_overlap: float = Field(0.25, ge=0, lt=1)
+    tile_overlap: Open[float] = Field(0.25, ge=0, lt=1)
     """Share of a tile that overlaps its neighbour."""
 
-    channels_last: bool = False
+    channels_last: Open[bool] = False
     """Channels-last weights; applied only when the decoder is compiled too."""
 
     def decoded_at_once(self, height: int, width: int) -> tuple[int, int]:
@@ -58,7 +59,7 @@ class AutoVae(VaeOption):
 class Vae(VaeOption):
     """Whole, tiled or sliced decoding."""
 
-    decode: Literal["full", "tiled", "sliced"] = "full"
+    decode: Open[Literal["full", "tiled", "sliced"]] = "full"
     """How the decoder is called."""
 
     def decoded_at_once(self, height: int, width: int) -> tuple[int, int]:
@@ -120,7 +121,7 @@ class FastVae(Vae):
     are rounded to bytes where they lie.
     """
 
-    autotune: bool = False
+    autotune: Open[bool] = False
     """Let cuDNN time its convolution kernels at the first picture of a size; it may choose others the next time."""
 
     def requires(self, machine: Machine) -> str | None:

@@ -1,4 +1,4 @@
-"""The device's clock and memory: waiting for it, its peak, giving cached memory back."""
+"""The device's clock and memory: waiting for it, its use and peak, giving cached memory back."""
 
 from __future__ import annotations
 
@@ -24,6 +24,16 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize(device)
     elif device == "mps":
         torch.mps.synchronize()
+
+
+def used_bytes(device: str) -> int:
+    """Memory in use now, in bytes: allocated on a GPU, resident set size of the process on a CPU."""
+    import psutil
+    import torch
+
+    if device.startswith("cuda"):
+        return int(torch.cuda.memory_allocated(device))
+    return int(psutil.Process().memory_info().rss)
 
 
 def reset_peak(device: str) -> None:

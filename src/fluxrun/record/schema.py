@@ -49,7 +49,7 @@ class Chosen(RecordModel):
 
 
 class OptionRecord(Chosen):
-    """The same, and what was counted."""
+    """One option group in a run's record: the choice, and what was counted."""
 
     facts: dict[str, Any] = {}
 
@@ -84,10 +84,13 @@ class Timings(RecordModel):
 
 
 class MemoryRecord(RecordModel):
-    """Peak memory in bytes: allocated on a GPU, resident set size on a CPU."""
+    """Memory in bytes: allocated on a GPU, resident set size on a CPU."""
 
+    start_bytes: int | None = None
+    """In use when the built pipeline begins to draw: the weights. What the peak is above it is working memory."""
     peak_allocated_bytes: int = 0
     by_stage: dict[str, int] = {}
+    """The peak of each stage; on a CPU of everything up to its end."""
 
 
 class ErrorRecord(RecordModel):

@@ -1,4 +1,4 @@
-"""Jobs against their baseline: speed-up, distance of the pictures, when compiling pays, and the Pareto front."""
+"""Jobs against their baseline: speed-up, distance of the pictures, break-even, and the Pareto front."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from fluxrun.report.fidelity import SHAPES, distance, missing, shows_prompt
-from fluxrun.report.rows import ALL_THE_SAME, BASELINE_ELSEWHERE, Row, Setting, distinctive
+from fluxrun.report.rows import ALL_THE_SAME, BASELINE_ELSEWHERE, Row, Setting, config_value, distinctive
 
 
 def compare(rows: Sequence[Row], root: Path, baseline: str = "auto") -> list[str]:
-    """Fill in what needs a baseline: speed-up, distances, accuracy, when the first image pays for itself.
+    """Fill in what needs a baseline: speed-up, distances, accuracy, break-even.
 
     Returns what could not be compared, and why.
     """
@@ -28,8 +28,18 @@ def compare(rows: Sequence[Row], root: Path, baseline: str = "auto") -> list[str
         row.speedup = _ratio(base.image_s, row.image_s)
         if not problems:
             _measure_pictures(row, candidates, root)
-    _pay(rows, candidates)
+    _break_even(rows, candidates)
     return problems
+
+
+def worst_psnr(row: Row, rows: Sequence[Row], root: Path, baseline: str = "auto") -> float | None:
+    """Of one job's pictures, the largest distance from the baseline's; None where nothing can be compared."""
+    candidates = baseline_rows(rows, baseline)
+    if missing() is not None or _baseline_of(row, candidates) is None:
+        return None
+    measured = row.model_copy(deep=True)
+    _measure_pictures(measured, candidates, root)
+    return measured.psnr_db
 
 
 def baseline_rows(rows: Iterable[Row], baseline: str) -> list[Row]:
@@ -50,10 +60,7 @@ def matches(row: Row, wanted: str) -> bool:
 def _value(row: Row, key: str) -> str:
     if key in row.options:
         return row.options[key].requested
-    value: Any = row.config
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return str(value["name"]) if isinstance(value, dict) and "name" in value else str(value)
+    return str(config_value(row.config, key))
 
 
 def _context(row: Row) -> tuple[Any, ...]:
@@ -105,21 +112,23 @@ def _judge_prompts(row: Row, root: Path) -> None:
     row.accuracy = sum(judged) / len(judged) if judged else None
 
 
-def _pay(rows: Sequence[Row], candidates: Sequence[Row]) -> None:
-    """After how many images a job's first one is made up for; a continued job's first was its predecessor's."""
+def _break_even(rows: Sequence[Row], candidates: Sequence[Row]) -> None:
+    """Each job's break-even against its baseline. The first image of a job that continued is its predecessor's."""
     firsts = {_setting_key(row): row.first_image_s for row in reversed(rows) if not row.continued}
     for row in rows:
         base, first = _baseline_of(row, candidates), firsts.get(_setting_key(row))
         base_first = firsts.get(_setting_key(base)) if base else None
         if base is None or row.is_baseline:
             continue
-        row.pays_after = pays_after(first, row.image_s, base_first, base.image_s)
+        row.pays_after = break_even_after(first, row.image_s, base_first, base.image_s)
 
 
-def pays_after(
+def break_even_after(
     first: float | None, later: float | None, base_first: float | None, base_later: float | None
 ) -> int | None:
-    """The number of images from which on all of them took no longer than with the baseline; None for never."""
+    """Break-even: from how many images on they take no longer than with the baseline, the slower first one included;
+    None for never.
+    """
     if first is None or later is None or base_first is None or base_later is None:
         return None
     if first <= base_first and later <= base_later:
@@ -150,7 +159,7 @@ def settings(rows: Sequence[Row]) -> list[Setting]:
         if row.config:
             groups.setdefault(_setting_key(row), []).append(row)
     found = [_setting(group, rows) for group in groups.values()]
-    _pay_settings(found)
+    _break_even_of_settings(found)
     mark_front(found)
     return sorted(found, key=lambda s: (s.image_s is None, s.image_s or 0.0))
 
@@ -178,14 +187,14 @@ def _setting(group: Sequence[Row], rows: Sequence[Row]) -> Setting:
     )  # fmt: skip
 
 
-def _pay_settings(found: Sequence[Setting]) -> None:
-    """The same for settings as for jobs, from the settings' own medians."""
+def _break_even_of_settings(found: Sequence[Setting]) -> None:
+    """Each setting's break-even against the baseline's setting, from their medians."""
     bases = [setting for setting in found if setting.is_baseline]
     for setting in found:
         base = next((s for s in bases if s.context == setting.context), bases[0] if bases else None)
         if base is not None and not setting.is_baseline and setting.speedup is not None:
             firsts = setting.first_image_s, base.first_image_s
-            setting.pays_after = pays_after(firsts[0], setting.image_s, firsts[1], base.image_s)
+            setting.pays_after = break_even_after(firsts[0], setting.image_s, firsts[1], base.image_s)
 
 
 def _status(group: Sequence[Row], done: int) -> str:

@@ -21,6 +21,7 @@ from fluxrun.report.rows import (
     Result,
     Row,
     Totals,
+    baseline_elsewhere,
     by_speed,
     read_row,
     read_rows,
@@ -33,7 +34,7 @@ log = logging.getLogger("fluxrun.sweep")
 
 
 @dataclass
-class Progress:
+class SweepProgress:
     """What only the running sweep knows, and its job folders do not."""
 
     status: str
@@ -63,7 +64,7 @@ class Progress:
         )  # fmt: skip
 
 
-def finish(folder: Path, progress: Progress, baseline: str) -> Result:
+def finish(folder: Path, progress: SweepProgress, baseline: str) -> Result:
     """Compare all jobs of a sweep's folder, write its files, show its table."""
     result = complete(progress.result(folder, _all_rows(folder, progress.pending, baseline)), folder, baseline)
     write_files(folder, result, folder)
@@ -82,7 +83,7 @@ def rebuild(folders: Sequence[Path], root: Path) -> Result:
     for folder, part, prefix in zip(folders, parts, _prefixes(folders), strict=True):
         rows += [r.model_copy(update={"job": prefix + r.job}) for r in _rows_of(folder, root, part)]
     one = parts[0] if len(parts) == 1 else None
-    progress = Progress(
+    progress = SweepProgress(
         status=one.status if one else "completed",
         command=one.command if one else [],
         started_at=min(part.started_at for part in parts),
@@ -140,10 +141,7 @@ def _write(folder: Path, result: Result) -> None:
 
 
 def _all_rows(folder: Path, pending: Sequence[Row], baseline: str) -> list[Row]:
-    rows = read_rows(folder, folder)
-    if (Path(baseline) / "run.json").is_file():
-        outside = read_row(Path(baseline), folder)
-        rows.append(outside.model_copy(update={"job": BASELINE_ELSEWHERE}))
+    rows = read_rows(folder, folder) + baseline_elsewhere(baseline, folder)
     known = {row.config_hash for row in rows}
     return rows + [row for row in pending if row.config_hash not in known]
 
@@ -154,9 +152,7 @@ def _rows_of(folder: Path, root: Path, earlier: Result) -> list[Row]:
         return [read_row(folder, root)]
     if not run_folders(folder):
         raise ConfigError(f"{folder} holds no run and no sweep of fluxrun's (no run.json in it or one level below)")
-    rows = read_rows(folder, root)
-    if (Path(earlier.baseline) / "run.json").is_file():
-        rows.append(read_row(Path(earlier.baseline), root).model_copy(update={"job": BASELINE_ELSEWHERE}))
+    rows = read_rows(folder, root) + baseline_elsewhere(earlier.baseline, root)
     known = {row.config_hash for row in rows}
     return rows + [row for row in earlier.jobs if row.status == "pending" and row.config_hash not in known]
 

@@ -94,7 +94,7 @@ class Row(ResultModel):
     total_s: float | None = None
     peak_memory_bytes: int | None = None
     start_memory_bytes: int | None = None
-    """Memory in use when the job began to draw: the weights, in a sweep that keeps them."""
+    """Memory in use when the built pipeline began to draw: the weights, all that the sweep keeps among them."""
     continued: bool = False
     """Drawn with the pipeline of the job before: nothing was built or compiled."""
     images: list[Picture] = []
@@ -108,7 +108,7 @@ class Row(ResultModel):
     accuracy: float | None = None
     """Share of pictures that show their prompt (model=shapes)."""
     pays_after: int | None = None
-    """Images after which the slower first one is made up for, against the baseline."""
+    """Break-even: from how many images on they take no longer than with the baseline, the slower first one included."""
 
     def neutral(self, but: str = "") -> bool:
         """Whether only neutral options ran, and none of them as a fallback; the group ``but`` is not looked at."""
@@ -208,7 +208,7 @@ def read_row(folder: Path, root: Path) -> Row:
         first_call_s=timings.first_call_s,
         total_s=timings.total_s or None,
         peak_memory_bytes=record.memory.peak_allocated_bytes or None,
-        start_memory_bytes=record.memory.by_stage.get("start"),
+        start_memory_bytes=record.memory.start_bytes,
         continued=bool(timings.step_s) and timings.load_s == 0 and timings.apply_s == 0,
         notes=record.notes,
         images=[
@@ -280,28 +280,28 @@ def _differs(override: str, row: Row, other: Row) -> bool:
     key = _key(override)
     if key.partition(".")[0] not in row.config or not other.config:
         return override not in other.overrides
-    return _at(row.config, key) != _at(other.config, key)
+    return config_value(row.config, key) != config_value(other.config, key)
 
 
 def _readable(override: str, row: Row) -> str:
     """An override without Hydra's quoting: a text as it is, a list of texts with bars in between."""
     key = _key(override)
-    text = isinstance(_at(row.config, key), (str, list))
-    return f"{key}={value_at(row.config, key)}" if text else override.lstrip("+")
+    text = isinstance(config_value(row.config, key), (str, list))
+    return f"{key}={config_text(row.config, key)}" if text else override.lstrip("+")
 
 
 def _key(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
 
-def value_at(config: dict[str, Any], key: str) -> str:
-    """A config's value as text; nothing where there is no such key."""
-    value = _at(config, key)
+def config_text(config: dict[str, Any], key: str) -> str:
+    """``config_value`` as text; nothing where there is no such key."""
+    value = config_value(config, key)
     return " | ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
 
 
-def _at(config: dict[str, Any], key: str) -> Any:
-    """A config's value; of an option group, its option."""
+def config_value(config: dict[str, Any], key: str) -> Any:
+    """A config's value at a dotted key; of an option group, the option's name; None where there is no such key."""
     value: Any = config
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
@@ -346,6 +346,14 @@ def read_rows(folder: Path, root: Path) -> list[Row]:
         except ConfigError as error:
             rows.append(Row(job=path.name, folder=_relative(path, root), status="failed", reason=str(error)))
     return rows
+
+
+def baseline_elsewhere(baseline: str, root: Path) -> list[Row]:
+    """The row of ``sweep.baseline=FOLDER``; none where the baseline is something else."""
+    folder = Path(baseline)
+    if not (folder / "run.json").is_file():
+        return []
+    return [read_row(folder, root).model_copy(update={"job": BASELINE_ELSEWHERE})]
 
 
 def is_baseline(path: Path) -> bool:

@@ -14,7 +14,7 @@ from rich.text import Text
 from fluxrun.config.catalog import is_neutral_option
 from fluxrun.formatting import decibels, seconds
 from fluxrun.record.schema import replacement
-from fluxrun.report.rows import Result, Row, distinctive, label, value_at
+from fluxrun.report.rows import Result, Row, config_text, distinctive, label
 
 GIB = 2**30
 
@@ -84,16 +84,16 @@ def table_lines(rows: Sequence[Row], width: int) -> list[Text]:
 
 
 def _label_lines(row: Row, rows: Sequence[Row], indent: int, width: int) -> list[str]:
-    text = described(row, rows) + ("" if row.status == "completed" else f": {row.status}")
+    text = description(row, rows) + ("" if row.status == "completed" else f": {row.status}")
     return textwrap.wrap(row.job.ljust(indent) + text, width, subsequent_indent=" " * indent)
 
 
 def _key_columns(rows: Sequence[Row]) -> tuple[str, list[str]]:
     """What the jobs differ in as columns, one per key: their heading, and the cells of each job."""
-    said = [words(row, rows) for row in rows]
+    said = [differences(row, rows) for row in rows]
     keys = list(dict.fromkeys(key for row in said for key in row))
     jobs = zip(said, rows, strict=True)
-    lines = [keys, *([own.get(key, value_at(row.config, key)) for key in keys] for own, row in jobs)]
+    lines = [keys, *([own.get(key, config_text(row.config, key)) for key in keys] for own, row in jobs)]
     widths = [max(len(line[n]) for line in lines) for n in range(len(keys))]
     heading, *cells = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
     return heading, cells
@@ -114,13 +114,15 @@ def _fitting(cells: Sequence[Sequence[str]], width: int, most_dropped: int) -> _
     return columns
 
 
-def described(row: Row, rows: Sequence[Row]) -> str:
-    """What tells a job from the others, with what ran where that is something else; fallbacks marked with ``!``."""
-    return " ".join(f"{key}={value}" if value else key for key, value in words(row, rows).items()) or label(row, rows)
+def description(row: Row, rows: Sequence[Row]) -> str:
+    """What tells a job from the others, as one text: ``key=requested→effective``, a fallback marked with ``!``."""
+    return " ".join(f"{key}={value}" if value else key for key, value in differences(row, rows).items()) or label(
+        row, rows
+    )
 
 
-def words(row: Row, rows: Sequence[Row]) -> dict[str, str]:
-    """The same by key; options that nobody swept are among them where they ran in this job only."""
+def differences(row: Row, rows: Sequence[Row]) -> dict[str, str]:
+    """By key, what tells a job from the others: its own overrides, and unswept options that ran in this job only."""
     found = {key: value for key, _, value in (word.partition("=") for word in distinctive(row, rows))}
     everywhere = _everywhere(rows)
     for group, chosen in row.options.items():

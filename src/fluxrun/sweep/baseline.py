@@ -10,7 +10,7 @@ from fluxrun.config.catalog import Catalog, is_neutral_option, neutral_options
 from fluxrun.config.schema import GROUPS, RunConfig, SweepConfig
 from fluxrun.errors import ConfigError
 from fluxrun.record.folder import data_hash
-from fluxrun.report.rows import GridJob
+from fluxrun.report.rows import GridJob, config_value
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,7 +47,7 @@ def _valid(data: dict[str, Any], dirs: tuple[Path, ...]) -> bool:
 
 def is_neutral(data: dict[str, Any]) -> bool:
     """Whether a config asks for neutral options only; ``auto`` where it chooses a placement or tiles."""
-    names = ((group, _name(data, group)) for group in GROUPS if group != "model")
+    names = ((group, config_value(data, group)) for group in GROUPS if group != "model")
     return all(name == "auto" or is_neutral_option(group, name) for group, name in names)
 
 
@@ -58,7 +58,7 @@ def neutral_data(data: dict[str, Any], dirs: tuple[Path, ...], keep: Sequence[st
     changed = {
         group: option_data(catalog, group, name)
         for group, name in neutral_options().items()
-        if group not in keep and _name(data, group) not in (name, "auto")
+        if group not in keep and config_value(data, group) not in (name, "auto")
     }
     return {**data, **changed}
 
@@ -73,11 +73,4 @@ def option_data(catalog: Catalog, group: str, name: str) -> dict[str, Any]:
 def describes(wanted: str, data: dict[str, Any]) -> bool:
     """Whether ``key=value key=value`` (a group's value is its option) holds for a config."""
     pairs = [pair.partition("=") for pair in wanted.split()]
-    return bool(pairs) and all(equals and _name(data, key) == value for key, equals, value in pairs)
-
-
-def _name(data: dict[str, Any], key: str) -> str:
-    value: Any = data
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return str(value.get("name")) if isinstance(value, dict) else str(value)
+    return bool(pairs) and all(equals and str(config_value(data, key)) == value for key, equals, value in pairs)

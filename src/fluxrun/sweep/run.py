@@ -26,7 +26,7 @@ from fluxrun.errors import ConfigError, FluxrunError, Interrupted, exit_code_of,
 from fluxrun.pipeline.session_pool import SessionPool
 from fluxrun.process.signals import Interrupts
 from fluxrun.record.folder import data_hash, write_failure
-from fluxrun.report.result import Progress, finish
+from fluxrun.report.result import SweepProgress, finish
 from fluxrun.report.rows import GridJob, Result, Row, read_row
 from fluxrun.runner import run
 from fluxrun.sweep.baseline import describes, missing
@@ -57,6 +57,8 @@ class Sweep:
     rows: dict[str, Row] = field(default_factory=dict)
     completed: dict[str, Path] = field(default_factory=dict)
     """Folders of completed runs by config hash, baselines' among them."""
+    earlier: list[Row] = field(default_factory=list)
+    """The rows of what was completed before this sweep began."""
     no_baseline: set[str] = field(default_factory=set)
     """Baselines that failed, by config hash: they are not tried again for every job."""
     started: float = field(default_factory=time.perf_counter)
@@ -92,14 +94,14 @@ class Sweep:
 
     def _take_over(self) -> None:
         """What an earlier sweep in this folder completed, and all that is to come: in sweep.json before any job."""
-        for job in self.grid or ():
-            if job.config_hash in self.completed:
-                self.rows[str(job.number)] = read_row(self.completed[job.config_hash], self.folder)
+        known = {config_hash: read_row(path, self.folder) for config_hash, path in self.completed.items()}
+        self.earlier = list(known.values())
+        self.rows = {str(job.number): known[job.config_hash] for job in self.grid or () if job.config_hash in known}
         self._progress("running").write(self.folder, list(self.rows.values()))
 
-    def _progress(self, status: str) -> Progress:
+    def _progress(self, status: str) -> SweepProgress:
         pending = [pending_row(job) for job in self.grid or () if str(job.number) not in self.rows]
-        return Progress(
+        return SweepProgress(
             status=status,
             command=self.command,
             started_at=_STARTED_AT,
@@ -131,8 +133,7 @@ class Sweep:
             folder = Path(hydra.runtime.output_dir)
             self._draw(job, folder)
         row = self._note(job, folder)
-
-        return objective(row, self.folder, self.config)
+        return objective(row, [*self.earlier, *self.rows.values()], self.folder, self.config)
 
     def _draw(self, job: GridJob, folder: Path) -> None:
         """Draw a job's pictures; a failure of any kind is in its record, an interrupt ends the sweep."""

@@ -29,7 +29,7 @@ from fluxrun.planning.prepare import prepare
 from fluxrun.process.console import ConsoleHandler
 from fluxrun.record.folder import write_failure
 from fluxrun.report.comparison import compare
-from fluxrun.report.result import Progress, finish
+from fluxrun.report.result import SweepProgress, finish
 from fluxrun.report.rows import Row, read_row, read_rows
 from fluxrun.runner import run
 from fluxrun.sweep.baseline import neutral_data, option_data
@@ -213,7 +213,7 @@ class Tuner:
     def finish(self, status: str = "completed") -> dict[str, Row]:
         """Write the table and the page of everything measured; returns the compared rows by job."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        progress = Progress(status, self.command, now, time.perf_counter() - self.started, [])
+        progress = SweepProgress(status, self.command, now, time.perf_counter() - self.started, [])
         progress.loads = self.pool.loads
         return {row.job: row for row in finish(self.folder, progress, "auto").jobs}
 
