@@ -51,8 +51,8 @@ def parameters(function: Any, expected: str) -> list[str]:
     """A function's parameters; where ``…`` is expected, it stands for those that have a default and are not named."""
     rest = ["…"] if "…" in expected else []
     found = inspect.signature(function).parameters.values()
-    named = re.findall(r"\w+", expected)
-    return [p.name for p in found if p.name in named or p.default is p.empty or not rest] + rest
+    known = re.findall(r"\w+", expected)
+    return [p.name for p in found if p.name in known or p.default is p.empty or not rest] + rest
 
 
 @pytest.mark.parametrize("part", named("class module value parameters"), ids=lambda part: part.name)
