@@ -48,7 +48,8 @@ def split_qkv(projected, norms, rotary, into, eps, *, tokens, offset, multiplier
             room[:, offset : offset + tokens] = part
 
 
-def pack(attended, gate_up, *, quantize):
+def pack(attended, gate_up, *, quantize, descale=None, dtype=None):
+    assert (descale, dtype) == (None, None), "float8 attention has no reference here"
     parts = []
     if attended is not None:
         parts.append(attended.flatten(2, 3).flatten(0, 1))

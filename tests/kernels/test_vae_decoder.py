@@ -146,7 +146,7 @@ def test_pictures_are_the_same_bytes_as_diffusers(dtype, layout):
     image[0, 0, 0] = torch.linspace(-1.5, 1.5, 56).to(dtype)
     processor = Flux2ImageProcessor()
     expected = [np.asarray(picture) for picture in processor.postprocess(image, output_type="pil")]
-    fast_vae.round_where_it_lies(processor)
+    fast_vae.round_on_device(processor)
     found = processor.postprocess(image, output_type="pil")
     assert [picture.mode for picture in found] == ["RGB", "RGB"]
     assert all(np.array_equal(a, b) for a, b in zip(expected, found, strict=True))
@@ -163,7 +163,7 @@ def test_every_half_way_value_rounds_as_diffusers_does():
 
 def test_other_output_types_stay_diffusers():
     processor, image = Flux2ImageProcessor(), torch.zeros(1, 3, 8, 8)
-    fast_vae.round_where_it_lies(processor)
+    fast_vae.round_on_device(processor)
     assert processor.postprocess(image, output_type="latent") is image
     assert processor.postprocess(image, output_type="np").shape == (1, 8, 8, 3)
     with pytest.raises(ValueError, match="pytorch tensor"):

@@ -1,4 +1,4 @@
-"""Block swap: blocks share two places, are there when they are called, and draw what they would have drawn anyway."""
+"""Block swap: blocks share two buffers, find their own weights there, and draw what they would have drawn anyway."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from small_transformer import inputs, transformer
 from fluxrun.kernels.transformer.blocks import Projection, fuse
 from fluxrun.offload import block_sizes as swap_sizes
 from fluxrun.offload import components as offload
-from fluxrun.offload.block_sizes import PLACES, SPARE_BYTES, evenly_spread
-from fluxrun.offload.block_swap import ALIGNMENT, Block, Stack, SwapBlocks, packed, packed_bytes
+from fluxrun.offload.block_sizes import BUFFERS, SPARE_BYTES, evenly_spaced
+from fluxrun.offload.block_swap import ALIGNMENT, BlockSwap, BlockWeights, PipelineBlockSwap, packed, packed_bytes
 from fluxrun.offload.tensors import tensor_bytes
 from fluxrun.pipeline.session_pool import SessionPool
 
@@ -63,14 +63,14 @@ class Chain(nn.Module):
         return x
 
 
-def stack_of(chain: Chain, *, endless: bool = True) -> tuple[Stack, Counter[str]]:
+def swap_of(chain: Chain, *, cyclic: bool = True) -> tuple[BlockSwap, Counter[str]]:
     counters: Counter[str] = Counter()
-    return Stack(chain, list(chain.blocks), CPU, counters, endless=endless), counters
+    return BlockSwap(chain, list(chain.blocks), CPU, counters, cyclic=cyclic), counters
 
 
 def on_gpu(module: nn.Module) -> int:
     """Bytes of a module's weights where they lie now."""
-    return tensor_bytes(tensor for _, _, tensor in offload.slots(module))
+    return tensor_bytes(slot.tensor for slot in offload.slots(module))
 
 
 class Encoder(Chain):
@@ -96,8 +96,8 @@ def hooked(chain: Chain) -> bool:
     return any(block._forward_pre_hooks or block._forward_hooks for block in chain.blocks)
 
 
-def swap(pipeline: Any, *, room: int = 0, working: int = 0, count: int | None = None) -> SwapBlocks:
-    return SwapBlocks(pipeline, "cpu", Counter(), room=room, working=working, count=count)
+def swapping(pipeline: Any, *, room: int = 0, working: int = 0, count: int | None = None) -> PipelineBlockSwap:
+    return PipelineBlockSwap(pipeline, "cpu", Counter(), room=room, working=working, count=count)
 
 
 # -- pictures -------------------------------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ def test_the_picture_is_the_same(pipeline, count, bench, tmp_path):
     assert (facts["swapped_bytes"] > 0) == (count != 0)
 
 
-def test_the_text_encoder_comes_once_a_prompt(bench, tmp_path):
+def test_the_text_encoder_is_onloaded_once_a_prompt(bench, tmp_path):
     options = ("memory=block_swap", "memory.blocks_to_swap=0", "strict=true")
     one = draw(tmp_path / "one", *options, "num_images=1", pool=bench)
     two = draw(tmp_path / "two", *options, "num_images=3", "prompt=[a red circle, a blue square]", pool=bench)
@@ -141,28 +141,28 @@ def test_a_step_cache_leaves_blocks_out(bench, tmp_path):
 def test_what_is_beside_the_transformer(working):
     """The VAE, a reserve, and what a step or the text encoder needs, whichever is more."""
     pipeline, weight, bias = pipeline_of(), 32 * 32 * 4, ALIGNMENT  # of each block; the bias is small and stays
-    encoding = on_gpu(pipeline.text_encoder.first) + PLACES * weight + 4 * bias
+    encoding = on_gpu(pipeline.text_encoder.first) + BUFFERS * weight + 4 * bias
     drawing = on_gpu(pipeline.transformer.first) + 7 * (weight + bias)
     needed = SPARE_BYTES + max(working, encoding) + on_gpu(pipeline.vae) + drawing
-    assert len(swap(pipeline_of(), room=needed, working=working).transformer.away) == 0
-    assert len(swap(pipeline_of(), room=needed - 1, working=working).transformer.away) > 0
+    assert len(swapping(pipeline_of(), room=needed, working=working).transformer.swapped) == 0
+    assert len(swapping(pipeline_of(), room=needed - 1, working=working).transformer.swapped) > 0
 
 
 def test_no_more_than_all_blocks_are_swapped():
-    assert len(swap(pipeline_of(), count=99).transformer.away) == 7
+    assert len(swapping(pipeline_of(), count=99).transformer.swapped) == 7
 
 
-def test_a_step_ends_with_the_first_blocks_on_their_way():
+def test_a_step_ends_with_the_first_blocks_prefetched():
     pipeline = pipeline_of()
-    stack = swap(pipeline).transformer
+    swap = swapping(pipeline).transformer
     pipeline.transformer(torch.randn(2, 32))
-    assert [place.holds for place in stack.places] == [0, 1]
+    assert [buffer.block for buffer in swap.buffers] == [0, 1]
 
 
-def test_the_text_encoder_comes_for_a_prompt_only():
+def test_the_text_encoder_is_onloaded_for_a_prompt_only():
     x = torch.randn(2, 32)
     pipeline = pipeline_of(encode_prompt=lambda prompt, prompt_embeds=None: pipeline.text_encoder(x))
-    counters = swap(pipeline, count=0).transformer.counters
+    counters = swapping(pipeline, count=0).transformer.counters
     for copied in (4, 8):
         pipeline.encode_prompt("a red circle")
         assert counters["blocks_copied"] == copied
@@ -170,37 +170,37 @@ def test_the_text_encoder_comes_for_a_prompt_only():
     assert counters["blocks_copied"] == 8
 
 
-@pytest.mark.parametrize("stage", ["on its way", "encoding"])
-def test_the_text_encoder_leaves_after_an_error(stage, monkeypatch):
+@pytest.mark.parametrize("stage", ["onload", "encoding"])
+def test_the_text_encoder_is_offloaded_after_an_error(stage, monkeypatch):
     def fail(*_: Any) -> None:
         raise torch.OutOfMemoryError
 
     pipeline = pipeline_of(encode_prompt=fail)
     before = list(pipeline.text_encoder.parameters())
-    swap(pipeline, count=0)
-    if stage == "on its way":
-        monkeypatch.setattr(Stack, "_fetch", fail)
+    swapping(pipeline, count=0)
+    if stage == "onload":
+        monkeypatch.setattr(BlockSwap, "prefetch", fail)
     with pytest.raises(torch.OutOfMemoryError):
         pipeline.encode_prompt("a red circle")
     assert all(now is then for now, then in zip(pipeline.text_encoder.parameters(), before, strict=True))
     assert not hooked(pipeline.text_encoder)
 
 
-# -- the stack ------------------------------------------------------------------------------------------------------
+# -- one module ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", range(8))
-@pytest.mark.parametrize("endless", [True, False])
-def test_every_block_finds_its_weights(count, endless):
+@pytest.mark.parametrize("cyclic", [True, False])
+def test_every_block_finds_its_weights(count, cyclic):
     chain, x = Chain(), torch.randn(2, 32)
     wanted = chain(x)
-    stack, _ = stack_of(chain, endless=endless)
-    stack.enter(count)
+    swap, _ = swap_of(chain, cyclic=cyclic)
+    swap.onload(count)
     addresses = {block.weight.data_ptr() for block in chain.blocks}
-    assert len(addresses) == 7 - count + min(PLACES, count)
+    assert len(addresses) == 7 - count + min(BUFFERS, count)
     for _ in range(3):
         assert torch.equal(chain(x), wanted)
-    stack.leave()
+    swap.offload()
     assert torch.equal(chain(x), wanted)
 
 
@@ -210,8 +210,8 @@ def test_blocks_may_be_left_out(left_out):
     whole = chain(x)
     chain.left_out = left_out
     partly = chain(x)
-    stack, _ = stack_of(chain)
-    stack.enter(7)
+    swap, _ = swap_of(chain)
+    swap.onload(7)
     for _ in range(3):
         assert torch.equal(chain(x), partly)
         chain.left_out = set()
@@ -224,35 +224,35 @@ def test_blocks_of_unequal_sizes(count):
     """They take as many bytes as was said beforehand."""
     chain, x = Chain((32, 24, 40, 96, 48, 32, 20, 64)), torch.randn(2, 32)
     wanted = chain(x)
-    stack, _ = stack_of(chain)
-    stack.enter(count)
-    assert on_gpu(chain) == stack.sizes.on_gpu(count)
+    swap, _ = swap_of(chain)
+    swap.onload(count)
+    assert on_gpu(chain) == swap.sizes.on_gpu(count)
     for _ in range(2):
         assert torch.equal(chain(x), wanted)
 
 
 @pytest.mark.parametrize("count", [3, 4, 7])
-@pytest.mark.parametrize("endless", [True, False])
-def test_the_block_that_follows_is_fetched_at_once(count, endless):
-    """Without waiting for its turn to come, when there would be nothing to compute meanwhile."""
+@pytest.mark.parametrize("cyclic", [True, False])
+def test_the_block_that_follows_is_prefetched(count, cyclic):
+    """As soon as its buffer is free: when it is called, there would be nothing to compute meanwhile."""
     chain, x = Chain(), torch.randn(2, 32)
-    stack, _ = stack_of(chain, endless=endless)
-    stack.enter(count)
+    swap, _ = swap_of(chain, cyclic=cyclic)
+    swap.onload(count)
     for _ in range(2):
-        for turn, position in enumerate(evenly_spread(count, 7)):
+        for number, position in enumerate(evenly_spaced(count, 7)):
             chain.blocks[position](x)
-            last = turn + PLACES >= count
-            follows = turn + PLACES if not last else turn % PLACES if endless else turn
-            weight, place = stack.away[follows].large[0], stack.places[turn % PLACES]
-            assert torch.equal(place.memory.view(weight.dtype).view(weight.shape), weight)
+            last = number + BUFFERS >= count
+            follows = number + BUFFERS if not last else number % BUFFERS if cyclic else number
+            weight, buffer = swap.swapped[follows].large[0], swap.buffers[number % BUFFERS]
+            assert torch.equal(buffer.memory.view(weight.dtype).view(weight.shape), weight)
 
 
-@pytest.mark.parametrize("count", range(1, PLACES + 1))
-@pytest.mark.parametrize("endless", [True, False])
-def test_who_has_a_place_of_its_own_is_copied_once(count, endless):
+@pytest.mark.parametrize("count", range(1, BUFFERS + 1))
+@pytest.mark.parametrize("cyclic", [True, False])
+def test_a_block_with_a_buffer_of_its_own_is_copied_once(count, cyclic):
     chain, x = Chain(), torch.randn(2, 32)
-    stack, counters = stack_of(chain, endless=endless)
-    stack.enter(count)
+    swap, counters = swap_of(chain, cyclic=cyclic)
+    swap.onload(count)
     for _ in range(3):
         chain(x)
     assert counters["blocks_copied"] == count
@@ -260,38 +260,38 @@ def test_who_has_a_place_of_its_own_is_copied_once(count, endless):
 
 def test_a_step_copies_each_swapped_block_once():
     chain, x = Chain(), torch.randn(2, 32)
-    stack, counters = stack_of(chain)
-    stack.enter(4)
+    swap, counters = swap_of(chain)
+    swap.onload(4)
     chain(x)
     before = counters["blocks_copied"]
     for _ in range(5):
         chain(x)
     assert counters["blocks_copied"] - before == 5 * 4
-    assert counters["bytes_copied"] == counters["blocks_copied"] * stack.away[0].bytes
+    assert counters["bytes_copied"] == counters["blocks_copied"] * swap.swapped[0].bytes
 
 
 def test_originals_come_back():
     chain = Chain()
     before = [id(parameter) for parameter in chain.parameters()]
-    stack, _ = stack_of(chain, endless=False)
-    stack.enter(7)
+    swap, _ = swap_of(chain, cyclic=False)
+    swap.onload(7)
     assert not set(before) & {id(parameter) for parameter in chain.parameters()}
     assert all(isinstance(tensor, nn.Parameter) for tensor in chain.parameters())
-    stack.leave()
+    swap.offload()
     assert [id(parameter) for parameter in chain.parameters()] == before
     assert not hooked(chain)
 
 
 def test_copies_are_freed():
     chain = Chain()
-    stack, _ = stack_of(chain, endless=False)
-    stack.enter(4)
-    tensors = [*chain.parameters(), *(place.memory for place in stack.places)]
-    tensors += [copied for block in stack.blocks for copied in block.copies]
-    there = [weakref.ref(tensor) for tensor in tensors]
+    swap, _ = swap_of(chain, cyclic=False)
+    swap.onload(4)
+    tensors = [*chain.parameters(), *(buffer.memory for buffer in swap.buffers)]
+    tensors += [copied for block in swap.blocks for copied in block.copies]
+    copies = [weakref.ref(tensor) for tensor in tensors]
     del tensors
-    stack.leave()
-    assert not any(tensor() is not None for tensor in there)
+    swap.offload()
+    assert not any(tensor() is not None for tensor in copies)
 
 
 def test_quantized_weights_stay_quantized():
@@ -301,23 +301,23 @@ def test_quantized_weights_stay_quantized():
     chain, x = Chain((64,) * 8).to(torch.bfloat16), torch.randn(2, 64, dtype=torch.bfloat16)
     quantize_(chain.blocks, Float8WeightOnlyConfig(set_inductor_config=False))
     wanted = chain(x)
-    stack, _ = stack_of(chain)
-    stack.enter(5)
-    assert {type(block.weight.data) for block in chain.blocks} == {type(stack.blocks[0].home[0][2].data)}
+    swap, _ = swap_of(chain)
+    swap.onload(5)
+    assert {type(block.weight.data) for block in chain.blocks} == {type(swap.blocks[0].originals[0].tensor.data)}
     assert all(isinstance(tensor, nn.Parameter) for tensor in chain.parameters())
     for _ in range(2):
         assert torch.equal(chain(x), wanted)
 
 
 def test_as_few_as_fit():
-    stack, _ = stack_of(Chain())
-    whole, each = stack.sizes.on_gpu(0), stack.blocks[0].bytes
-    assert stack.sizes.fewest(whole) == 0
-    # With two places, swapping one or two saves nothing.
-    assert stack.sizes.fewest(whole - 1) == 3
-    assert stack.sizes.fewest(whole - each) == 3
-    assert stack.sizes.fewest(whole - each - 1) == 4
-    assert stack.sizes.fewest(0) == 7
+    swap, _ = swap_of(Chain())
+    whole, each = swap.sizes.on_gpu(0), swap.blocks[0].bytes
+    assert swap.sizes.fewest(whole) == 0
+    # With two buffers, swapping one or two saves nothing.
+    assert swap.sizes.fewest(whole - 1) == 3
+    assert swap.sizes.fewest(whole - each) == 3
+    assert swap.sizes.fewest(whole - each - 1) == 4
+    assert swap.sizes.fewest(0) == 7
 
 
 def test_tensors_are_aligned():
@@ -328,8 +328,8 @@ def test_tensors_are_aligned():
 
 
 @pytest.mark.parametrize(("count", "total"), [(0, 5), (1, 5), (2, 5), (5, 5), (7, 56), (55, 56)])
-def test_evenly_spread(count, total):
-    chosen = evenly_spread(count, total)
+def test_evenly_spaced(count, total):
+    chosen = evenly_spaced(count, total)
     assert len(set(chosen)) == count
     assert all(0 <= position < total for position in chosen)
     gaps = {after - before for before, after in pairwise(chosen)}
@@ -342,16 +342,16 @@ def test_evenly_spread(count, total):
 @torch.no_grad()
 @pytest.mark.parametrize("count", [0, 2, 5])
 @pytest.mark.parametrize("large", [1024, 8192])
-def test_fused_kernels_read_the_places(count, large, monkeypatch):
+def test_fused_kernels_read_the_buffers(count, large, monkeypatch):
     """Also where query, key and value are too small to be swapped (4.6 KB here, the feed-forward's weights 28 KB)."""
     monkeypatch.setattr(swap_sizes, "LARGE_BYTES", large)
     model = transformer(torch.bfloat16)
     arguments = inputs(torch.bfloat16)
     plain = copy.deepcopy(model)(**arguments)[0]
     blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
-    stack = Stack(model, blocks, CPU, Counter(), endless=True)
-    stack.enter(count)
-    assert stack.blocks[0].small
+    swap = BlockSwap(model, blocks, CPU, Counter(), cyclic=True)
+    swap.onload(count)
+    assert swap.blocks[0].small
     counters: Counter[str] = Counter()
     fuse(model, reference, counters, in_place=True)
     for calls in (1, 2):
@@ -368,8 +368,8 @@ def test_fused_kernels_find_quantized_weights_side_by_side(large, monkeypatch):
     monkeypatch.setattr(swap_sizes, "LARGE_BYTES", large)
     attention = nn.Sequential(*(nn.Linear(64, 64, bias=False, dtype=torch.bfloat16) for _ in "qkv"))
     quantize_(attention.requires_grad_(False), Float8WeightOnlyConfig(set_inductor_config=False))
-    block = Block(list(offload.slots(attention)))
-    block.move_in(torch.empty(block.bytes, dtype=torch.uint8))
+    block = BlockWeights(list(offload.slots(attention)))
+    block.use(torch.empty(block.bytes, dtype=torch.uint8))
     Projection(*attention, in_place=True)
 
 

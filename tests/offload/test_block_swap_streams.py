@@ -25,10 +25,10 @@ from torch import nn
 
 from fluxrun.offload import block_sizes as swap_sizes
 from fluxrun.offload import block_swap
-from fluxrun.offload.block_swap import Stack
+from fluxrun.offload.block_swap import BlockSwap
 
 DEVICE = SimpleNamespace(type="cuda")
-"""Enough of a device for a ``Stack``, whose memory comes from the model."""
+"""Enough of a device for a ``BlockSwap``, whose memory comes from the model."""
 TRIALS = 300
 
 EARLY = "read before it has arrived"
@@ -98,7 +98,7 @@ class Gpu:
 
     @contextmanager
     def instead_of_cuda(self) -> Iterator[None]:
-        """What a ``Stack`` does on ``DEVICE`` is done here."""
+        """What a ``BlockSwap`` does on ``DEVICE`` is done here."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.cuda, "Stream", lambda device: self.copies)
             patch.setattr(torch.cuda, "Event", Event)
@@ -106,7 +106,7 @@ class Gpu:
             patch.setattr(torch.cuda, "current_stream", lambda device: self.current)
             patch.setattr(torch.cuda, "empty_cache", lambda: None)
             patch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: self.tell(stream, tensor))
-            patch.setattr(Stack, "_memory", lambda stack, size: self.allocate(size))
+            patch.setattr(block_swap, "allocate", lambda size, device: self.allocate(size))
             patch.setattr(block_swap, "copy_all", self.copy)
             patch.setattr(swap_sizes, "LARGE_BYTES", 1)
             yield
@@ -162,23 +162,23 @@ class Reader(nn.Module):
         assert (self.weight == self.number).all(), "another block's weights"
 
 
-def stack_of(gpu: Gpu, total: int, *, endless: bool) -> tuple[list[nn.Module], Stack]:
+def swap_of(gpu: Gpu, total: int, *, cyclic: bool) -> tuple[list[nn.Module], BlockSwap]:
     module = nn.ModuleList(Reader(gpu, number) for number in range(total))
-    return list(module), Stack(module, list(module), DEVICE, Counter(), endless=endless)
+    return list(module), BlockSwap(module, list(module), DEVICE, Counter(), cyclic=cyclic)
 
 
 def races(seed: int, left_out: tuple[str, str] = ("", "")) -> set[str]:
-    """Those of two visits of a few blocks, called in order or in any."""
+    """Those of onloading and offloading a few blocks twice; they are called in order or in any."""
     random, gpu = Random(seed), Gpu(left_out)
     total = random.randint(1, 9)
     with gpu.instead_of_cuda():
-        blocks, stack = stack_of(gpu, total, endless=random.random() < 0.7)
+        blocks, swap = swap_of(gpu, total, cyclic=random.random() < 0.7)
         for _ in range(2):
-            stack.enter(random.randint(0, total))
+            swap.onload(random.randint(0, total))
             for _ in range(random.randint(1, 4)):
                 for block in blocks if random.random() < 0.4 else random.choices(blocks, k=2 * total):
                     block()
-            stack.leave()
+            swap.offload()
     return gpu.races
 
 
@@ -204,12 +204,12 @@ def test_the_model_notices_what_is_missing(stream, call, race):
 def test_a_block_computes_while_the_next_one_arrives():
     """Waiting for more than a block's own weights would be no race, but the copies' time would show.
 
-    An even number: of an odd one, the first and the last block share a place.
+    An even number: of an odd one, the first and the last block share a buffer.
     """
     gpu = Gpu()
     with gpu.instead_of_cuda():
-        blocks, stack = stack_of(gpu, 6, endless=True)
-        stack.enter(6)
+        blocks, swap = swap_of(gpu, 6, cyclic=True)
+        swap.onload(6)
         for block in [*blocks, *blocks]:
             block()
-            assert not any(gpu.main.is_after(gpu.memory(place.memory).written) for place in stack.places)
+            assert not any(gpu.main.is_after(gpu.memory(buffer.memory).written) for buffer in swap.buffers)

@@ -1,6 +1,8 @@
-"""Offloading: weights are copied to the device when their turn comes, never back, and drawn with as if they stayed."""
+"""Offloading: weights are copied to the device when they are needed, never back, and drawn with as if they stayed."""
 
 from __future__ import annotations
+
+from collections import Counter
 
 import pytest
 import torch
@@ -27,7 +29,7 @@ def quantized_layer() -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("kind", ["plain", "torchao", "tied"])
-def test_a_guest_leaves_its_weights_at_home(kind):
+def test_offloading_brings_the_originals_back(kind):
     pytest.importorskip("torchao")
     module = (
         quantized_layer() if kind == "torchao" else torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
@@ -35,13 +37,13 @@ def test_a_guest_leaves_its_weights_at_home(kind):
     if kind == "tied":
         module[1].weight = module[0].weight
     before = [id(tensor) for tensor in (*module.parameters(), *module.buffers())]
-    guest = offload.Guest(offload.slots(module))
-    guest.visit(torch.device("meta"))
-    away = list(module.parameters())
-    assert {tensor.device.type for tensor in (*away, *module.buffers())} == {"meta"}
-    assert all(isinstance(tensor, torch.nn.Parameter) for tensor in away)
+    weights = offload.OffloadedWeights(offload.slots(module))
+    weights.onload(torch.device("meta"))
+    copies = list(module.parameters())
+    assert {tensor.device.type for tensor in (*copies, *module.buffers())} == {"meta"}
+    assert all(isinstance(tensor, torch.nn.Parameter) for tensor in copies)
     assert (kind == "tied") == (module[-1].weight is module[0].weight)
-    guest.go_home()
+    weights.offload()
     assert [id(tensor) for tensor in (*module.parameters(), *module.buffers())] == before
 
 
@@ -93,19 +95,20 @@ def test_a_step_cache_beside_offloading(overrides, bench, tmp_path, on_a_cpu):
     assert hashes(record) == hashes(plain)
 
 
-def test_turns(on_a_cpu):
-    """Reference pictures and guidance: whoever is needed is there."""
+def test_alternating_offload_with_guidance():
+    """Two prompts are encoded before the transformer is called: each component is copied once."""
     import fluxrun
 
-    session = fluxrun.build(small("memory=balanced", "model.distilled=false"))
+    session = fluxrun.build(small("model.distilled=false"))
     try:
-        turns, counters = session.pipeline._fluxrun_turns, session.context.counters
-        assert turns.inside is None
+        counters: Counter[str] = Counter()
+        alternating = offload.AlternatingOffload(session.pipeline, "cpu", counters)
+        assert alternating.onloaded is None
         session.pipeline(
             prompt="a", guidance_scale=4.0, height=64, width=64, num_inference_steps=1,
             max_sequence_length=32, text_encoder_out_layers=(1, 2, 3),
         )  # fmt: skip
-        assert (turns.inside, counters["components_moved"]) == ("transformer", 2)
+        assert (alternating.onloaded, counters["components_moved"]) == ("transformer", 2)
     finally:
         session.close()
 

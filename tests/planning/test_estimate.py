@@ -16,8 +16,8 @@ from fluxrun import architectures
 from fluxrun.formatting import GIB
 from fluxrun.hardware import detection
 from fluxrun.hardware.machine import CONTEXT_BYTES, Machine
-from fluxrun.offload.block_sizes import StackSizes, text_encoder_sizes, transformer_sizes
-from fluxrun.offload.block_swap import Block, packed_bytes
+from fluxrun.offload.block_sizes import BlockSizes, text_encoder_sizes, transformer_sizes
+from fluxrun.offload.block_swap import BlockWeights, packed_bytes
 from fluxrun.offload.components import slots
 from fluxrun.options.memory import allocator_share
 from fluxrun.planning.estimate import reference_tokens
@@ -150,12 +150,12 @@ def halved(transformer: Any, blocks: list[Any]) -> int:
     return before
 
 
-def compare(told: StackSizes, blocks: list[Any], rest: int) -> None:
-    real = [Block(slots(block)) for block in blocks]
+def compare(told: BlockSizes, blocks: list[Any], rest: int) -> None:
+    real = [BlockWeights(slots(block)) for block in blocks]
     assert told.blocks == tuple(block.bytes for block in real)
     # Norms and scales, some MB, are left out.
     assert told.small == pytest.approx(sum(packed_bytes(block.small) for block in real), abs=2**20)
-    assert told.rest == pytest.approx(rest, abs=2**20)
+    assert told.outside == pytest.approx(rest, abs=2**20)
 
 
 def test_a_folder_of_ones_own_is_recognised(tmp_path):

@@ -12,8 +12,8 @@ from fluxrun.formatting import GIB
 SPARE_BYTES = GIB // 2
 """What block swap leaves free: torch's allocator loses some between blocks of memory of different sizes."""
 
-PLACES = 2
-"""Places on the GPU that swapped blocks share: one of them computes while the next one arrives."""
+BUFFERS = 2
+"""Buffers on the GPU that swapped blocks share: one is computed with while the next block is copied into the other."""
 
 LARGE_BYTES = 32 * 2**20
 """Tensors from this size on are swapped. Smaller ones may share a memory page with others, and a page can be locked
@@ -24,11 +24,11 @@ MLP_RATIO = 3
 
 
 @dataclass(frozen=True)
-class StackSizes:
+class BlockSizes:
     """Bytes of a module made of blocks."""
 
-    rest: int
-    """Outside its blocks."""
+    outside: int
+    """Of what belongs to no block."""
     small: int
     """In all blocks together, in tensors that are not swapped."""
     blocks: tuple[int, ...]
@@ -36,12 +36,13 @@ class StackSizes:
 
     def on_gpu(self, count: int) -> int:
         """Bytes on the GPU when ``count`` blocks are swapped."""
-        away = self.away(count)
-        return self.rest + self.small + sum(self.blocks) - sum(away) + min(PLACES, count) * max(away, default=0)
+        swapped = self.swapped(count)
+        buffers = min(BUFFERS, count) * max(swapped, default=0)
+        return self.outside + self.small + sum(self.blocks) - sum(swapped) + buffers
 
-    def away(self, count: int) -> list[int]:
+    def swapped(self, count: int) -> list[int]:
         """Bytes of each swapped block: what a step copies."""
-        return [self.blocks[n] for n in evenly_spread(count, len(self.blocks))]
+        return [self.blocks[n] for n in evenly_spaced(count, len(self.blocks))]
 
     def fewest(self, room: int) -> int:
         """How few blocks must be swapped to stay within ``room`` bytes; all of them if that is not enough either."""
@@ -51,18 +52,18 @@ class StackSizes:
     def count(self, asked: int | None, room: int) -> int:
         """How many blocks to swap: as many as ``asked`` for; None: as few as fit ``room``.
 
-        As many as there are places are none: a block with a place of its own can as well stay.
+        None for a count up to the number of buffers: a block with a buffer of its own can as well stay.
         """
         count = self.fewest(room) if asked is None else min(asked, len(self.blocks))
-        return count if count > PLACES else 0
+        return count if count > BUFFERS else 0
 
 
-def evenly_spread(count: int, total: int) -> list[int]:
-    """``count`` of ``total`` positions, evenly spread."""
+def evenly_spaced(count: int, total: int) -> list[int]:
+    """``count`` of ``total`` positions, evenly spaced."""
     return [(2 * n + 1) * total // (2 * count) for n in range(count)]
 
 
-def transformer_sizes(config: dict[str, Any], total: int, itemsize: int, block_itemsize: int) -> StackSizes:
+def transformer_sizes(config: dict[str, Any], total: int, itemsize: int, block_itemsize: int) -> BlockSizes:
     """Of a ``Flux2Transformer2DModel`` with ``total`` bytes before its blocks were quantized to ``block_itemsize``."""
     square = (config["num_attention_heads"] * config.get("attention_head_dim", 128)) ** 2
     stream = (1, 1, 1, 1, 2 * MLP_RATIO, MLP_RATIO)  # query, key, value, out, feed-forward in and out
@@ -72,18 +73,18 @@ def transformer_sizes(config: dict[str, Any], total: int, itemsize: int, block_i
     return _sizes(total - elements * itemsize, [[n * square * block_itemsize for n in block] for block in blocks])
 
 
-def text_encoder_sizes(text: dict[str, Any], total: int, itemsize: int, read: tuple[int, ...] | None) -> StackSizes:
+def text_encoder_sizes(text: dict[str, Any], total: int, itemsize: int, read: tuple[int, ...] | None) -> BlockSizes:
     """Of an ``Architecture.text`` encoder with ``total`` bytes, cut behind the hidden states ``read`` (None: whole)."""
     layer = [count * itemsize for count in text_layer(text)]
     layers = text["num_hidden_layers"] if read is None else layers_needed(text["num_hidden_layers"], read)
     return _sizes(total - layers * sum(layer), [layer] * layers)
 
 
-def unknown_sizes(total: int, parts: int) -> StackSizes:
+def unknown_sizes(total: int, parts: int) -> BlockSizes:
     """Of a model whose architecture is not known: equal blocks, and as much again as one of them outside, and small."""
-    return StackSizes(total // parts, total // parts, (total // parts,) * (parts - 2))
+    return BlockSizes(total // parts, total // parts, (total // parts,) * (parts - 2))
 
 
-def _sizes(rest: int, blocks: Sequence[Sequence[int]]) -> StackSizes:
+def _sizes(outside: int, blocks: Sequence[Sequence[int]]) -> BlockSizes:
     large = tuple(sum(size for size in block if size >= LARGE_BYTES) for block in blocks)
-    return StackSizes(max(0, rest), sum(map(sum, blocks)) - sum(large), large)
+    return BlockSizes(max(0, outside), sum(map(sum, blocks)) - sum(large), large)

@@ -7,66 +7,74 @@ block at a time, and never back: inference changes no weight, so the originals s
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from fluxrun.offload import block_sizes
-from fluxrun.offload.block_sizes import PLACES, SPARE_BYTES, StackSizes, evenly_spread
-from fluxrun.offload.components import Guest, Slot, slots
+from fluxrun.offload.block_sizes import BUFFERS, SPARE_BYTES, BlockSizes, evenly_spaced
+from fluxrun.offload.components import OffloadedWeights, Slot, keep_vae_on, slots
 from fluxrun.offload.tensors import plain_tensors, rebuilt, tensor_bytes
+from fluxrun.types import Pipeline
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 ALIGNMENT = 256
 """Bytes; what torch's own allocator aligns to."""
 
 
-class SwapBlocks:
-    """A pipeline whose transformer swaps blocks; its text encoder, all of whose layers do, comes when it is asked for.
+class PipelineBlockSwap:
+    """A pipeline whose transformer swaps blocks. Its text encoder, which swaps all of its layers, is on the GPU only
+    while it encodes.
 
     ``room`` is how many bytes of the GPU weights may take beside ``working`` bytes of a step or a decode, which the
-    text encoder takes over while it is there. ``count`` blocks are swapped; None: as few as fit.
+    text encoder uses while it is there. ``count`` blocks are swapped; None: as few as fit.
     """
 
     def __init__(
-        self, pipeline: Any, device: str, counters: Counter[str], *, room: int, working: int, count: int | None
+        self, pipeline: Pipeline, device: str, counters: Counter[str], *, room: int, working: int, count: int | None
     ) -> None:
         if device.startswith("cuda"):
             torch.cuda.empty_cache()  # what loading has left would be cut up by small tensors, and useless for blocks
-        pipeline.vae.to(device)  # the first module of the pipeline: diffusers takes its device for all inputs
+        keep_vae_on(pipeline, device)
         transformer, encoder = pipeline.transformer, pipeline.text_encoder
         blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-        self.transformer = Stack(transformer, blocks, torch.device(device), counters, endless=True)
-        self.text_encoder: Stack | None = None
+        self.transformer = BlockSwap(transformer, blocks, torch.device(device), counters, cyclic=True)
+        self.text_encoder: BlockSwap | None = None
         if isinstance(encoder, nn.Module):
-            layers = list(encoder.get_decoder().layers)  # type: ignore[operator]
-            self.text_encoder = Stack(encoder, layers, torch.device(device), counters, endless=False)
+            layers = list(encoder.get_decoder().layers)
+            self.text_encoder = BlockSwap(encoder, layers, torch.device(device), counters, cyclic=False)
             working = max(working, self.text_encoder.sizes.on_gpu(len(layers)))
             pipeline.encode_prompt = partial(self._encode, pipeline.encode_prompt)
-        beside = SPARE_BYTES + working + tensor_bytes(tensor for _, _, tensor in slots(pipeline.vae))
-        self.transformer.enter(self.transformer.sizes.count(count, room - beside))
+        beside = SPARE_BYTES + working + tensor_bytes(slot.tensor for slot in slots(pipeline.vae))
+        self.transformer.onload(self.transformer.sizes.count(count, room - beside))
 
-    def _encode(self, encode_prompt: Any, *args: Any, **kwargs: Any) -> Any:
+    def _encode(self, encode_prompt: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """``encode_prompt`` with the text encoder on the GPU, if there is a prompt to encode."""
         if kwargs.get("prompt_embeds") is not None or self.text_encoder is None:
             return encode_prompt(*args, **kwargs)
         try:
-            self.text_encoder.enter(len(self.text_encoder.blocks))
+            self.text_encoder.onload(len(self.text_encoder.blocks))
             return encode_prompt(*args, **kwargs)
         finally:
-            self.text_encoder.leave()
+            self.text_encoder.offload()
 
 
-class Stack:
-    """A module's blocks on the GPU, some of them by turns.
+class BlockSwap:
+    """A module on the GPU, some of whose blocks ("swapped") share a few buffers there.
 
-    After ``enter`` the module can be called: the swapped blocks' weights lie in ``PLACES`` shared places, and hooks on
-    the blocks see to it that each finds its own there. Nothing else about the module is changed, so that fused kernels
-    (which look at the places) and step caches (which leave blocks out) work as ever. ``endless``: the first blocks
-    follow upon the last ones.
+    After ``onload`` the module can be called. Swapped block number n uses buffer n % ``BUFFERS``: a hook before the
+    block waits until its weights are in the buffer, a hook after it starts the copy of the block that needs the buffer
+    next. Nothing else about the module is changed: fused kernels, which keep the addresses of weights, and step caches,
+    which leave blocks out, work as without block swap.
+
+    ``cyclic``: the module is called again and again, so that the last blocks are followed by the first ones.
     """
 
     def __init__(
@@ -75,154 +83,155 @@ class Stack:
         blocks: Sequence[nn.Module],
         device: torch.device,
         counters: Counter[str],
-        endless: bool,
+        cyclic: bool,
     ) -> None:
-        self.device, self.counters, self.endless = device, counters, endless
-        self.blocks = [Block(slots(block)) for block in blocks]
-        tables = {id(table) for block in self.blocks for table, _, _ in block.home}
-        self.rest = Guest(slot for slot in slots(module) if id(slot[0]) not in tables)
-        self.places: list[Place] = []
-        self.away: list[Block] = []
+        self.device, self.counters, self.cyclic = device, counters, cyclic
+        self.blocks = [BlockWeights(slots(block)) for block in blocks]
+        inside = {id(slot.owner) for block in self.blocks for slot in block.originals}
+        self.outside = OffloadedWeights(slot for slot in slots(module) if id(slot.owner) not in inside)
+        """The weights that belong to no block."""
+        self.buffers: list[SwapBuffer] = []
+        self.swapped: list[BlockWeights] = []
         self._modules = list(blocks)
-        self._hooks: list[Any] = []
+        self._hooks: list[RemovableHandle] = []
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @cached_property
-    def sizes(self) -> StackSizes:
+    def sizes(self) -> BlockSizes:
         """Bytes of what stays and of what may be swapped."""
-        return StackSizes(
-            rest=tensor_bytes(tensor for _, _, tensor in self.rest.home),
+        return BlockSizes(
+            outside=tensor_bytes(slot.tensor for slot in self.outside.originals),
             small=sum(packed_bytes(block.small) for block in self.blocks),
             blocks=tuple(block.bytes for block in self.blocks),
         )
 
-    # -- coming and going -------------------------------------------------------------------------------------------
+    # -- onload and offload -----------------------------------------------------------------------------------------
 
-    def enter(self, count: int) -> None:
-        """Bring everything that stays, and make the places for ``count`` swapped blocks, evenly spread."""
-        self.rest.visit(self.device)
-        chosen = evenly_spread(count, len(self.blocks))
-        self.away = [self.blocks[n] for n in chosen]
-        largest = max((block.bytes for block in self.away), default=0)
-        self.places = [self._new_place(largest) for _ in range(min(PLACES, count))]
+    def onload(self, count: int) -> None:
+        """Copy everything but ``count`` evenly spaced blocks to the GPU; make their buffers, and fill these."""
+        self.outside.onload(self.device)
+        chosen = evenly_spaced(count, len(self.blocks))
+        self.swapped = [self.blocks[n] for n in chosen]
+        largest = max((block.bytes for block in self.swapped), default=0)
+        self.buffers = [self._new_buffer(largest) for _ in range(min(BUFFERS, count))]
         for n, block in enumerate(self.blocks):
             if n not in chosen:
-                block.move_in(self._memory(block.bytes))
-                block.fetch()
-        for turn, block in enumerate(self.away):
-            block.move_in(self._place(turn).memory)
-            module = self._modules[chosen[turn]]
-            self._hooks.append(module.register_forward_pre_hook(partial(self._before, turn)))
-            self._hooks.append(module.register_forward_hook(partial(self._after, turn)))
+                block.use(allocate(block.bytes, self.device))
+                block.copy_in()
+        for number, block in enumerate(self.swapped):
+            block.use(self._buffer(number).memory)
+            module = self._modules[chosen[number]]
+            self._hooks.append(module.register_forward_pre_hook(partial(self._before, number)))
+            self._hooks.append(module.register_forward_hook(partial(self._after, number)))
         if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(self.device))  # the places' memory may still be in use
-        for turn in range(len(self.places)):
-            self._fetch(turn)
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))  # may still use the buffers' memory
+        for number in range(len(self.buffers)):
+            self.prefetch(number)
 
-    def leave(self) -> None:
+    def offload(self) -> None:
         """Give every module its originals back and free the copies."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
         for block in self.blocks:
-            block.go_home()
-        self.rest.go_home()
-        self.places, self.away = [], []
+            block.offload()
+        self.outside.offload()
+        self.buffers, self.swapped = [], []
         if self._stream is not None:
             torch.cuda.empty_cache()  # a decode's buffers do not fit into the holes that layers leave
 
-    def _memory(self, size: int) -> torch.Tensor:
-        return torch.empty(size, dtype=torch.uint8, device=self.device)
-
-    def _new_place(self, size: int) -> Place:
-        place = Place(self._memory(size))
+    def _new_buffer(self, size: int) -> SwapBuffer:
+        buffer = SwapBuffer(allocate(size, self.device))
         if self._stream is not None:
-            place.memory.record_stream(self._stream)  # freed, it is not used again before the last copy into it is over
-            place.arrived, place.left = torch.cuda.Event(), torch.cuda.Event()
-        return place
+            # Freed memory must not be used again before the last copy into it is over.
+            buffer.memory.record_stream(self._stream)
+            buffer.filled, buffer.free = torch.cuda.Event(), torch.cuda.Event()
+        return buffer
 
-    # -- taking turns -----------------------------------------------------------------------------------------------
+    # -- while the module computes ----------------------------------------------------------------------------------
 
-    def _place(self, turn: int) -> Place:
-        return self.places[turn % len(self.places)]
+    def _buffer(self, number: int) -> SwapBuffer:
+        """The buffer of a swapped block."""
+        return self.buffers[number % len(self.buffers)]
 
-    def _before(self, turn: int, *_: Any) -> None:
-        """Before a swapped block: wait until its weights are there."""
-        place = self._place(turn)
-        if place.holds != turn:  # a block was left out, or the module called anew
-            self._fetch(turn)
-        if self._stream is not None:
-            torch.cuda.current_stream(self.device).wait_event(place.arrived)
+    def _before(self, number: int, *_: object) -> None:
+        """Hook before a swapped block: wait until its weights are in the buffer."""
+        buffer = self._buffer(number)
+        if buffer.block != number:  # not prefetched: a block was left out, or the module called anew
+            self.prefetch(number)
+        if buffer.filled is not None:
+            torch.cuda.current_stream(self.device).wait_event(buffer.filled)
 
-    def _after(self, turn: int, *_: Any) -> None:
-        """After it: its place is for the next block that comes there."""
-        if self._stream is not None:
-            self._place(turn).left.record(torch.cuda.current_stream(self.device))
-        following = turn + len(self.places)
-        if following >= len(self.away) and self.endless:
-            following = turn % len(self.places)
-        if following < len(self.away) and following != turn:
-            self._fetch(following)
+    def _after(self, number: int, *_: object) -> None:
+        """Hook after a swapped block: its buffer is free for the block that needs it next."""
+        buffer = self._buffer(number)
+        if buffer.free is not None:
+            buffer.free.record(torch.cuda.current_stream(self.device))
+        following = number + len(self.buffers)
+        if following >= len(self.swapped) and self.cyclic:
+            following = number % len(self.buffers)
+        if following < len(self.swapped) and following != number:
+            self.prefetch(following)
 
-    def _fetch(self, turn: int) -> None:
-        """Copy a swapped block's weights into its place, as soon as who was there has computed."""
-        place, block = self._place(turn), self.away[turn]
-        if self._stream is None:
-            block.fetch()
+    def prefetch(self, number: int) -> None:
+        """Copy a swapped block's weights into its buffer, as soon as the block that uses it now has computed."""
+        buffer, block = self._buffer(number), self.swapped[number]
+        if self._stream is None or buffer.free is None or buffer.filled is None:
+            block.copy_in()
         else:
             with torch.cuda.stream(self._stream):
-                self._stream.wait_event(place.left)
-                block.fetch()
-                place.arrived.record(self._stream)
-        place.holds = turn
+                self._stream.wait_event(buffer.free)
+                block.copy_in()
+                buffer.filled.record(self._stream)
+        buffer.block = number
         self.counters["blocks_copied"] += 1
         self.counters["bytes_copied"] += block.bytes
 
 
 @dataclass
-class Place:
-    """Memory on the GPU for one block at a time."""
+class SwapBuffer:
+    """Memory on the GPU for one swapped block at a time. The events are None without a GPU."""
 
     memory: torch.Tensor
-    holds: int | None = None
-    """Whose weights lie here, or are on their way."""
-    arrived: Any = None
-    """Event: what it holds is there."""
-    left: Any = None
-    """Event: who was there last has computed."""
+    block: int | None = None
+    """Number of the swapped block whose weights are in it, or are being copied."""
+    filled: torch.cuda.Event | None = None
+    """Recorded behind the copy of that block's weights."""
+    free: torch.cuda.Event | None = None
+    """Recorded behind the last computation that read it."""
 
 
-class Block(Guest):
+class BlockWeights(OffloadedWeights):
     """One block's weights: the large tensors, which can be swapped, and the small ones, which stay on the GPU.
 
     Large is what ``Pins`` page-locks (``block_sizes.LARGE_BYTES``).
     """
 
-    def __init__(self, home: Iterable[Slot]) -> None:
-        super().__init__(home)
-        plain = [inside for _, _, tensor in self.home for inside in plain_tensors(tensor)]
+    def __init__(self, originals: Iterable[Slot]) -> None:
+        super().__init__(originals)
+        plain = [inside for slot in self.originals for inside in plain_tensors(slot.tensor)]
         self.large = _in_order(tensor for tensor in plain if _is_large(tensor))
         self.small = _in_order(tensor for tensor in plain if not _is_large(tensor))
         self.bytes = packed_bytes(self.large)
         self.copies: list[torch.Tensor] = []
 
-    def move_in(self, memory: torch.Tensor) -> None:
-        """Give the block's modules tensors on the GPU: large ones in ``memory``, for ``fetch`` to fill."""
+    def use(self, memory: torch.Tensor) -> None:
+        """Let the block's modules use tensors on the GPU: the large ones lie in ``memory``, which ``copy_in`` fills."""
         self.copies = packed(self.large, memory)
-        small = packed(self.small, torch.empty(packed_bytes(self.small), dtype=torch.uint8, device=memory.device))
+        small = packed(self.small, allocate(packed_bytes(self.small), memory.device))
         copy_all(self.small, small)
-        there = dict(zip(map(id, [*self.large, *self.small]), [*self.copies, *small], strict=True))
-        for table, name, tensor in self.home:
-            table[name] = rebuilt(tensor, lambda plain: there[id(plain)])
+        copies = dict(zip(map(id, [*self.large, *self.small]), [*self.copies, *small], strict=True))
+        for slot in self.originals:
+            slot.assign(rebuilt(slot.tensor, lambda plain: copies[id(plain)]))
 
-    def fetch(self) -> None:
-        """Copy the large tensors in; on a stream of its own, this does not wait for anything."""
+    def copy_in(self) -> None:
+        """Copy the large tensors into the memory given to ``use``; the CPU does not wait for the copies."""
         copy_all(self.large, self.copies)
 
-    def go_home(self) -> None:
+    def offload(self) -> None:
         """Give the modules the originals back."""
         self.copies = []
-        super().go_home()
+        super().offload()
 
 
 def _in_order(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
@@ -232,11 +241,11 @@ def _in_order(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
 
 def packed(tensors: Sequence[torch.Tensor], memory: torch.Tensor) -> list[torch.Tensor]:
     """Tensors of the same shapes and dtypes one after the other in ``memory`` (bytes)."""
-    places, offset = [], 0
+    laid_out, offset = [], 0
     for tensor in tensors:
-        places.append(memory[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape))
+        laid_out.append(memory[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape))
         offset += _aligned(tensor.nbytes)
-    return places
+    return laid_out
 
 
 def packed_bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -248,6 +257,11 @@ def copy_all(originals: Sequence[torch.Tensor], copies: Sequence[torch.Tensor]) 
     """Copy in order, without waiting where that is possible."""
     for original, copy in zip(originals, copies, strict=True):
         copy.copy_(original.detach(), non_blocking=True)
+
+
+def allocate(size: int, device: torch.device) -> torch.Tensor:
+    """Bytes of memory on a device."""
+    return torch.empty(size, dtype=torch.uint8, device=device)
 
 
 def _is_large(tensor: torch.Tensor) -> bool:

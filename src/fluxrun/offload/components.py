@@ -1,4 +1,4 @@
-"""Weights that live in the CPU's memory and visit the GPU: pinned where they lie, and never copied back.
+"""Weights that are kept on the CPU and copied to the GPU for as long as they are needed; they are never copied back.
 
 diffusers' and accelerate's offloading moves a module away by copying it to the CPU: time for nothing, as inference
 changes no weight, and a second set of weights beside the store's, which 64 GB of transformer do not leave room for.
@@ -7,79 +7,108 @@ changes no weight, and a second set of weights beside the store's, which 64 GB o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import nn
 
 from fluxrun.offload.tensors import tensor_bytes
+from fluxrun.types import Pipeline
 
-Slot = tuple[dict[str, Any], str, torch.Tensor]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-class TakeTurns:
-    """Text encoder and transformer on the GPU by turns, the VAE always.
+class Slot(NamedTuple):
+    """A parameter or buffer of a module, and where the module keeps it."""
 
-    The pipeline says whose turn it is: ``encode_prompt`` is the text encoder's, ``prepare_latents`` begins the
-    transformer's. No hook sits in a module's forward, so that torch.compile and step caches see what they expect.
+    owner: nn.Module
+    name: str
+    tensor: torch.Tensor
+
+    def assign(self, tensor: torch.Tensor) -> None:
+        """Let the module use another tensor. Assigned past ``nn.Module``'s own checks, which take time and room."""
+        if self.name in self.owner._buffers:
+            self.owner._buffers[self.name] = tensor
+        else:
+            assert isinstance(tensor, nn.Parameter)
+            self.owner._parameters[self.name] = tensor
+
+
+class AlternatingOffload:
+    """Either the text encoder or the transformer is on the GPU, the VAE always.
+
+    The pipeline's own methods say which one is needed: ``encode_prompt`` is the text encoder's, ``prepare_latents``
+    comes before the transformer. No hook sits in a module's forward, so that torch.compile and step caches see what
+    they expect.
     """
 
-    def __init__(self, pipeline: Any, device: str, counters: Counter[str]) -> None:
-        self.guests = {
-            name: Guest(slots(module))
-            for name in ("text_encoder", "transformer")
-            if isinstance(module := getattr(pipeline, name), nn.Module)
+    def __init__(self, pipeline: Pipeline, device: str, counters: Counter[str]) -> None:
+        components = {"text_encoder": pipeline.text_encoder, "transformer": pipeline.transformer}
+        self.components = {
+            name: OffloadedWeights(slots(module))
+            for name, module in components.items()
+            if isinstance(module, nn.Module)
         }
         self.device, self.counters = torch.device(device), counters
-        self.inside: str | None = None
-        pipeline.vae.to(device)  # the first module of the pipeline: diffusers takes its device for all inputs
-        encode_prompt, prepare_latents = pipeline.encode_prompt, pipeline.prepare_latents
+        self.onloaded: str | None = None
+        """The component that is on the GPU now."""
+        keep_vae_on(pipeline, device)
+        pipeline.encode_prompt = self._before(pipeline.encode_prompt, "text_encoder")
+        pipeline.prepare_latents = self._before(pipeline.prepare_latents, "transformer")
 
-        def encode(*args: Any, **kwargs: Any) -> Any:
-            if kwargs.get("prompt_embeds") is None:
-                self.enter("text_encoder")
-            return encode_prompt(*args, **kwargs)
-
-        def prepare(*args: Any, **kwargs: Any) -> Any:
-            self.enter("transformer")
-            return prepare_latents(*args, **kwargs)
-
-        pipeline.encode_prompt, pipeline.prepare_latents = encode, prepare
-
-    def enter(self, name: str) -> None:
-        """Copy one component to the GPU; the other one's copy is let go first."""
-        if name == self.inside or name not in self.guests:
+    def onload(self, name: str) -> None:
+        """Copy one component to the GPU; the other one's copy is freed first."""
+        if name == self.onloaded or name not in self.components:
             return
-        for other in self.guests.values():
-            other.go_home()
-        self.inside = None
+        for component in self.components.values():
+            component.offload()
+        self.onloaded = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # a large component does not fit into the holes another one leaves
-        self.counters["bytes_moved"] += self.guests[name].visit(self.device)
+        self.counters["bytes_moved"] += self.components[name].onload(self.device)
         self.counters["components_moved"] += 1
-        self.inside = name
+        self.onloaded = name
+
+    def _before(self, method: Callable[P, R], name: str) -> Callable[P, R]:
+        """``method`` with the component on the GPU, unless it is called with embeddings that are made already."""
+
+        def onload_and_call(*args: P.args, **kwargs: P.kwargs) -> R:
+            if kwargs.get("prompt_embeds") is None:
+                self.onload(name)
+            return method(*args, **kwargs)
+
+        return onload_and_call
 
 
-class Guest:
-    """Weights that stay where they are: a visit gives their modules copies, going home the originals again."""
+def keep_vae_on(pipeline: Pipeline, device: str) -> None:
+    """Put the VAE, a hundredth of dev's weights, on ``device`` for good.
 
-    def __init__(self, home: Iterable[Slot]) -> None:
-        self.home = list(home)
+    It is the first module of a pipeline, whose device diffusers takes for all inputs.
+    """
+    pipeline.vae.to(device)  # type: ignore[arg-type]  # diffusers' stub takes ``self`` for the first argument
 
-    def visit(self, device: torch.device) -> int:
+
+class OffloadedWeights:
+    """Parameters and buffers whose originals stay on the CPU: onloaded, their modules use copies on the GPU."""
+
+    def __init__(self, originals: Iterable[Slot]) -> None:
+        self.originals = list(originals)
+
+    def onload(self, device: torch.device) -> int:
         """Copy every weight and buffer to ``device``, tied ones once; returns the bytes copied."""
         copies: dict[int, torch.Tensor] = {}
-        for table, name, tensor in self.home:
-            if id(tensor) not in copies:
-                copies[id(tensor)] = copied(tensor, device)
-            table[name] = copies[id(tensor)]
+        for slot in self.originals:
+            if id(slot.tensor) not in copies:
+                copies[id(slot.tensor)] = copied(slot.tensor, device)
+            slot.assign(copies[id(slot.tensor)])
         return tensor_bytes(copies.values())
 
-    def go_home(self) -> None:
-        """Put the originals back; the copies are freed."""
-        for table, name, tensor in self.home:
-            table[name] = tensor
+    def offload(self) -> None:
+        """Give the modules their originals back; nothing is copied, and the copies are freed."""
+        for slot in self.originals:
+            slot.assign(slot.tensor)
 
 
 def copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -89,7 +118,7 @@ def copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def slots(module: nn.Module) -> Iterator[Slot]:
-    """Where each parameter and buffer of a module and those inside it is kept: table, name, tensor."""
+    """Each parameter and buffer of a module and those inside it."""
     for owner in module.modules():
-        for table in (owner._parameters, owner._buffers):
-            yield from ((table, name, tensor) for name, tensor in table.items() if tensor is not None)
+        tensors = (*owner._parameters.items(), *owner._buffers.items())
+        yield from (Slot(owner, name, tensor) for name, tensor in tensors if tensor is not None)

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
-# --- group offload --------------------------------------------------------------------------------
+from fluxrun.offload.components import keep_vae_on
+from fluxrun.types import Pipeline
 
 
-def stream_in(pipeline: Any, device: str, blocks: int | None, use_stream: bool) -> int:
+def group_offload(pipeline: Pipeline, device: str, blocks: int | None, use_stream: bool) -> int:
     """diffusers' group offload for transformer and text encoder; returns how many groups it made.
 
     ``blocks`` transformer blocks move together, None: layer by layer, as always in the text encoder, whose blocks
-    diffusers does not find. The VAE, a hundredth of dev's weights, stays on the device.
+    diffusers does not find. The VAE stays on the device.
     """
-    from diffusers.hooks import apply_group_offloading
+    from diffusers.hooks.group_offloading import apply_group_offloading
 
-    for name in ("text_encoder", "transformer"):
-        module = getattr(pipeline, name)
+    components = {"text_encoder": pipeline.text_encoder, "transformer": pipeline.transformer}
+    for name, module in components.items():
         if isinstance(module, nn.Module):
             by_block = blocks is not None and name == "transformer"
             apply_group_offloading(
@@ -27,11 +26,11 @@ def stream_in(pipeline: Any, device: str, blocks: int | None, use_stream: bool) 
                 offload_type="block_level" if by_block else "leaf_level",
                 num_blocks_per_group=blocks if by_block else None, use_stream=use_stream,
             )  # fmt: skip
-    pipeline.vae.to(device)
+    keep_vae_on(pipeline, device)
     return _groups(pipeline)
 
 
-def _groups(pipeline: Any) -> int:
+def _groups(pipeline: Pipeline) -> int:
     """Modules whose group-offloading hook diffusers really registered."""
     modules = (s for m in pipeline.components.values() if isinstance(m, nn.Module) for s in m.modules())
     return sum(

@@ -1,9 +1,8 @@
-"""Page-locked memory: weights on the CPU that the GPU copies at full speed."""
+"""Page-locked memory: weights on the CPU from which the GPU copies at full speed."""
 
 from __future__ import annotations
 
 import weakref
-from typing import Any
 
 import torch
 from torch import nn
@@ -11,8 +10,7 @@ from torch import nn
 from fluxrun.offload import block_sizes
 from fluxrun.offload.components import slots
 from fluxrun.offload.tensors import plain_tensors
-
-# --- pinning --------------------------------------------------------------------------------------
+from fluxrun.types import Pipeline
 
 
 class Pins:
@@ -32,7 +30,7 @@ class Pins:
         """Bytes that are page-locked."""
         return sum(storage.nbytes() for storage in self._held.values())
 
-    def add(self, pipeline: Any) -> dict[str, Any]:
+    def add(self, pipeline: Pipeline) -> dict[str, int]:
         """Page-lock the weights of text encoder and transformer; facts: bytes, and those that would not."""
         self.refused_bytes = 0
         for storage in _large_storages(pipeline):
@@ -45,24 +43,24 @@ class Pins:
         return {"pinned_bytes": self.bytes, **({"not_pinned_bytes": self.refused_bytes} if self.refused_bytes else {})}
 
 
-def _large_storages(pipeline: Any) -> list[torch.UntypedStorage]:
+def _large_storages(pipeline: Pipeline) -> list[torch.UntypedStorage]:
     """The large storages of text encoder and transformer that lie on the CPU, each once."""
     modules = [m for m in (pipeline.text_encoder, pipeline.transformer) if isinstance(m, nn.Module)]
-    tensors = (plain for m in modules for _, _, tensor in slots(m) for plain in plain_tensors(tensor))
+    tensors = (plain for m in modules for slot in slots(m) for plain in plain_tensors(slot.tensor))
     found = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors if t.device.type == "cpu"}
     return [storage for storage in found.values() if storage.nbytes() >= block_sizes.LARGE_BYTES]
 
 
 def register(storage: torch.UntypedStorage) -> bool:
     """Page-lock a storage; returns whether the driver would."""
-    runtime: Any = torch.cuda.cudart()
+    runtime = torch.cuda.cudart()
     return int(runtime.cudaHostRegister(storage.data_ptr(), storage.nbytes(), 0)) == 0
 
 
 def unregister(held: dict[int, torch.UntypedStorage]) -> None:
     if held:
         torch.cuda.synchronize()  # nothing may be under way from memory that is let go
-        runtime: Any = torch.cuda.cudart()
+        runtime = torch.cuda.cudart()
         for address in held:
             runtime.cudaHostUnregister(address)
         held.clear()

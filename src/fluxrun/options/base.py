@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from fluxrun.errors import ConfigError
 from fluxrun.formatting import GIB
 from fluxrun.hardware.machine import Machine
-from fluxrun.offload.block_sizes import StackSizes
+from fluxrun.offload.block_sizes import BlockSizes
 from fluxrun.process.device import synchronize
 from fluxrun.process.switches import ProcessState
 from fluxrun.trust import OWN_TARGETS, Open, check_target
@@ -116,7 +116,7 @@ class MemoryNeed:
     """What a memory option needs of the GPU, by an estimate. Bytes."""
 
     bytes: int
-    blocks: StackSizes | None = None
+    blocks: BlockSizes | None = None
     """For block swap: the transformer's blocks,"""
     beside: int = 0
     """what is on the GPU besides them,"""
@@ -129,7 +129,7 @@ class MemoryNeed:
         if self.blocks is None:
             return f"needs about {of}"
         count = self.blocks.count(self.asked, budget - self.beside)
-        moved = sum(self.blocks.away(count)) / GIB
+        moved = sum(self.blocks.swapped(count)) / GIB
         return f"needs at least {of}, swaps {count} of {len(self.blocks.blocks)} blocks, {moved:.1f} GB a step"
 
 

@@ -156,13 +156,13 @@ class Offload(MemoryOption):
 
 
 class Balanced(Offload):
-    """Text encoder and transformer take turns on the GPU: one copy per change, none between images of known prompts."""
+    """Text encoder or transformer on the GPU: one copy per change, none between images of known prompts."""
 
     def apply(self, pipeline: Any, context: Context) -> Facts:
-        from fluxrun.offload.components import TakeTurns
+        from fluxrun.offload.components import AlternatingOffload
 
         pinned = self.pinned(pipeline, context)
-        pipeline._fluxrun_turns = TakeTurns(pipeline, context.device, context.counters)
+        AlternatingOffload(pipeline, context.device, context.counters)
         return {**pinned, **self.limited(context.device)}
 
     def observe(self, pipeline: Any, context: Context) -> Facts:
@@ -177,19 +177,18 @@ class BlockSwap(Offload):
 
     def apply(self, pipeline: Any, context: Context) -> Facts:
         """Facts: blocks and how many of them are swapped; a step copies ``swapped_bytes``."""
-        from fluxrun.offload.block_swap import SwapBlocks
+        from fluxrun.offload.block_swap import PipelineBlockSwap
 
         pinned = self.pinned(pipeline, context)
         room = self.budget_bytes(context.machine) - CONTEXT_BYTES
-        swap = SwapBlocks(
+        swap = PipelineBlockSwap(
             pipeline, context.device, context.counters,
             room=room, working=context.workload.swapping_bytes, count=self.blocks_to_swap,
         )  # fmt: skip
-        away = swap.transformer.away
         return {
             "blocks": len(swap.transformer.blocks),
-            "blocks_swapped": len(away),
-            "swapped_bytes": sum(block.bytes for block in away),
+            "blocks_swapped": len(swap.transformer.swapped),
+            "swapped_bytes": sum(block.bytes for block in swap.transformer.swapped),
             **pinned,
             **self.limited(context.device),
         }
@@ -220,12 +219,12 @@ class Group(Offload):
         return self.use_stream
 
     def apply(self, pipeline: Any, context: Context) -> Facts:
-        from fluxrun.offload.groups import stream_in
+        from fluxrun.offload.groups import group_offload
 
         streams = self.use_stream and context.device.startswith("cuda")
         # What is pinned where it lies, diffusers does not copy into pinned memory of its own: twice the weights.
         pinned = self.pinned(pipeline, context) if streams else {}
-        groups = stream_in(
+        groups = group_offload(
             pipeline, context.device, blocks=self.blocks_per_group if self.group_level == "block" else None,
             use_stream=streams,
         )  # fmt: skip

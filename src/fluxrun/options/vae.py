@@ -141,7 +141,7 @@ class FastVae(Vae):
         """Swap the decoder, and compare the two on a small picture. Facts: what was replaced, and the difference."""
         import torch
 
-        from fluxrun.kernels.vae.decoder import fast_decoder, round_where_it_lies, trial
+        from fluxrun.kernels.vae.decoder import fast_decoder, round_on_device, trial
 
         vae = pipeline.vae
         decoder = fast_decoder(vae.decoder, context.device)
@@ -149,7 +149,7 @@ class FastVae(Vae):
             torch.backends.cudnn.benchmark = True  # put back by ProcessState
         difference = trial(decoder, vae.decoder)
         vae.decoder = decoder
-        round_where_it_lies(pipeline.image_processor)
+        round_on_device(pipeline.image_processor)
         how = {"full": self._full, "tiled": self._tiled, "sliced": self._sliced}[self.decode]
         return {**how(pipeline, context), **decoder.facts(), "difference": difference}
 

@@ -10,7 +10,7 @@ from fluxrun.architectures import HIDDEN_STATES_READ, LARGEST_REFERENCE, PATCH_P
 from fluxrun.hardware.machine import CONTEXT_BYTES, PROCESS_BYTES
 from fluxrun.offload.block_sizes import (
     SPARE_BYTES,
-    StackSizes,
+    BlockSizes,
     text_encoder_sizes,
     transformer_sizes,
     unknown_sizes,
@@ -127,14 +127,14 @@ class Estimate:
         encoding = text.on_gpu(len(text.blocks))
         return CONTEXT_BYTES + SPARE_BYTES + self._bytes_of("vae") + max(self.swapping_bytes(), encoding)
 
-    def _transformer_sizes(self) -> StackSizes:
+    def _transformer_sizes(self) -> BlockSizes:
         config, itemsize, share = self._sizes(), self._itemsize(), self._share()
         total = self._bytes_of("transformer")
         if not config:
             return unknown_sizes(total // share, UNKNOWN_PARTS)
         return transformer_sizes(config, total, itemsize, itemsize // share)
 
-    def _text_encoder_sizes(self) -> StackSizes:
+    def _text_encoder_sizes(self) -> BlockSizes:
         total, found = self._bytes_of("text_encoder"), self._architecture()
         if found is None:
             return unknown_sizes(total, UNKNOWN_PARTS)

@@ -4,27 +4,82 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_flux2 import (
+    Flux2Attention,
+    Flux2FeedForward,
+    Flux2ParallelSelfAttention,
+    Flux2SingleTransformerBlock,
+    Flux2Transformer2DModel,
+    Flux2TransformerBlock,
+)
 from torch import nn
 
-Rotary = tuple[torch.Tensor, torch.Tensor]
+if TYPE_CHECKING:
+    from fluxrun.kernels.transformer.triton_ops import Rows
+
+M = TypeVar("M", bound=nn.Module)
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""Pair tables, cosine and sine; or the weights of two RMSNorms, the queries' and the keys'."""
+
+
+class Ops(Protocol):
+    """The kernels between the matmuls, as ``triton_ops`` has them."""
+
+    def norm_modulate(
+        self,
+        x: torch.Tensor,
+        shift: torch.Tensor,
+        scale: torch.Tensor,
+        eps: float,
+        *,
+        quantize: bool,
+        add: Pair | None = None,
+    ) -> tuple[torch.Tensor, Rows]: ...
+
+    def gated_add(self, x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor: ...
+
+    def split_qkv(
+        self,
+        projected: torch.Tensor,
+        norms: Pair,
+        rotary: Pair,
+        into: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        eps: float,
+        *,
+        tokens: int,
+        offset: int,
+        multipliers: torch.Tensor | None = None,
+    ) -> None: ...
+
+    def pack(
+        self,
+        attended: torch.Tensor | None,
+        gate_up: torch.Tensor | None,
+        *,
+        quantize: bool,
+        descale: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Rows: ...
 
 
 class Projection:
     """One matmul for one or more Linear layers over the same input, in their dtype or in torchao's row-wise float8.
 
-    Weights are used where they lie; those of several layers are put side by side once (a copy) unless they already are.
+    Weights are used in place; those of several layers are put side by side once (a copy) unless they already are.
     Raises ValueError for layers it cannot stand in for, and with ``in_place`` for those it would have to copy.
     """
 
-    def __init__(self, *linears: nn.Linear, in_place: bool = False) -> None:
-        if any(type(linear) is not nn.Linear or linear.bias is not None for linear in linears):
+    def __init__(self, *layers: nn.Module, in_place: bool = False) -> None:
+        linears = [layer for layer in layers if type(layer) is nn.Linear and layer.bias is None]
+        if len(linears) < len(layers):
             raise ValueError("only plain torch.nn.Linear layers without bias are supported")
-        weights: list[Any] = [linear.weight.data for linear in linears]
+        weights: list[Any] = [linear.weight.data for linear in linears]  # torchao's have a ``qdata`` and a ``scale``
         self.quantized = all(hasattr(weight, "qdata") for weight in weights)
         if self.quantized:
             self.weight = _joined([weight.qdata for weight in weights], in_place)
@@ -38,9 +93,9 @@ class Projection:
         else:
             self.weight = _joined(weights, in_place)
 
-    def __call__(self, rows: Any, dtype: torch.dtype) -> torch.Tensor:
-        """rows [n, in] (or float8 with scales) -> [n, out] in ``dtype``."""
-        if not self.quantized:
+    def __call__(self, rows: Rows, dtype: torch.dtype) -> torch.Tensor:
+        """rows [n, in] (or float8 with scales, if ``quantized``) -> [n, out] in ``dtype``."""
+        if isinstance(rows, torch.Tensor):
             return F.linear(rows, self.weight)
         return torch._scaled_mm(
             rows.data, self.weight.t(), scale_a=rows.scale, scale_b=self.scale, out_dtype=dtype, use_fast_accum=True
@@ -68,7 +123,9 @@ def _side_by_side(parts: list[torch.Tensor]) -> bool:
 class FusedSingleBlock:
     """The forward of a ``Flux2SingleTransformerBlock``: three fused kernels, attention and two matmuls."""
 
-    def __init__(self, block: Any, ops: Any, counters: Counter[str], fp8_attention: bool) -> None:
+    def __init__(
+        self, block: Flux2SingleTransformerBlock, ops: Ops, counters: Counter[str], fp8_attention: bool
+    ) -> None:
         self.ops, self.counters = ops, counters
         self.attn = block.attn  # not the block itself: a reference cycle would keep the derived weights alive
         self.eps = block.norm.eps
@@ -81,11 +138,11 @@ class FusedSingleBlock:
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None,
         temb_mod: torch.Tensor,
-        image_rotary_emb: Rotary | None = None,
+        image_rotary_emb: Pair | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
         split_hidden_states: bool = False,
         text_seq_len: int | None = None,
-    ) -> Any:
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """As the original; [batch, tokens, width] in and out."""
         _check(joint_attention_kwargs, image_rotary_emb, temb_mod)
         self.counters["fused_block_calls"] += 1
@@ -97,9 +154,9 @@ class FusedSingleBlock:
         shift, scale, gate = _chunks(temb_mod, 3)
         _, rows = self.ops.norm_modulate(x, shift, scale, self.eps, quantize=self.project_in.quantized)
         projected = self.project_in(rows, x.dtype)
-        attended, kind = self.attend([projected], image_rotary_emb, x.shape[0], x.dtype)
+        attended = self.attend([projected], image_rotary_emb, x.shape[0], x.dtype)
         gate_up = projected[:, 3 * self.attn.inner_dim :]
-        y = self.project_out(self.ops.pack(attended, gate_up, quantize=self.project_out.quantized, **kind), x.dtype)
+        y = self.project_out(attended.packed(self.ops, gate_up, quantize=self.project_out.quantized), x.dtype)
         x = self.ops.gated_add(x, y.view_as(x), gate)
         return (x[:, :text_seq_len], x[:, text_seq_len:]) if split_hidden_states else x
 
@@ -107,7 +164,9 @@ class FusedSingleBlock:
 class FusedDoubleBlock:
     """The forward of a ``Flux2TransformerBlock``, each stream's three projections in one matmul."""
 
-    def __init__(self, block: Any, ops: Any, counters: Counter[str], fp8_attention: bool, in_place: bool) -> None:
+    def __init__(
+        self, block: Flux2TransformerBlock, ops: Ops, counters: Counter[str], fp8_attention: bool, in_place: bool
+    ) -> None:
         self.ops, self.counters, attn = ops, counters, block.attn
         self.eps = block.norm1.eps
         self.image = _Stream(
@@ -126,7 +185,7 @@ class FusedDoubleBlock:
         encoder_hidden_states: torch.Tensor,
         temb_mod_img: torch.Tensor,
         temb_mod_txt: torch.Tensor,
-        image_rotary_emb: Rotary | None = None,
+        image_rotary_emb: Pair | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As the original: (text stream, image stream), [batch, tokens, width]."""
@@ -141,10 +200,10 @@ class FusedDoubleBlock:
         for stream, x, (shift, scale, *_) in streams:
             _, rows = self.ops.norm_modulate(x, shift, scale, self.eps, quantize=stream.qkv.quantized)
             projected.append(stream.qkv(rows, x.dtype))
-        attended, kind = self.attend(projected, image_rotary_emb, hidden_states.shape[0], hidden_states.dtype)
-        parts = attended.split([x.shape[1] for _, x, _ in streams], dim=1)
+        attended = self.attend(projected, image_rotary_emb, hidden_states.shape[0], hidden_states.dtype)
+        parts = attended.split([x.shape[1] for _, x, _ in streams])
         text, image = (
-            self._after_attention(stream, x, part, kind, modulation)
+            self._after_attention(stream, x, part, modulation)
             for (stream, x, modulation), part in zip(streams, parts, strict=True)
         )
         return text, image
@@ -153,12 +212,11 @@ class FusedDoubleBlock:
         self,
         stream: _Stream,
         x: torch.Tensor,
-        attended: torch.Tensor,
-        kind: dict[str, Any],
+        attended: Attended,
         modulation: tuple[torch.Tensor, ...],
     ) -> torch.Tensor:
         _, _, gate, shift, scale, gate_mlp = modulation
-        y = stream.out(self.ops.pack(attended, None, quantize=stream.out.quantized, **kind), x.dtype).view_as(x)
+        y = stream.out(attended.packed(self.ops, None, quantize=stream.out.quantized), x.dtype).view_as(x)
         x, rows = self.ops.norm_modulate(x, shift, scale, self.eps, quantize=stream.linear_in.quantized, add=(gate, y))
         gate_up = stream.linear_in(rows, x.dtype)
         y = stream.linear_out(self.ops.pack(None, gate_up, quantize=stream.linear_out.quantized), x.dtype)
@@ -168,26 +226,47 @@ class FusedDoubleBlock:
 class _Stream:
     """The weights of one of a double block's two streams."""
 
-    def __init__(self, qkv: Projection, out: Projection, ff: Any, norms: Rotary) -> None:
+    def __init__(self, qkv: Projection, out: Projection, ff: Flux2FeedForward, norms: Pair) -> None:
         self.qkv, self.out, self.norms = qkv, out, norms
         self.linear_in, self.linear_out = Projection(ff.linear_in), Projection(ff.linear_out)
+
+
+class Attended(NamedTuple):
+    """Attention's output."""
+
+    data: torch.Tensor
+    """[batch, tokens, heads, size]"""
+    descale: torch.Tensor | None = None
+    """Of float8 data: what turns it back into ordinary numbers"""
+    dtype: torch.dtype | None = None
+    """and the dtype of these."""
+
+    def packed(self, ops: Ops, gate_up: torch.Tensor | None, *, quantize: bool) -> Rows:
+        """The rows of the next matmul: this beside the SwiGLU of ``gate_up``."""
+        return ops.pack(self.data, gate_up, quantize=quantize, descale=self.descale, dtype=self.dtype)
+
+    def split(self, tokens: list[int]) -> list[Attended]:
+        """Each stream's tokens."""
+        return [self._replace(data=data) for data in self.data.split(tokens, dim=1)]
 
 
 class Attend:
     """From a block's projections to attention's output: by the ``attention`` group's kernel, or in float8."""
 
-    def __init__(self, attn: Any, norms: Sequence[Rotary], ops: Any, fp8: bool) -> None:
+    def __init__(
+        self, attn: Flux2Attention | Flux2ParallelSelfAttention, norms: Sequence[Pair], ops: Ops, fp8: bool
+    ) -> None:
         self.attn, self.norms, self.ops = attn, norms, ops
+        assert attn.norm_q.eps is not None
+        self.eps = attn.norm_q.eps
         self.fp8 = None
         if fp8:
             from fluxrun.kernels.transformer.fp8_attention import CudnnFp8Attention
 
             self.fp8 = CudnnFp8Attention([query for query, _ in norms], [key for _, key in norms])
 
-    def __call__(
-        self, projected: Sequence[torch.Tensor], rotary: Rotary, batch: int, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """([batch, tokens, heads, size], what ``pack`` must know of it) from each stream's projected rows."""
+    def __call__(self, projected: Sequence[torch.Tensor], rotary: Pair, batch: int, dtype: torch.dtype) -> Attended:
+        """Attention over all streams, from each one's projected rows."""
         tokens = [len(rows) // batch for rows in projected]
         shape = (batch, sum(tokens), self.attn.heads, self.attn.head_dim)
         kind = torch.float8_e4m3fn if self.fp8 else dtype
@@ -197,39 +276,53 @@ class Attend:
         offset = 0
         for rows, norms, count in zip(projected, self.norms, tokens, strict=True):
             self.ops.split_qkv(
-                rows, norms, rotary, (q, k, v), self.attn.norm_q.eps, tokens=count, offset=offset,
+                rows, norms, rotary, (q, k, v), self.eps, tokens=count, offset=offset,
                 multipliers=scales.multipliers if scales else None,
             )  # fmt: skip
             offset += count
         if self.fp8 and scales:
-            return self.fp8(q, k, v, scales), {"descale": scales.descales[2:], "dtype": dtype}
-        processor = self.attn.processor
-        return dispatch_attention_fn(
-            q, k, v, backend=processor._attention_backend, parallel_config=processor._parallel_config
-        ), {}
+            return Attended(self.fp8(q, k, v, scales), scales.descales[2:], dtype)
+        processor: Any = self.attn.processor  # by diffusers' types it may be any of all its models'
+        return Attended(
+            dispatch_attention_fn(
+                q, k, v, backend=processor._attention_backend, parallel_config=processor._parallel_config
+            )
+        )
 
 
 def fuse(
-    transformer: Any, ops: Any, counters: Counter[str], *, fp8_attention: bool = False, in_place: bool = False
+    transformer: Flux2Transformer2DModel,
+    ops: Ops,
+    counters: Counter[str],
+    *,
+    fp8_attention: bool = False,
+    in_place: bool = False,
 ) -> dict[str, int]:
     """Give every block of a ``Flux2Transformer2DModel`` its fused forward; returns how many of each kind.
 
     ``ops`` has the kernels (``triton_ops``); ``counters["fused_block_calls"]`` is counted up with every call.
-    ``in_place``: weights must be used where they lie, since what lies there changes (block swap).
+    ``in_place``: a block's weights must not be copied, as block swap copies others into the same memory later.
 
     Raises ValueError, with nothing changed, when a block's layers are not what the kernels expect.
     """
-    double = [
-        FusedDoubleBlock(block, ops, counters, fp8_attention, in_place) for block in transformer.transformer_blocks
-    ]
-    single = [FusedSingleBlock(block, ops, counters, fp8_attention) for block in transformer.single_transformer_blocks]
-    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-    for block, forward in zip(blocks, [*double, *single], strict=True):
+    double_blocks = _all_of(transformer.transformer_blocks, Flux2TransformerBlock)
+    single_blocks = _all_of(transformer.single_transformer_blocks, Flux2SingleTransformerBlock)
+    double = [FusedDoubleBlock(block, ops, counters, fp8_attention, in_place) for block in double_blocks]
+    single = [FusedSingleBlock(block, ops, counters, fp8_attention) for block in single_blocks]
+    forwards: list[FusedDoubleBlock | FusedSingleBlock] = [*double, *single]
+    for block, forward in zip([*double_blocks, *single_blocks], forwards, strict=True):
         block.forward = forward
     return {"double_blocks": len(double), "single_blocks": len(single)}
 
 
-def _norms(attn: Any) -> Rotary:
+def _all_of(modules: nn.ModuleList, kind: type[M]) -> list[M]:
+    blocks = [module for module in modules if isinstance(module, kind)]
+    if len(blocks) < len(modules):
+        raise ValueError(f"not every block is a {kind.__name__}")
+    return blocks
+
+
+def _norms(attn: Flux2Attention | Flux2ParallelSelfAttention) -> Pair:
     return attn.norm_q.weight, attn.norm_k.weight
 
 
@@ -238,7 +331,7 @@ def _chunks(modulation: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
     return (modulation.unsqueeze(1) if modulation.ndim == 2 else modulation).chunk(count, dim=-1)
 
 
-def _check(kwargs: dict[str, Any] | None, rotary: Rotary | None, modulation: torch.Tensor) -> None:
+def _check(kwargs: dict[str, Any] | None, rotary: Pair | None, modulation: torch.Tensor) -> None:
     """NotImplementedError for what the kernels do not cover: then the option falls back."""
     if kwargs:
         raise NotImplementedError(f"kernels=fused does not take joint_attention_kwargs ({', '.join(kwargs)})")

@@ -424,4 +424,5 @@ def _chunk(first: int, hidden: int) -> int:
 
 def _warps(elements: int) -> int:
     """Warps for a row: 16 elements a thread keep enough loads in flight without spilling registers."""
-    return min(16, max(1, triton.next_power_of_2(elements) // 512))
+    rounded_up: int = triton.next_power_of_2(elements)
+    return min(16, max(1, rounded_up // 512))

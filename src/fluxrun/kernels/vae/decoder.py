@@ -5,23 +5,33 @@ Three things differ from diffusers' decoder, all of them exact in real numbers:
 - *Upsampling.* Nearest ×2 and then a 3×3 convolution reads every pixel four times over. The same is one transposed
   convolution with a 4×4 kernel and stride 2: 4/9 of the multiplications, and the enlarged picture is never written.
 - *Between convolutions.* Biases are not added by passes of their own but by whoever reads next, and the kernels in
-  ``fast_vae_kernels.py`` do GroupNorm and SiLU in channels-last, where convolutions are fastest.
+  ``triton_ops.py`` do GroupNorm and SiLU in channels-last, where convolutions are fastest.
 - *Attention.* Its single head of 512 channels is too wide for flash kernels: two matmuls and a softmax are faster.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
+from diffusers.models.autoencoders.vae import Decoder
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.unets.unet_2d_blocks import UpDecoderBlock2D
 from diffusers.models.upsampling import Upsample2D
 from PIL import Image
 from torch import nn
+
+from fluxrun.types import ImageProcessor
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from fluxrun.kernels.vae.triton_ops import Partials
+
+M = TypeVar("M", bound=nn.Module)
 
 TRIAL_SIZE = 8
 """Edge of the trial's latents."""
@@ -37,7 +47,7 @@ class Hidden(NamedTuple):
     """[samples, channels, height, width], channels-last"""
     bias: torch.Tensor | None = None
     """float32 [channels] that belongs to it but was not added yet"""
-    statistics: Any = None
+    statistics: Partials | None = None
     """What the kernel that wrote it already knows about its groups"""
 
 
@@ -71,17 +81,17 @@ class TorchOps:
     """Plain torch, for any device."""
 
     def norm(self, x: Hidden, norm: Norm, *, silu: bool) -> torch.Tensor:
-        """As in ``Ops``."""
+        """torch's GroupNorm and SiLU, in the picture's dtype."""
         data, dtype = _with_bias(x), x.data.dtype
         data = F.group_norm(data, norm.groups, norm.weight.to(dtype), norm.bias.to(dtype), norm.eps)
         return F.silu(data) if silu else data
 
     def add(self, x: Hidden, residual: torch.Tensor, groups: int) -> Hidden:
-        """As in ``Ops``."""
+        """The sum, without statistics: torch's GroupNorm takes its own."""
         return Hidden(_with_bias(x) + residual)
 
     def attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """As in ``Ops``."""
+        """torch's attention, with the one head as an axis of its own."""
         query, key, value = (part.unsqueeze(1) for part in (query, key, value))
         return F.scaled_dot_product_attention(query, key, value).squeeze(1)
 
@@ -95,20 +105,20 @@ class TritonOps:
         self.kernels = triton_ops
 
     def norm(self, x: Hidden, norm: Norm, *, silu: bool) -> torch.Tensor:
-        """As in ``Ops``."""
+        """One pass for bias, norm and SiLU; one more before it if the picture came without statistics."""
         data = x.data.contiguous(memory_format=torch.channels_last)
         statistics = x.statistics or self.kernels.statistics(data, x.bias, norm.groups)
         numbers = (norm.weight, norm.bias, norm.eps)
         return self.kernels.normalize(data, x.bias, statistics, numbers, norm.groups, silu=silu)
 
     def add(self, x: Hidden, residual: torch.Tensor, groups: int) -> Hidden:
-        """As in ``Ops``; may overwrite ``x``."""
+        """One pass for the sum and the statistics that the next norm needs. May overwrite ``x``."""
         data, residual = (part.contiguous(memory_format=torch.channels_last) for part in (x.data, residual))
         data, statistics = self.kernels.add(data, x.bias, residual, groups)
         return Hidden(data, None, statistics)
 
     def attention(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """As in ``Ops``."""
+        """Two matmuls and a softmax kernel, some rows of the matrix at a time."""
         return self.kernels.attention(query, key, value)
 
 
@@ -118,9 +128,9 @@ class ResBlock(nn.Module):
     bias1: torch.Tensor
     bias2: torch.Tensor
 
-    def __init__(self, block: ResnetBlock2D, ops: Ops, incoming: torch.Tensor | None) -> None:
+    def __init__(self, module: nn.Module, ops: Ops, incoming: torch.Tensor | None) -> None:
         super().__init__()
-        _check_block(block)
+        block = _known_block(module)
         self.ops = ops
         self.norm1, self.norm2 = Norm(block.norm1), Norm(block.norm2)
         self.conv1, self.conv2 = _weight(block.conv1), _weight(block.conv2)
@@ -141,15 +151,15 @@ class AttentionBlock(nn.Module):
 
     bias_out: torch.Tensor
 
-    def __init__(self, attention: Any, ops: Ops) -> None:
+    def __init__(self, module: nn.Module, ops: Ops) -> None:
         super().__init__()
-        _check_attention(attention)
-        self.ops, self.norm = ops, Norm(attention.group_norm)
+        attention, norm, out = _known_attention(module)
+        self.ops, self.norm = ops, Norm(norm)
         parts = (attention.to_q, attention.to_k, attention.to_v)
         self.project_in = _frozen(torch.cat([part.weight.detach() for part in parts]))
         self.bias_in = _frozen(torch.cat([part.bias.detach() for part in parts]))
-        self.project_out = _frozen(attention.to_out[0].weight.detach())
-        self.register_buffer("bias_out", attention.to_out[0].bias.detach().float(), persistent=False)
+        self.project_out = _frozen(out.weight.detach())
+        self.register_buffer("bias_out", out.bias.detach().float(), persistent=False)
 
     def forward(self, x: Hidden) -> Hidden:
         """A picture with nothing left to add."""
@@ -166,11 +176,11 @@ class Upsampler(nn.Module):
 
     bias: torch.Tensor
 
-    def __init__(self, upsampler: Any) -> None:
+    def __init__(self, upsampler: nn.Module) -> None:
         super().__init__()
-        _check_upsampler(upsampler)
-        self.weight = _frozen(upsampling_weight(upsampler.conv.weight.detach()))
-        self.register_buffer("bias", _bias(upsampler.conv), persistent=False)
+        conv = _known_convolution(upsampler)
+        self.weight = _frozen(upsampling_weight(conv.weight.detach()))
+        self.register_buffer("bias", _bias(conv), persistent=False)
 
     def forward(self, x: Hidden) -> Hidden:
         """Twice as high and wide; ``x`` must have nothing left to add, or the borders would differ."""
@@ -182,15 +192,15 @@ class FastDecoder(nn.Module):
 
     bias_in: torch.Tensor
 
-    def __init__(self, decoder: Any, ops: Ops) -> None:
+    def __init__(self, decoder: Decoder, ops: Ops) -> None:
         super().__init__()
         self.ops = ops
         self.conv_in = _weight(decoder.conv_in)
         self.register_buffer("bias_in", _bias(decoder.conv_in), persistent=False)
         self.layers = nn.Sequential(*self._layers(decoder))
-        self.norm_out = Norm(decoder.conv_norm_out)
+        self.norm_out = Norm(_of_class(decoder.conv_norm_out, nn.GroupNorm, "the last norm"))
         self.conv_out = _weight(decoder.conv_out)
-        self.bias_out = _frozen(decoder.conv_out.bias.detach())
+        self.bias_out = _frozen(_plain(decoder.conv_out)[1].detach())
         _check_silu(decoder.conv_act)
 
     def forward(self, sample: torch.Tensor, latent_embeds: torch.Tensor | None = None) -> torch.Tensor:
@@ -201,14 +211,15 @@ class FastDecoder(nn.Module):
         x = self.layers(Hidden(F.conv2d(sample, self.conv_in, padding=1), self.bias_in))
         return F.conv2d(self.ops.norm(x, self.norm_out, silu=True), self.conv_out, self.bias_out, padding=1)
 
-    def _layers(self, decoder: Any) -> list[nn.Module]:
+    def _layers(self, decoder: Decoder) -> list[nn.Module]:
         middle = decoder.mid_block
         first, *others = middle.resnets
         layers: list[nn.Module] = [ResBlock(first, self.ops, self.bias_in)]
         for attention, block in zip(middle.attentions, others, strict=True):
             layers += [] if attention is None else [AttentionBlock(attention, self.ops)]
             layers.append(ResBlock(block, self.ops, None))
-        for level in decoder.up_blocks:
+        for up_block in decoder.up_blocks:
+            level = _of_class(up_block, UpDecoderBlock2D, "a level")
             for block in level.resnets:
                 before = layers[-1]
                 layers.append(ResBlock(block, self.ops, before.bias if isinstance(before, Upsampler) else None))
@@ -228,7 +239,7 @@ class FastDecoder(nn.Module):
         }
 
 
-def fast_decoder(decoder: Any, device: str) -> FastDecoder:
+def fast_decoder(decoder: Decoder, device: str) -> FastDecoder:
     """The fast decoder of a ``Decoder`` that will run on ``device``; the original stays as it was.
 
     Raises ValueError when it has a part that is not known here.
@@ -240,7 +251,7 @@ def fast_decoder(decoder: Any, device: str) -> FastDecoder:
     return FastDecoder(decoder, TritonOps() if fused else TorchOps())
 
 
-def trial(fast: FastDecoder, original: Any) -> float:
+def trial(fast: FastDecoder, original: Decoder) -> float:
     """Decode a small picture with both; returns the relative L2 difference. Compiles the kernels on the way.
 
     Raises RuntimeError for a difference that rounding does not explain.
@@ -249,7 +260,7 @@ def trial(fast: FastDecoder, original: Any) -> float:
     noise = torch.randn(1, weight.shape[1], TRIAL_SIZE, TRIAL_SIZE, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = original(noise.to(weight)).float()
-        difference = ((fast(noise.to(weight)).float() - expected).norm() / expected.norm()).item()
+        difference = float(((fast(noise.to(weight)).float() - expected).norm() / expected.norm()).item())
     if not difference < LARGEST_DIFFERENCE[weight.dtype]:
         raise RuntimeError(f"the fast decoder's picture differs from diffusers' by {difference:.2g} (relative L2)")
     return difference
@@ -268,7 +279,7 @@ def upsampling_weight(weight: torch.Tensor) -> torch.Tensor:
 
 
 def pictures(image: torch.Tensor, *, denormalize: bool = True) -> list[Image.Image]:
-    """What ``VaeImageProcessor.postprocess`` makes of a decoded batch, rounded where it lies: one byte a value moves.
+    """What ``VaeImageProcessor.postprocess`` makes of a decoded batch, rounded on its device: one byte a value moves.
 
     ``image``: [samples, 3, height, width] in [-1, 1], or in [0, 1] with ``denormalize=False``. The bytes are exactly
     the same: scaling and clamping in the tensor's own dtype, then float32.
@@ -278,15 +289,17 @@ def pictures(image: torch.Tensor, *, denormalize: bool = True) -> list[Image.Ima
     return [Image.fromarray(picture) for picture in rounded.cpu().numpy()]
 
 
-def round_where_it_lies(processor: Any) -> None:
-    """Let a pipeline's image processor make its pictures with ``pictures`` where that is what was asked for."""
+def round_on_device(processor: ImageProcessor) -> None:
+    """Let a pipeline's image processor make PIL pictures with ``pictures``; anything else it makes as before."""
     original = processor.postprocess
 
-    def postprocess(image: torch.Tensor, output_type: str = "pil", do_denormalize: Any = None) -> Any:
+    def postprocess(
+        image: torch.Tensor, output_type: str = "pil", do_denormalize: list[bool] | None = None
+    ) -> list[Image.Image] | np.ndarray | torch.Tensor:
         colour = isinstance(image, torch.Tensor) and image.ndim == 4 and image.shape[1] == 3
         if output_type != "pil" or do_denormalize is not None or not colour:
             return original(image, output_type=output_type, do_denormalize=do_denormalize)
-        return pictures(image, denormalize=processor.config.do_normalize)
+        return pictures(image, denormalize=processor.config["do_normalize"])
 
     processor.postprocess = postprocess
 
@@ -298,15 +311,20 @@ def _frozen(tensor: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
-def _weight(conv: nn.Module) -> nn.Parameter:
-    """A convolution's weight in channels-last."""
+def _plain(conv: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of a convolution."""
     if type(conv) is not nn.Conv2d or conv.bias is None:
         raise ValueError("a convolution of the decoder is not a plain Conv2d with a bias")
-    return _frozen(conv.weight.detach().contiguous(memory_format=torch.channels_last))
+    return conv.weight, conv.bias
 
 
-def _bias(conv: Any) -> torch.Tensor:
-    return conv.bias.detach().float().clone()
+def _weight(conv: nn.Module) -> nn.Parameter:
+    """A convolution's weight in channels-last."""
+    return _frozen(_plain(conv)[0].detach().contiguous(memory_format=torch.channels_last))
+
+
+def _bias(conv: nn.Module) -> torch.Tensor:
+    return _plain(conv)[1].detach().float().clone()
 
 
 def _through_shortcut(block: ResnetBlock2D, incoming: torch.Tensor | None) -> torch.Tensor | float:
@@ -330,39 +348,54 @@ def _expect(found: dict[str, bool], where: str) -> None:
         raise ValueError(f"{where} of the decoder has another {', '.join(wrong)} than FLUX.2's")
 
 
-def _check_silu(activation: Callable[..., Any]) -> None:
+def _of_class(module: nn.Module, cls: type[M], where: str) -> M:
+    if type(module) is not cls:
+        raise ValueError(f"{where} of the decoder has another class than FLUX.2's")
+    return module
+
+
+def _check_silu(activation: nn.Module) -> None:
     _expect({"activation": isinstance(activation, nn.SiLU)}, "a block")
 
 
-def _check_block(block: Any) -> None:
+def _known_block(module: nn.Module) -> ResnetBlock2D:
+    block = _of_class(module, ResnetBlock2D, "a residual block")
     _check_silu(block.nonlinearity)
     expected = {
-        "class": type(block) is ResnetBlock2D,
         "time embedding": block.time_emb_proj is None,
         "resampling": block.upsample is None and block.downsample is None,
         "output scale": block.output_scale_factor == 1,
         "norm": isinstance(block.norm1, nn.GroupNorm) and isinstance(block.norm2, nn.GroupNorm),
     }
     _expect(expected, "a residual block")
+    return block
 
 
-def _check_attention(attention: Any) -> None:
+def _known_attention(module: nn.Module) -> tuple[Attention, nn.GroupNorm, nn.Linear]:
+    """The attention, its norm and its last projection."""
+    attention = _of_class(module, Attention, "the attention")
+    norm, out = attention.group_norm, attention.to_out[0]
     expected = {
-        "class": type(attention) is Attention,
         "number of heads": attention.heads == 1,
-        "norm": isinstance(attention.group_norm, nn.GroupNorm) and attention.spatial_norm is None,
+        "norm": isinstance(norm, nn.GroupNorm) and attention.spatial_norm is None,
         "query or key norm": attention.norm_q is None and attention.norm_k is None,
         "residual": attention.residual_connection and attention.rescale_output_factor == 1,
         "projection": all(part.bias is not None for part in (attention.to_q, attention.to_k, attention.to_v)),
     }
     _expect(expected, "the attention")
+    assert isinstance(norm, nn.GroupNorm)
+    return attention, norm, _of_class(out, nn.Linear, "the attention's last projection")
 
 
-def _check_upsampler(upsampler: Any) -> None:
+def _known_convolution(module: nn.Module) -> nn.Conv2d:
+    """An upsampler's."""
+    upsampler = _of_class(module, Upsample2D, "an upsampler")
     conv = getattr(upsampler, "conv", None)
     expected = {
-        "class": type(upsampler) is Upsample2D and upsampler.interpolate and not upsampler.use_conv_transpose,
+        "class": upsampler.interpolate and not upsampler.use_conv_transpose,
         "norm": upsampler.norm is None,
         "kernel": isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3) and conv.padding == (1, 1),
     }
     _expect(expected, "an upsampler")
+    assert isinstance(conv, nn.Conv2d)
+    return conv

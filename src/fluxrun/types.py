@@ -1,0 +1,75 @@
+"""Types that several packages share: what JSON and YAML hold, and diffusers' FLUX.2 pipelines. Light to import."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from diffusers.configuration_utils import FrozenDict
+    from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux2
+    from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
+    from diffusers.pipelines.flux2.pipeline_output import Flux2PipelineOutput
+    from PIL.Image import Image
+    from transformers import PreTrainedModel
+
+Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
+"""A value of a JSON or YAML document, to read."""
+
+
+class Pipeline(Protocol):
+    """What fluxrun uses of a ``Flux2Pipeline`` or a ``Flux2KleinPipeline``.
+
+    diffusers gives its pipelines their components at run time, so that a type checker knows nothing of them; here is
+    what they are. Methods that fluxrun replaces on a pipeline are written as attributes.
+    """
+
+    transformer: Flux2Transformer2DModel
+    vae: AutoencoderKLFlux2
+    text_encoder: PreTrainedModel | None
+    """None while ``memory=staged`` draws: it was freed when every prompt was encoded."""
+    image_processor: ImageProcessor
+    vae_scale_factor: int
+
+    encode_prompt: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    """Prompts -> (embeddings, position ids)."""
+    prepare_latents: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    """-> (noise, position ids)."""
+    progress_bar: Callable[..., AbstractContextManager[ProgressBar]]
+
+    @property
+    def config(self) -> FrozenDict: ...
+
+    @property
+    def components(self) -> Mapping[str, object]: ...
+
+    @property
+    def _execution_device(self) -> torch.device: ...
+
+    def __call__(self, **arguments: object) -> Flux2PipelineOutput: ...
+
+    def enable_sequential_cpu_offload(self, *, device: str) -> None: ...
+
+    def maybe_free_model_hooks(self) -> None: ...
+
+    def set_progress_bar_config(self, *, disable: bool) -> None: ...
+
+    def save_pretrained(self, folder: str, **options: object) -> None: ...
+
+
+class ImageProcessor(Protocol):
+    """Makes pictures of what the VAE has decoded."""
+
+    postprocess: Callable[..., list[Image] | np.ndarray | torch.Tensor]
+
+    @property
+    def config(self) -> FrozenDict: ...
+
+
+class ProgressBar(Protocol):
+    """What a pipeline does with its progress bar."""
+
+    def update(self, n: int = 1) -> object: ...
