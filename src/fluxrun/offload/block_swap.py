@@ -42,7 +42,7 @@ class PipelineBlockSwap:
     ) -> None:
         if device.startswith("cuda"):
             torch.cuda.empty_cache()  # what loading has left would be cut up by small tensors, and useless for blocks
-        keep_vae_on(pipeline, device)
+        keep_vae_on(pipeline, device, counters)
         transformer, encoder = pipeline.transformer, pipeline.text_encoder
         blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
         self.transformer = BlockSwap(transformer, blocks, torch.device(device), counters, cyclic=True)

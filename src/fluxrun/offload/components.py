@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -54,7 +55,7 @@ class AlternatingOffload:
         self.device, self.counters = torch.device(device), counters
         self.onloaded: str | None = None
         """The component that is on the GPU now."""
-        keep_vae_on(pipeline, device)
+        keep_vae_on(pipeline, device, counters)
         pipeline.encode_prompt = self._before(pipeline.encode_prompt, "text_encoder")
         pipeline.prepare_latents = self._before(pipeline.prepare_latents, "transformer")
 
@@ -82,12 +83,29 @@ class AlternatingOffload:
         return onload_and_call
 
 
-def keep_vae_on(pipeline: Pipeline, device: str) -> None:
-    """Put the VAE, a hundredth of dev's weights, on ``device`` for good.
+def keep_vae_on(pipeline: Pipeline, device: str, counters: Counter[str]) -> None:
+    """Put the VAE, a hundredth of dev's weights, on ``device`` for good, and give its decoder room to work in.
 
     It is the first module of a pipeline, whose device diffusers takes for all inputs.
+
+    cuDNN's first choice of algorithm for a convolution needs a workspace. Where that cannot be had, torch takes the
+    next one, whose last bits differ, and remembers it for the whole process. So what the steps before have left in the
+    allocator's cache is given back first; ``counters`` counts the allocations that failed all the same.
     """
     pipeline.vae.to(device)  # type: ignore[arg-type]  # diffusers' stub takes ``self`` for the first argument
+    if device.startswith("cuda"):
+        pipeline.vae.decode = partial(_decode_with_room, pipeline.vae.decode, device, counters)
+
+
+def _decode_with_room(
+    decode: Callable[P, R], device: str, counters: Counter[str], *args: P.args, **kwargs: P.kwargs
+) -> R:
+    torch.cuda.empty_cache()
+    failed = torch.cuda.memory_stats(device)["num_ooms"]
+    try:
+        return decode(*args, **kwargs)
+    finally:
+        counters["decoder_allocations_failed"] += torch.cuda.memory_stats(device)["num_ooms"] - failed
 
 
 class OffloadedWeights:

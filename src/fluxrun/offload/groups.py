@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import nn
 
@@ -9,7 +11,9 @@ from fluxrun.offload.components import keep_vae_on
 from fluxrun.types import Pipeline
 
 
-def group_offload(pipeline: Pipeline, device: str, blocks: int | None, use_stream: bool) -> int:
+def group_offload(
+    pipeline: Pipeline, device: str, counters: Counter[str], *, blocks: int | None, use_stream: bool
+) -> int:
     """diffusers' group offload for transformer and text encoder; returns how many groups it made.
 
     ``blocks`` transformer blocks move together, None: layer by layer, as always in the text encoder, whose blocks
@@ -26,7 +30,7 @@ def group_offload(pipeline: Pipeline, device: str, blocks: int | None, use_strea
                 offload_type="block_level" if by_block else "leaf_level",
                 num_blocks_per_group=blocks if by_block else None, use_stream=use_stream,
             )  # fmt: skip
-    keep_vae_on(pipeline, device)
+    keep_vae_on(pipeline, device, counters)
     return _groups(pipeline)
 
 

@@ -21,6 +21,15 @@ KNOBS_OF = {"group": ("group_level", "blocks_per_group", "use_stream"), "block_s
 """Knobs that only one option uses; ``auto`` hands them on."""
 
 
+DECODER_ALLOCATIONS_FAILED = "decoder_allocations_failed"
+"""Context counter: workspaces that the decoder's convolutions asked for and did not get."""
+
+OTHER_ALGORITHMS = (
+    "the VAE's decoder found no room for the workspace of cuDNN's first choice of algorithm: pixels may differ by some "
+    "levels from memory=resident's, in this process from now on (a larger memory.budget_gb, or vae=tiled)"
+)
+
+
 class MemoryOption(Option):
     """The knobs all memory options share."""
 
@@ -166,7 +175,7 @@ class Balanced(Offload):
         return {**pinned, **self.limited(context.device)}
 
     def observe(self, pipeline: Any, context: Context) -> Facts:
-        return {name: context.counters[name] for name in ("components_moved", "bytes_moved")}
+        return {name: context.counters[name] for name in ("components_moved", "bytes_moved")} | short_of_room(context)
 
 
 class BlockSwap(Offload):
@@ -194,7 +203,7 @@ class BlockSwap(Offload):
         }
 
     def observe(self, pipeline: Any, context: Context) -> Facts:
-        return {name: context.counters[name] for name in ("blocks_copied", "bytes_copied")}
+        return {name: context.counters[name] for name in ("blocks_copied", "bytes_copied")} | short_of_room(context)
 
 
 class Sequential(Offload):
@@ -225,10 +234,21 @@ class Group(Offload):
         # What is pinned where it lies, diffusers does not copy into pinned memory of its own: twice the weights.
         pinned = self.pinned(pipeline, context) if streams else {}
         groups = group_offload(
-            pipeline, context.device, blocks=self.blocks_per_group if self.group_level == "block" else None,
-            use_stream=streams,
+            pipeline, context.device, context.counters,
+            blocks=self.blocks_per_group if self.group_level == "block" else None, use_stream=streams,
         )  # fmt: skip
         return {"groups": groups, "streams": streams, **pinned, **self.limited(context.device)}
+
+    def observe(self, pipeline: Any, context: Context) -> Facts:
+        return short_of_room(context)
+
+
+def short_of_room(context: Context) -> Facts:
+    """How often the decoder had to do without the workspace it asked for; then the user is told what that means."""
+    failed = context.counters[DECODER_ALLOCATIONS_FAILED]
+    if failed:
+        context.note(OTHER_ALGORITHMS)
+    return {DECODER_ALLOCATIONS_FAILED: failed} if failed else {}
 
 
 def _number(device: str) -> int:
