@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
+
+from fluxrun.types import Json
 
 PATCH_PIXELS = 16
 """Edge in pixels of the square that becomes one image token."""
@@ -16,6 +19,36 @@ PipelineKind = Literal["klein", "dev"]
 ArchitectureName = Literal["dev", "klein_4b", "klein_9b", "tiny"]
 
 Config = dict[str, Any]
+"""Arguments of a config class of transformers or diffusers."""
+
+
+class TransformerConfig(TypedDict, total=False):
+    """Arguments of ``Flux2Transformer2DModel``, whose defaults are dev's sizes."""
+
+    in_channels: int
+    num_layers: int
+    """Of its double blocks."""
+    num_single_layers: int
+    attention_head_dim: int
+    num_attention_heads: int
+    joint_attention_dim: int
+    timestep_guidance_channels: int
+    axes_dims_rope: tuple[int, ...]
+    guidance_embeds: bool
+
+
+class TextConfig(TypedDict):
+    """What a language model's memory follows from."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    tie_word_embeddings: bool
+
 
 PIPELINE_CLASSES: dict[str, PipelineKind] = {"Flux2KleinPipeline": "klein", "Flux2Pipeline": "dev"}
 """The diffusers pipeline classes that fluxrun runs."""
@@ -61,16 +94,26 @@ class Architecture:
 
     name: ArchitectureName
     pipeline: PipelineKind
-    transformer: Config
+    transformer: TransformerConfig
     text_encoder: Config
     vae: Config
     parameters: dict[str, int]
     init_std: float | None = 0.02
 
     @property
-    def text(self) -> Config:
-        """The language model's own config: dev's is nested beside its vision tower's."""
-        return {**self.text_encoder, **self.text_encoder.get("text_config", {})}
+    def text(self) -> TextConfig:
+        """The language model's own sizes: dev's are nested beside its vision tower's."""
+        config: Config = {**self.text_encoder, **self.text_encoder.get("text_config", {})}
+        return TextConfig(
+            vocab_size=config["vocab_size"],
+            hidden_size=config["hidden_size"],
+            intermediate_size=config["intermediate_size"],
+            num_hidden_layers=config["num_hidden_layers"],
+            num_attention_heads=config["num_attention_heads"],
+            num_key_value_heads=config["num_key_value_heads"],
+            head_dim=config["head_dim"],
+            tie_word_embeddings=config["tie_word_embeddings"],
+        )
 
     def bytes_in(self, dtype: str) -> dict[str, int]:
         """Weight bytes of each component in ``dtype`` (float32, bfloat16 or float16)."""
@@ -85,15 +128,15 @@ class Architecture:
         return dropped * sum(text_layer(text)) + head
 
 
-def text_layer(text: Config) -> tuple[int, ...]:
+def text_layer(text: TextConfig) -> tuple[int, ...]:
     """Parameters of each matrix in a language model's layer: query, key, value, output, gate, up, down."""
-    query, key = (text[heads] * text["head_dim"] for heads in ("num_attention_heads", "num_key_value_heads"))
+    query, key = text["num_attention_heads"] * text["head_dim"], text["num_key_value_heads"] * text["head_dim"]
     wide = text["intermediate_size"]
     return tuple(text["hidden_size"] * width for width in (query, key, key, query, wide, wide, wide))
 
 
-def _qwen3(**sizes: Any) -> Config:
-    """A Qwen3 text encoder; ``sizes`` are what differs between 4B and 8B."""
+def _qwen3(*, hidden_size: int, intermediate_size: int, tie_word_embeddings: bool) -> Config:
+    """A Qwen3 text encoder, by what differs between 4B and 8B."""
     return {
         "vocab_size": 151936,
         "num_hidden_layers": 36,
@@ -102,7 +145,9 @@ def _qwen3(**sizes: Any) -> Config:
         "head_dim": 128,
         "max_position_embeddings": 40960,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
-        **sizes,
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "tie_word_embeddings": tie_word_embeddings,
     }
 
 
@@ -186,7 +231,7 @@ DEV = Architecture(
 # read), so whatever an option does to a real model it does to this one; only the widths are small.
 _TINY_HIDDEN = 32
 
-_TINY_TRANSFORMER: Config = {
+_TINY_TRANSFORMER: TransformerConfig = {
     "in_channels": 16,
     "num_layers": 1,
     "num_single_layers": 2,
@@ -264,16 +309,13 @@ def architecture(name: ArchitectureName, pipeline: PipelineKind | None = None) -
     return found
 
 
-def recognised(transformer: Config) -> ArchitectureName | None:
+def recognised(transformer: Mapping[str, Json]) -> ArchitectureName | None:
     """The architecture that a checkpoint's transformer/config.json is of; None for sizes of its own."""
     names: tuple[ArchitectureName, ...] = ("dev", "klein_4b", "klein_9b", "tiny")
     return next((name for name in names if _is_of(transformer, architecture(name))), None)
 
 
-def _is_of(transformer: Config, sizes: Architecture) -> bool:
-    def plain(value: Any) -> Any:
-        return list(value) if isinstance(value, tuple) else value  # as JSON has it
-
+def _is_of(transformer: Mapping[str, Json], sizes: Architecture) -> bool:
+    as_json = {key: list(value) if isinstance(value, tuple) else value for key, value in sizes.transformer.items()}
     # Both tiny models are called tiny.
-    compared = sizes.transformer.keys() - {"guidance_embeds"}
-    return all(plain(transformer.get(key)) == plain(sizes.transformer[key]) for key in compared)
+    return all(transformer.get(key) == value for key, value in as_json.items() if key != "guidance_embeds")

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
     import torch
     from diffusers.configuration_utils import FrozenDict
     from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux2
     from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
-    from diffusers.pipelines.flux2.pipeline_output import Flux2PipelineOutput
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
     from PIL.Image import Image
-    from transformers import PreTrainedModel
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 """A value of a JSON or YAML document, to read."""
+
+
+Component: TypeAlias = "nn.Module | PreTrainedTokenizerBase | ProcessorMixin | SchedulerMixin | None"
+"""A part of a pipeline; None: it was not loaded."""
 
 
 class Pipeline(Protocol):
@@ -44,12 +51,12 @@ class Pipeline(Protocol):
     def config(self) -> FrozenDict: ...
 
     @property
-    def components(self) -> Mapping[str, object]: ...
+    def components(self) -> Mapping[str, Component]: ...
 
     @property
     def _execution_device(self) -> torch.device: ...
 
-    def __call__(self, **arguments: object) -> Flux2PipelineOutput: ...
+    def __call__(self, **arguments: Any) -> PipelineOutput: ...
 
     def enable_sequential_cpu_offload(self, *, device: str) -> None: ...
 
@@ -57,7 +64,13 @@ class Pipeline(Protocol):
 
     def set_progress_bar_config(self, *, disable: bool) -> None: ...
 
-    def save_pretrained(self, folder: str, **options: object) -> None: ...
+    def save_pretrained(self, folder: Path, *, variant: str | None, max_shard_size: int | str) -> None: ...
+
+
+class PipelineOutput(Protocol):
+    """What a call of a pipeline returns, by default with PIL pictures."""
+
+    images: list[Image]
 
 
 class ImageProcessor(Protocol):
@@ -72,4 +85,4 @@ class ImageProcessor(Protocol):
 class ProgressBar(Protocol):
     """What a pipeline does with its progress bar."""
 
-    def update(self, n: int = 1) -> object: ...
+    def update(self, n: int = 1) -> bool | None: ...

@@ -12,17 +12,20 @@ import logging
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fluxrun.errors import ConfigError, one_line
 from fluxrun.hardware.machine import Machine
 from fluxrun.version import __version__
 
+if TYPE_CHECKING:
+    from torch.compiler._cache import CacheInfo
+
 log = logging.getLogger("fluxrun.artifacts")
 
 FORMAT = "fluxrun compile artefacts 1"
 
-Header = dict[str, Any]
+Header = dict[str, str | None]
 
 
 def made_with(machine: Machine) -> Header:
@@ -136,7 +139,7 @@ class Artifacts:
         self._parts[digest(part)] = _keys(info)
         self._count("saved", info)
 
-    def _count(self, what: str, info: Any) -> None:
+    def _count(self, what: str, info: CacheInfo | None) -> None:
         """Artefacts by kind, for example inductor's kernels."""
         if info is None:
             self.facts["refused"] = "torch could not read it"
@@ -150,13 +153,13 @@ class Artifacts:
         return ", ".join(f"{key} {theirs}, here {ours}" for key, theirs, ours in pairs if theirs != ours)
 
 
-def _load(part: bytes) -> Any:
+def _load(part: bytes) -> CacheInfo | None:
     import torch
 
     return torch.compiler.load_cache_artifacts(part)
 
 
-def _keys(info: Any) -> set[str]:
+def _keys(info: CacheInfo | None) -> set[str]:
     return {f"{kind} {key}" for kind, keys in info.artifacts.items() for key in keys} if info is not None else set()
 
 

@@ -6,9 +6,9 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch._dynamo.utils as dynamo_utils
@@ -16,6 +16,11 @@ import torch._dynamo.utils as dynamo_utils
 from fluxrun.compilation.artifacts import Artifacts, made_with
 from fluxrun.hardware.machine import Machine
 from fluxrun.paths import cache_dir
+from fluxrun.types import Json
+
+if TYPE_CHECKING:
+    from torch._inductor.cudagraph_trees import CUDAGraphNode
+    from torch._inductor.utils import InputType
 
 COMPILE_TIME_KEY = "entire_frame_compile"
 
@@ -31,7 +36,7 @@ class CountingBackend:
     recompilations = 0
     graph_calls = 0
 
-    def __init__(self, patches: dict[str, Any]) -> None:
+    def __init__(self, patches: dict[str, Json]) -> None:
         self.patches = patches
         self._identity = json.dumps(patches, sort_keys=True, default=str)
 
@@ -41,7 +46,7 @@ class CountingBackend:
     def __hash__(self) -> int:
         return hash(self._identity)
 
-    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[InputType]) -> Callable[..., Any]:
         from torch._guards import CompileContext
         from torch._inductor.compile_fx import compile_fx
 
@@ -51,7 +56,7 @@ class CountingBackend:
         compiled: Any = compile_fx(graph, inputs, config_patches=self.patches)
 
         @functools.wraps(compiled)
-        def run(*args: Any) -> Any:
+        def run(*args: InputType) -> Any:
             CountingBackend.graph_calls += 1
             return compiled(*args)
 
@@ -85,7 +90,7 @@ class Compiler:
         self.artifacts: Artifacts | None = None
         self._start = _counts()
 
-    def backend(self, mode: str | None, options: dict[str, Any]) -> CountingBackend:
+    def backend(self, mode: str | None, options: Mapping[str, Json]) -> CountingBackend:
         """The backend of these settings. Settings other than the last ones reset dynamo first: after eight
         different ones it would refuse (``fullgraph``) or silently run eager."""
         from torch._inductor import list_mode_options
@@ -172,5 +177,5 @@ def _recorded_cudagraphs() -> int:
     return sum(_tree_size(node) for node in roots)
 
 
-def _tree_size(node: Any) -> int:
+def _tree_size(node: CUDAGraphNode) -> int:
     return 1 + sum(_tree_size(child) for children in node.children.values() for child in children)

@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import nn
 
 from fluxrun.errors import one_line
+from fluxrun.types import Pipeline
+
+if TYPE_CHECKING:
+    from torch.cuda import _POOL_HANDLE
+    from transformers import PreTrainedModel
 
 
 class Graphs:
@@ -24,18 +30,19 @@ class Graphs:
         self.forwards: dict[str, GraphedForward] = {}
         self._replays_before = 0
 
-    def wrap(self, pipeline: Any, targets: Sequence[str]) -> list[str]:
+    def wrap(self, pipeline: Pipeline, targets: Sequence[str]) -> list[str]:
         """Record the forward of each target from its second call on; returns the targets found in the pipeline."""
-        modules = {
+        encoder = pipeline.text_encoder
+        modules: dict[str, nn.Module | None] = {
             "transformer": pipeline.transformer,
             "vae_decoder": pipeline.vae.decoder,
-            "text_encoder": pipeline.text_encoder,
+            "text_encoder": encoder,
         }
         for target in targets:
             if (module := modules[target]) is not None:
                 module.forward = self.forwards[target] = GraphedForward(module.forward)
-                if target == "text_encoder":
-                    module.forward = with_explicit_mask(module)
+                if encoder is not None and module is encoder:
+                    module.forward = with_explicit_mask(encoder)
         return list(self.forwards)
 
     def counted(self) -> dict[str, Any]:
@@ -77,6 +84,13 @@ class _Recorded:
     output: Any
 
 
+class Call(NamedTuple):
+    """The arguments of one call of a module, whatever the module takes."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
 class GraphedForward:
     """Stands in for a module's ``forward``: the first call of a shape runs as ever, the second is recorded.
 
@@ -92,18 +106,19 @@ class GraphedForward:
         self.dropped = 0
         self.replays = 0
         self.refused: str | None = None
-        self._seen: set[Any] = set()
-        self._recorded: dict[Any, _Recorded] = {}
-        self._pool: Any = None
+        self._seen: set[Hashable] = set()
+        self._recorded: dict[Hashable, _Recorded] = {}
+        self._pool: _POOL_HANDLE | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        key, tensors = _signature(args, kwargs)
+        call = Call(args, kwargs)
+        key, tensors = _signature(call)
         if key is None or self.refused or not all(tensor.is_cuda for tensor in tensors):
             return self.forward(*args, **kwargs)
         if key in self._recorded:
             self._recorded[key] = self._recorded.pop(key)  # the last one is the one used last
             return self._replay(self._recorded[key], tensors)
-        if key in self._seen and (recorded := self._try_to_record(args, kwargs, tensors)):
+        if key in self._seen and (recorded := self._try_to_record(call, tensors)):
             self._recorded[key] = recorded
             self.graphs += 1
             return self._replay(recorded, tensors)
@@ -116,9 +131,9 @@ class GraphedForward:
         self._seen.clear()
         self._pool = None
 
-    def _try_to_record(self, args: Any, kwargs: Any, tensors: list[torch.Tensor]) -> _Recorded | None:
+    def _try_to_record(self, call: Call, tensors: list[torch.Tensor]) -> _Recorded | None:
         try:
-            return self._record(args, kwargs, tensors)
+            return self._record(call, tensors)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a library may refuse in any way it likes; it is said, recorded, and run as before
@@ -126,11 +141,11 @@ class GraphedForward:
             log.warning("a forward cannot be recorded as a CUDA graph and runs as it is (%s)", self.refused)
             return None
 
-    def _record(self, args: Any, kwargs: Any, tensors: list[torch.Tensor]) -> _Recorded:
+    def _record(self, call: Call, tensors: list[torch.Tensor]) -> _Recorded:
         """Record one call over copies of its tensors; nothing is computed yet."""
         inputs = [tensor.clone() for tensor in tensors]
         fresh = iter(inputs)
-        args, kwargs = _map_tensors((args, kwargs), lambda _: next(fresh))
+        args, kwargs = _map_tensors(call, lambda _: next(fresh))
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         torch.cuda.synchronize()
@@ -161,7 +176,7 @@ class GraphedForward:
 
 
 @contextlib.contextmanager
-def _undone_on_failure(pool: Any) -> Iterator[None]:
+def _undone_on_failure(pool: _POOL_HANDLE) -> Iterator[None]:
     """Mend what torch 2.11 leaves behind when recording fails: a generator and an allocator that still record."""
     device = torch.cuda.current_device()
     generator = torch.cuda.default_generators[device]
@@ -175,15 +190,15 @@ def _undone_on_failure(pool: Any) -> Iterator[None]:
         raise
 
 
-def _signature(args: Any, kwargs: Any) -> tuple[Any, list[torch.Tensor]]:
+def _signature(call: Call) -> tuple[Hashable, list[torch.Tensor]]:
     """(what must be equal for a graph to be reused, the tensors in order); (None, []) if that cannot be told."""
     tensors: list[torch.Tensor] = []
 
-    def place(tensor: torch.Tensor) -> Any:
+    def describe(tensor: torch.Tensor) -> tuple[Hashable, ...]:
         tensors.append(tensor)
         return (tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
 
-    described = _map_tensors((args, kwargs), place)
+    described = _map_tensors(call, describe)
     try:
         key = _frozen(described)
         hash(key)
@@ -192,7 +207,7 @@ def _signature(args: Any, kwargs: Any) -> tuple[Any, list[torch.Tensor]]:
     return key, tensors
 
 
-def _map_tensors(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
+def _map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor | tuple[Hashable, ...]]) -> Any:
     """``value`` with every tensor in its tuples, lists, dicts and model outputs changed."""
     if isinstance(value, torch.Tensor):
         return change(value)
@@ -214,7 +229,7 @@ def _frozen(value: Any) -> Any:
     return value
 
 
-def with_explicit_mask(encoder: Any) -> Callable[..., Any]:
+def with_explicit_mask(encoder: PreTrainedModel) -> Callable[..., Any]:
     """The forward of a Qwen3 text encoder with its causal mask made beforehand; any other encoder's as it is.
 
     Given a [batch, tokens] mask, transformers asks the device whether anything is padded, which no CUDA graph can hold;

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any
 
 import torch
 
 from fluxrun.process.console import Steps
 from fluxrun.process.device import synchronize
+from fluxrun.types import Pipeline
 
 
 class Stopwatch:
@@ -34,7 +34,7 @@ class Stopwatch:
         self.decode_s = 0.0
 
     @contextmanager
-    def timing(self, pipeline: Any) -> Iterator[Stopwatch]:
+    def timing(self, pipeline: Pipeline) -> Iterator[Stopwatch]:
         """Around the call: the device is synchronised at both ends."""
         pipeline.progress_bar = self.progress_bar
         synchronize(self._device)
@@ -43,7 +43,9 @@ class Stopwatch:
         self.decode_s = time.perf_counter() - self._denoised_at
 
     @contextmanager
-    def progress_bar(self, iterable: Any = None, total: int | None = None) -> Iterator[Stopwatch]:
+    def progress_bar(
+        self, iterable: Iterable[torch.Tensor] | None = None, total: int | None = None
+    ) -> Iterator[Stopwatch]:
         """Stands in for diffusers' own bar, which the pipeline opens around its denoising loop."""
         if self._compiles:
             self._shown.compiling()
@@ -59,7 +61,9 @@ class Stopwatch:
     def update(self, n: int = 1) -> None:
         """diffusers calls it after each step."""
 
-    def step(self, pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+    def step(
+        self, pipeline: Pipeline, step: int, timestep: torch.Tensor, values: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         """diffusers' ``callback_on_step_end``: take the time, show it, and stop here if the user asked to."""
         self._mark()
         self._shown.advance()

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from fluxrun.architectures import layers_needed, text_layer
+from fluxrun.architectures import TextConfig, TransformerConfig, layers_needed, text_layer
 from fluxrun.formatting import GIB
 
 SPARE_BYTES = GIB // 2
@@ -63,7 +62,7 @@ def evenly_spaced(count: int, total: int) -> list[int]:
     return [(2 * n + 1) * total // (2 * count) for n in range(count)]
 
 
-def transformer_sizes(config: dict[str, Any], total: int, itemsize: int, block_itemsize: int) -> BlockSizes:
+def transformer_sizes(config: TransformerConfig, total: int, itemsize: int, block_itemsize: int) -> BlockSizes:
     """Of a ``Flux2Transformer2DModel`` with ``total`` bytes before its blocks were quantized to ``block_itemsize``."""
     square = (config["num_attention_heads"] * config.get("attention_head_dim", 128)) ** 2
     stream = (1, 1, 1, 1, 2 * MLP_RATIO, MLP_RATIO)  # query, key, value, out, feed-forward in and out
@@ -73,7 +72,7 @@ def transformer_sizes(config: dict[str, Any], total: int, itemsize: int, block_i
     return _sizes(total - elements * itemsize, [[n * square * block_itemsize for n in block] for block in blocks])
 
 
-def text_encoder_sizes(text: dict[str, Any], total: int, itemsize: int, read: tuple[int, ...] | None) -> BlockSizes:
+def text_encoder_sizes(text: TextConfig, total: int, itemsize: int, read: tuple[int, ...] | None) -> BlockSizes:
     """Of an ``Architecture.text`` encoder with ``total`` bytes, cut behind the hidden states ``read`` (None: whole)."""
     layer = [count * itemsize for count in text_layer(text)]
     layers = text["num_hidden_layers"] if read is None else layers_needed(text["num_hidden_layers"], read)

@@ -38,7 +38,8 @@ def prove(machine: Machine, group: str, name: str) -> Proof:
 def _reason(code: int, stdout: str, stderr: str) -> str | None:
     lines = [line for line in stdout.splitlines() if line.startswith("{")]
     if lines:
-        return json.loads(lines[-1])["reason"]
+        found: str | None = json.loads(lines[-1])["reason"]
+        return found
     tail = [line for line in stderr.splitlines() if line.strip()]
     return f"the probe died with exit code {code}: {tail[-1][:200] if tail else 'no message'}"
 

@@ -15,6 +15,7 @@ from fluxrun.pipeline.weights_loader import WeightsLoader
 from fluxrun.process.console import Reporter
 from fluxrun.process.device import synchronize
 from fluxrun.process.signals import Interrupts
+from fluxrun.types import Pipeline
 from fluxrun.weights.shells import shell
 
 log = logging.getLogger("fluxrun.build")
@@ -51,7 +52,7 @@ class PromptEncoder:
         """Whether staged memory's embeddings of all of them are in the store."""
         return all(self._stored(text) is not None for text in texts)
 
-    def of(self, texts: Sequence[str], pipeline: Any) -> torch.Tensor:
+    def of(self, texts: Sequence[str], pipeline: Pipeline) -> torch.Tensor:
         """Embeddings of a batch: [batch, max_sequence_length, joint_attention_dim], on the run's device."""
         for text in texts:
             if not self._has(text):
@@ -66,7 +67,7 @@ class PromptEncoder:
         # The text encoder is loaded once more for each run that misses one: a sweep's later prompts go along.
         later = [text for text in dict.fromkeys(self.upcoming) if text not in missing and self._stored(text) is None]
         base = self._loader.load("text", reporter, interrupts)
-        pipeline: Any = shell(base)
+        pipeline = shell(base)
         for text in (*missing, *later):
             interrupts.check()
             self._known[text] = self._encode(pipeline, text)
@@ -102,7 +103,7 @@ class PromptEncoder:
         weights = replace(self._loader.key("text"), quantization="", distilled=None)  # neither is the text encoder's
         return f"{weights} {model.max_sequence_length} {model.text_encoder_out_layers} {text}"
 
-    def _encode(self, pipeline: Any, text: str) -> torch.Tensor:
+    def _encode(self, pipeline: Pipeline, text: str) -> torch.Tensor:
         model = self._loader.plan.model
         arguments: dict[str, Any] = {"max_sequence_length": model.max_sequence_length}
         if model.text_encoder_out_layers:
@@ -110,7 +111,7 @@ class PromptEncoder:
         synchronize(self._device)
         started = time.perf_counter()
         with torch.no_grad():
-            embeds: torch.Tensor = pipeline.encode_prompt(text, device=pipeline._execution_device, **arguments)[0]
+            embeds, _ = pipeline.encode_prompt(text, device=pipeline._execution_device, **arguments)
         synchronize(self._device)
         self._on_encoded(time.perf_counter() - started)
         return embeds

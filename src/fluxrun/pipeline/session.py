@@ -7,7 +7,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from PIL.Image import Image
 
@@ -22,6 +22,7 @@ from fluxrun.process.device import free_memory
 from fluxrun.process.signals import Interrupts
 from fluxrun.process.switches import ProcessState, import_diffusers
 from fluxrun.record.schema import Stage
+from fluxrun.types import Pipeline
 from fluxrun.weights.location import Located
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class Session:
         self.reporter = reporter or Reporter()
         self.interrupts = interrupts or Interrupts()
         self.references = list(references)
-        self.pipeline: Any = None
+        self._pipeline: Pipeline | None = None
         self.context: Context | None = None
         self.whole = False
         """Whether the pipeline is handed out: then it keeps its text encoder, and memory=staged is not for it."""
@@ -91,6 +92,12 @@ class Session:
         self.__exit__(None, None, None)
 
     @property
+    def pipeline(self) -> Pipeline:
+        """The pipeline as it is built; there is none before ``assemble`` and after ``release``."""
+        assert self._pipeline is not None
+        return self._pipeline
+
+    @property
     def compiles(self) -> bool:
         """Whether torch.compile was asked to work on the pipeline as it stands."""
         return self.context is not None and self.context.compiler.active
@@ -102,7 +109,7 @@ class Session:
 
     def ready_for(self, texts: Iterable[str]) -> bool:
         """Whether a pipeline stands that can draw these; a staged one has no text encoder left for new ones."""
-        return self.pipeline is not None and (not self.plan.memory.staged or self.prompts.knows(texts))
+        return self._pipeline is not None and (not self.plan.memory.staged or self.prompts.knows(texts))
 
     def carry_on(
         self, plan: Plan, *, reporter: Reporter, interrupts: Interrupts, on_change: Callable[[], None]
@@ -123,7 +130,7 @@ class Session:
         """Let go of the shell; the weights stay in the store."""
         if self.context is not None:
             self.context.graphs.clear()
-        self.pipeline = None
+        self._pipeline = None
         self.context = None
 
     def observe(self) -> None:
@@ -173,7 +180,7 @@ class Session:
         started = time.perf_counter()
         with self.interrupts.immediate():
             self.context = self._new_context(base)
-            self.pipeline = shell(base)
+            self._pipeline = shell(base)
             for group in APPLY_ORDER:
                 self._apply(group)
         self.apply_s += time.perf_counter() - started

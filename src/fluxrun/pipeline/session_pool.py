@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from fluxrun.errors import Interrupted
 from fluxrun.pipeline.session import Session
@@ -25,6 +25,14 @@ if TYPE_CHECKING:
     from fluxrun.weights.store import WeightStore
 
 log = logging.getLogger("fluxrun.sessions")
+
+
+class Caller(TypedDict):
+    """What a session needs of the run that uses it now."""
+
+    reporter: Reporter
+    interrupts: Interrupts
+    on_change: Callable[[], None]
 
 
 class SessionPool:
@@ -61,23 +69,23 @@ class SessionPool:
         self, prepared: Prepared, *, reporter: Reporter, interrupts: Interrupts, on_change: Callable[[], None]
     ) -> Iterator[Session]:
         """A session for this run. One that an error or an interrupt has left is not used again."""
-        shared: dict[str, Any] = {"reporter": reporter, "interrupts": interrupts, "on_change": on_change}
+        caller = Caller(reporter=reporter, interrupts=interrupts, on_change=on_change)
         try:
-            yield self._take(prepared, shared)
+            yield self._take(prepared, caller)
         except BaseException:
             self.close()
             raise
 
-    def _take(self, prepared: Prepared, shared: dict[str, Any]) -> Session:
+    def _take(self, prepared: Prepared, caller: Caller) -> Session:
         key = build_key(prepared)
         if self._session is not None and key == self._key and self._session.ready_for(prepared.texts):
             log.info("options, model and size as before: the pipeline is used as it stands")
-            self._session.carry_on(prepared.plan, **shared)
+            self._session.carry_on(prepared.plan, **caller)
             return self._session
         self.close()
         graphs = graphs_key(prepared)
         self._clear_up(keep_graphs=graphs is not None and graphs == self._graphs)
-        self._session, self._key, self._graphs = self._open(prepared, shared), key, graphs
+        self._session, self._key, self._graphs = self._open(prepared, caller), key, graphs
         return self._session
 
     def _clear_up(self, keep_graphs: bool) -> None:
@@ -91,9 +99,9 @@ class SessionPool:
         if self._store is not None:
             free_memory()
 
-    def _open(self, prepared: Prepared, shared: dict[str, Any]) -> Session:
+    def _open(self, prepared: Prepared, caller: Caller) -> Session:
         session = Session(
-            prepared.plan, store=self._store, references=prepared.references, located=prepared.located, **shared
+            prepared.plan, store=self._store, references=prepared.references, located=prepared.located, **caller
         )
         self._store, session.prompts.upcoming = session.store, self.upcoming
         session.__enter__()

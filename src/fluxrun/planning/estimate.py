@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
-from fluxrun.architectures import HIDDEN_STATES_READ, LARGEST_REFERENCE, PATCH_PIXELS, Architecture, architecture
+from fluxrun.architectures import (
+    HIDDEN_STATES_READ,
+    LARGEST_REFERENCE,
+    PATCH_PIXELS,
+    Architecture,
+    TransformerConfig,
+    architecture,
+)
 from fluxrun.hardware.machine import CONTEXT_BYTES, PROCESS_BYTES
 from fluxrun.offload.block_sizes import (
     SPARE_BYTES,
@@ -22,6 +29,9 @@ from fluxrun.options.model import Flux2Model
 from fluxrun.options.quantization import QuantizationOption
 from fluxrun.options.vae import VaeOption, decode_bytes
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 LARGEST_LEAF = 40
 """A transformer is at least so many times its largest layer (klein-4B 45, dev 95)."""
 LARGEST_BLOCK = 16
@@ -34,8 +44,8 @@ OFFLOADED = ("balanced", "block_swap", "group", "sequential")
 """Memory options under which the weights stay in the computer's own memory."""
 
 
-def reference_tokens(pictures: Sequence[Any]) -> int:
-    """Tokens that reference pictures (PIL images) add to the transformer's sequence."""
+def reference_tokens(pictures: Sequence[Image]) -> int:
+    """Tokens that reference pictures add to the transformer's sequence."""
     areas = (min(picture.width * picture.height, LARGEST_REFERENCE**2) for picture in pictures)
     return sum(area // PATCH_PIXELS**2 for area in areas)
 
@@ -164,7 +174,7 @@ class Estimate:
         sizes = self._sizes()
         return int(sizes.get("num_attention_heads", 48)) * int(sizes.get("attention_head_dim", 128))
 
-    def _sizes(self) -> dict[str, Any]:
+    def _sizes(self) -> TransformerConfig:
         """The transformer's config; empty for a checkpoint that is only known by its path."""
         found = self._architecture()
         return found.transformer if found else {}

@@ -17,6 +17,7 @@ from fluxrun.options.quantization import QuantizationOption
 from fluxrun.options.vae import VaeOption
 from fluxrun.planning.estimate import Estimate
 from fluxrun.record.schema import Fallback, OptionRecord
+from fluxrun.types import Json
 
 
 @dataclass
@@ -164,7 +165,7 @@ class Plan:
         if text not in self.notes:
             self.notes.append(text)
 
-    def switch(self, group: str, name: str, facts: Facts) -> None:
+    def switch(self, group: str, name: str, facts: Mapping[str, Json]) -> None:
         """Take what an ``auto`` option chose; a choice is not a fallback (those are ``fallbacks.py``'s)."""
         choice = self.choices[group]
         choice.option = self.catalog.load(group, name, like=choice.option)

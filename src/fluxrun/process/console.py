@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -27,7 +27,7 @@ PLAIN_STEP_SECONDS = 5.0
 class ConsoleHandler(logging.Handler):
     """Log lines on the console, without tracebacks (those are in the log file) and without other libraries' chatter."""
 
-    def __init__(self, stream: Any = None) -> None:
+    def __init__(self, stream: TextIO | None = None) -> None:
         super().__init__()
 
     def emit(self, record: logging.LogRecord) -> None:

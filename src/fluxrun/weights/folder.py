@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from fluxrun.architectures import HIDDEN_STATES_READ, MODEL_COMPONENTS, PIPELINE_CLASSES, PipelineKind, layers_needed
 from fluxrun.errors import ConfigError, one_line
 from fluxrun.options.model import Flux2Model
-from fluxrun.weights.location import Located
+from fluxrun.types import Json
+from fluxrun.weights.location import Kind, Located
 
 LIBRARIES = ("diffusers", "transformers")
 """Libraries a checkpoint may name its components from: the folder may come from a stranger."""
@@ -37,19 +38,20 @@ def read_layers(model: Flux2Model, pipeline: PipelineKind) -> tuple[int, ...]:
     return model.text_encoder_out_layers or HIDDEN_STATES_READ[pipeline]
 
 
-def of_folder(model: Flux2Model, folder: Path, **fields: Any) -> Located:
+def of_folder(model: Flux2Model, folder: Path, *, kind: Kind, source: str) -> Located:
     pipeline, distilled = pipeline_of(_model_index(folder), model)
     sizes = {name: sum(f.stat().st_size for f in _weights(folder, name, model.variant)) for name in MODEL_COMPONENTS}
     if model.text_encoder_layers == "needed":
         files = _weights(folder, "text_encoder", model.variant)
         sizes["text_encoder"] -= _unread_bytes(files, read_layers(model, pipeline))
     return Located(
+        kind=kind,
+        source=source,
         pipeline=pipeline,
         distilled=distilled,
         folder=folder,
         variant=model.variant,
         component_bytes=sizes,
-        **fields,
     )
 
 
@@ -99,7 +101,7 @@ def _model_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def check_index(index: dict[str, Any], where: str) -> None:
+def check_index(index: Mapping[str, Json], where: str) -> None:
     name = index.get("_class_name")
     if name not in PIPELINE_CLASSES:
         raise ConfigError(f"{where} holds a {name}, not a FLUX.2 pipeline (allowed: {', '.join(PIPELINE_CLASSES)})")
@@ -112,12 +114,14 @@ def check_index(index: dict[str, Any], where: str) -> None:
         raise ConfigError(f"{where} asks for code from {', '.join(foreign)}; only {' and '.join(LIBRARIES)} are used")
 
 
-def components_of(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    return {
-        name: (value[0], value[1])
-        for name, value in index.items()
-        if isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
-    }
+def components_of(index: Mapping[str, Json]) -> dict[str, tuple[str, str]]:
+    """Library and class name of each component."""
+    components = {}
+    for name, value in index.items():
+        match value:
+            case [str(library), str(class_name)]:
+                components[name] = (library, class_name)
+    return components
 
 
 def component_classes(folder: Path) -> dict[str, tuple[str, str]]:
@@ -125,9 +129,9 @@ def component_classes(folder: Path) -> dict[str, tuple[str, str]]:
     return components_of(_model_index(folder))
 
 
-def pipeline_of(index: dict[str, Any], model: Flux2Model) -> tuple[PipelineKind, bool]:
+def pipeline_of(index: Mapping[str, Json], model: Flux2Model) -> tuple[PipelineKind, bool]:
     """Pipeline and whether it is distilled: the checkpoint knows; if it does not say, the option does."""
-    pipeline = PIPELINE_CLASSES[index["_class_name"]]
+    pipeline = PIPELINE_CLASSES[str(index["_class_name"])]
     said = index.get("is_distilled", model.distilled)
     return pipeline, pipeline == "klein" and bool(said)
 

@@ -144,7 +144,7 @@ def _ask_hub(model: Flux2Model) -> tuple[Any, dict[str, Any]]:
         names = [entry.rfilename for entry in info.siblings or []]
         if "model_index.json" not in names:
             raise ConfigError(f"{model.id} on the hub is not a diffusers repository: it has no model_index.json")
-        with _no_bars():
+        with _hub_bars_off():
             file = hf_hub_download(
                 model.id, "model_index.json", revision=model.revision, etag_timeout=HUB_READ_TIMEOUT_S
             )
@@ -157,9 +157,13 @@ def _ask_hub(model: Flux2Model) -> tuple[Any, dict[str, Any]]:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
+def _hub_bars_off() -> Iterator[None]:
     """Switch the hub client's progress bars off: a file of 500 bytes needs none."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented, but not in its __all__
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
 
     silent = are_progress_bars_disabled()
     disable_progress_bars()

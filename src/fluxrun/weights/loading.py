@@ -7,21 +7,24 @@ whether it is whole is ``checkpoint.py``'s business and is settled before anythi
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from fluxrun.architectures import HIDDEN_STATES_READ, MODEL_COMPONENTS, PipelineKind
 from fluxrun.errors import ConfigError
 from fluxrun.offload.tensors import tensor_bytes
 from fluxrun.options.model import Flux2Model
+from fluxrun.types import Component, Json, Pipeline
 from fluxrun.weights.find import find_weights
 from fluxrun.weights.folder import component_classes, variant_of
 from fluxrun.weights.hub import download
@@ -30,7 +33,7 @@ from fluxrun.weights.random_weights import random_source
 from fluxrun.weights.store import Base, Part
 from fluxrun.weights.text_encoder import NeededLayers
 
-Quantize = Callable[[nn.Module, str], dict[str, Any]]
+Quantize = Callable[[nn.Module, str], Mapping[str, Json]]
 
 Progress = Callable[[str], None]
 
@@ -72,16 +75,20 @@ def load(
     Raises ConfigError when the checkpoint is missing, partial or of another kind.
     """
     located = located or find_weights(model)
-    parts: dict[str, Any] = dict.fromkeys(PARTS["all"])
+    parts: dict[str, Component] = dict.fromkeys(PARTS["all"])
     facts: dict[str, Any] = {"source": located.source, "revision": located.revision, "components": {}}
     needed = _needed_layers(model, located.pipeline)
-    make = random_source(model, dtype, device, needed) if located.kind == "random" else None
-    folder = None if make else download(located, progress)
+    random = located.kind == "random"
+    make: Callable[[str], Component] = (
+        random_source(model, dtype, device, needed)
+        if random
+        else partial(_pretrained, download(located, progress), dtype, model.variant, needed)
+    )
     for name in PARTS[part]:
-        progress(f"{'building' if make else 'loading'} {name}")
-        parts[name] = make(name) if make else _pretrained(folder, name, dtype, model.variant, needed)  # type: ignore[arg-type]
-        if isinstance(parts[name], nn.Module):
-            facts["components"][name] = _settle(parts[name], name, device, quantize)
+        progress(f"{'building' if random else 'loading'} {name}")
+        component = parts[name] = make(name)
+        if isinstance(component, nn.Module):
+            facts["components"][name] = _settle(component, name, device, quantize)
         if name == "text_encoder" and needed is not None:
             facts["components"][name] |= needed.facts(getattr(torch, dtype).itemsize)
     pipeline = _assemble(located.pipeline, located.distilled, parts)
@@ -95,21 +102,21 @@ def _settle(module: nn.Module, name: str, device: str, quantize: Quantize | None
     """Freeze, quantize and place one component; returns its facts."""
     module.eval().requires_grad_(False)
     parameters = sum(parameter.numel() for parameter in module.parameters())
-    facts = quantize(module, name) if quantize else {}
+    quantized = quantize(module, name) if quantize else {}
     module.to(device)
-    facts = {"quantization": facts} if facts else {}
     return {
         "class": type(module).__name__,
         "parameters": parameters,
         "bytes": tensor_bytes(_tensors([module])),
-        **facts,
+        **({"quantization": quantized} if quantized else {}),
     }
 
 
-def _assemble(kind: PipelineKind, distilled: bool, parts: dict[str, Any]) -> DiffusionPipeline:
+def _assemble(kind: PipelineKind, distilled: bool, parts: Mapping[str, Component]) -> Pipeline:
     """The pipeline object of ``parts``; missing ones stay None."""
     cls: Any = pipeline_class(kind)
-    return cls(**parts, is_distilled=distilled) if kind == "klein" else cls(**parts)
+    pipeline: Pipeline = cls(**parts, is_distilled=distilled) if kind == "klein" else cls(**parts)
+    return pipeline
 
 
 def pipeline_class(kind: PipelineKind) -> type[DiffusionPipeline]:
@@ -133,7 +140,16 @@ def _needed_layers(model: Flux2Model, pipeline: PipelineKind) -> NeededLayers | 
     return NeededLayers(model.text_encoder_out_layers or HIDDEN_STATES_READ[pipeline])
 
 
-def _pretrained(folder: Path, name: str, dtype: str, variant: str | None, needed: NeededLayers | None) -> Any:
+class FromPretrained(TypedDict):
+    """Arguments of ``from_pretrained``, the same for diffusers' and transformers' models."""
+
+    subfolder: str
+    variant: str | None
+    local_files_only: bool
+    dtype: torch.dtype
+
+
+def _pretrained(folder: Path, dtype: str, variant: str | None, needed: NeededLayers | None, name: str) -> Component:
     """One component of a diffusers folder, on the CPU, in ``dtype``; of the text encoder what is ``needed``.
 
     Components are loaded one at a time by their own ``from_pretrained`` and not through the pipeline's: that
@@ -141,31 +157,42 @@ def _pretrained(folder: Path, name: str, dtype: str, variant: str | None, needed
     """
     library, class_name = component_classes(folder)[name]
     cls = getattr(importlib.import_module(library), class_name)
+    component: Component
     if name not in MODEL_COMPONENTS:
-        return cls.from_pretrained(str(folder), subfolder=name, local_files_only=True)
-    # Always said: a folder saved in bfloat16 would otherwise mix a bfloat16 text encoder with a float32 transformer.
-    precision = {"dtype": getattr(torch, dtype)}
-    used = variant_of(folder, name, variant)
-    arguments = {"subfolder": name, "variant": used, "local_files_only": True, **precision}
+        component = cls.from_pretrained(str(folder), subfolder=name, local_files_only=True)
+        return component
+    arguments = FromPretrained(
+        subfolder=name,
+        variant=variant_of(folder, name, variant),
+        local_files_only=True,
+        # Always given: a folder saved in bfloat16 would else mix a bfloat16 text encoder and a float32 transformer.
+        dtype=getattr(torch, dtype),
+    )
     if name == "text_encoder" and needed is not None:
         return _cut_text_encoder(cls, folder, arguments, needed)
-    with _no_bars():
-        return cls.from_pretrained(str(folder), **arguments)
+    with _loading_bars_off():
+        component = cls.from_pretrained(str(folder), **arguments)
+    return component
 
 
-def _cut_text_encoder(cls: Any, folder: Path, arguments: dict[str, Any], needed: NeededLayers) -> nn.Module:
+def _cut_text_encoder(
+    cls: type[PreTrainedModel], folder: Path, arguments: FromPretrained, needed: NeededLayers
+) -> PreTrainedModel:
     """A text encoder without what is never read; tensors of the layers behind are not read from disk either.
 
     Raises ConfigError when the checkpoint lacks tensors of what remains: transformers would only warn.
     """
+    assert cls.config_class is not None
     config = needed.cut(cls.config_class.from_pretrained(str(folder), subfolder=arguments["subfolder"]))
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # it would report every layer that was left out
     try:
-        with _no_bars():
-            encoder, report = cls.from_pretrained(str(folder), config=config, output_loading_info=True, **arguments)
+        with _loading_bars_off():
+            loaded: Any = cls.from_pretrained(str(folder), config=config, output_loading_info=True, **arguments)
     finally:
         transformers_logging.set_verbosity(level)
+    encoder: PreTrainedModel
+    encoder, report = loaded
     if missing := sorted(key for key in report["missing_keys"] if not key.startswith("lm_head.")):
         raise ConfigError(f"{folder}/text_encoder lacks {len(missing)} tensors, {missing[0]} for one")
     needed.trim(encoder)
@@ -173,7 +200,7 @@ def _cut_text_encoder(cls: Any, folder: Path, arguments: dict[str, Any], needed:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
+def _loading_bars_off() -> Iterator[None]:
     """Switch the libraries' own loading bars off: ``progress`` says what is loaded."""
     switches = (diffusers_logging, transformers_logging)
     shown = [switch.is_progress_bar_enabled() for switch in switches]

@@ -9,12 +9,14 @@ from typing import Literal
 from fluxrun.architectures import PipelineKind
 from fluxrun.formatting import gigabytes
 
+Kind = Literal["folder", "hub", "random"]
+
 
 @dataclass(frozen=True)
 class Located:
     """Where weights are and what it takes to have them. Sizes in bytes."""
 
-    kind: Literal["folder", "hub", "random"]
+    kind: Kind
     source: str
     """For people and the record: the folder, ``hub ID`` or ``random ARCHITECTURE``."""
     pipeline: PipelineKind

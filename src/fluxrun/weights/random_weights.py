@@ -63,10 +63,11 @@ def random_source(model: Flux2Model, dtype: str, device: str, needed: NeededLaye
 
 def _text_encoder(sizes: Architecture, needed: NeededLayers | None = None) -> nn.Module:
     arguments = copy.deepcopy(sizes.text_encoder)  # transformers turns the nested dicts into objects in place
-    cut = (lambda config: config) if needed is None else needed.cut
     if sizes.pipeline == "klein":
-        return Qwen3ForCausalLM(cut(Qwen3Config(**arguments)))
-    return Mistral3ForConditionalGeneration(cut(Mistral3Config(**arguments)))
+        qwen = Qwen3Config(**arguments)
+        return Qwen3ForCausalLM(qwen if needed is None else needed.cut(qwen))
+    mistral = Mistral3Config(**arguments)
+    return Mistral3ForConditionalGeneration(mistral if needed is None else needed.cut(mistral))
 
 
 def _fill(module: nn.Module, dtype: torch.dtype, device: str, std: float | None) -> None:

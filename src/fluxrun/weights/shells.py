@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
 from typing import Any
 
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.configuration_utils import ConfigMixin
 from torch import nn
 
+from fluxrun.types import Component, Pipeline
 from fluxrun.weights.store import Base
 
-# --- shells ---------------------------------------------------------------------------------------
 
-
-def shell(base: Base) -> DiffusionPipeline:
+def shell(base: Base) -> Pipeline:
     """A pipeline of fresh modules over ``base``'s weights: change it freely, the base stays as it was.
 
     Modules, hooks, attention processors, Parameter objects and buffers are new; parameters share their storage
@@ -22,11 +22,13 @@ def shell(base: Base) -> DiffusionPipeline:
     base: whatever must change weights replaces them instead.
     """
     modules = {name: part for name, part in base.pipeline.components.items() if isinstance(part, nn.Module)}
-    parts = {name: _fresh(part) for name, part in base.pipeline.components.items() if name not in modules}
+    parts: dict[str, Component] = {
+        name: _fresh(part) for name, part in base.pipeline.components.items() if name not in modules
+    }
     parts |= {name: _shared_copy(module) for name, module in modules.items()}
-    cls = type(base.pipeline)
+    cls: Callable[..., Pipeline] = type(base.pipeline)
     # Settings such as is_distilled: leaving one out silently turns classifier-free guidance on.
-    accepted = inspect.signature(cls.__init__).parameters
+    accepted = inspect.signature(cls).parameters
     settings = {k: v for k, v in base.pipeline.config.items() if k in accepted and k not in parts}
     pipeline = cls(**parts, **settings)
     pipeline.set_progress_bar_config(disable=True)
@@ -43,8 +45,9 @@ def _shared_copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
-def _fresh(part: Any) -> Any:
+def _fresh(part: Component) -> Component:
     """A component without weights, with no state of an earlier run (a scheduler keeps its timesteps)."""
-    if part is None:
-        return None
-    return type(part).from_config(part.config) if hasattr(type(part), "from_config") else copy.deepcopy(part)
+    if isinstance(part, ConfigMixin):
+        fresh: Component = type(part).from_config(part.config)
+        return fresh
+    return copy.deepcopy(part)

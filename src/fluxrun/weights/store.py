@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 from fluxrun.offload.pinning import Pins
 from fluxrun.options.model import Flux2Model
 from fluxrun.process.device import free_memory
+from fluxrun.types import Pipeline
 
 Part = Literal["all", "text", "image"]
 
@@ -52,7 +52,7 @@ class WeightsKey:
 class Base:
     """Loaded weights in an ordinary pipeline that is never called: pictures are drawn by its shells."""
 
-    pipeline: DiffusionPipeline
+    pipeline: Pipeline
     facts: dict[str, Any]
     bytes: int
     """Bytes of all weights and buffers, shared storages counted once."""

@@ -7,12 +7,14 @@ read, the final norm and the head (a matrix of tokens × vocabulary) would be lo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from fluxrun.architectures import layers_needed
+
+C = TypeVar("C", bound=PreTrainedConfig)
 
 
 @dataclass
@@ -25,7 +27,7 @@ class NeededLayers:
     kept: int = 0
     parameters_left_out: int = 0
 
-    def cut(self, config: Any) -> Any:
+    def cut(self, config: C) -> C:
         """Lower the number of layers in a transformers config, in place; returns the config."""
         text = config.get_text_config()
         self.total = text.num_hidden_layers
@@ -40,12 +42,12 @@ class NeededLayers:
 
         With the norm in place the last hidden state would come normed, which it is not in the whole model.
         """
-        decoder = encoder.get_decoder()  # type: ignore[operator]
-        tied = encoder.lm_head.weight is decoder.embed_tokens.weight  # type: ignore[union-attr]
-        dropped = 0 if tied else _count(encoder.lm_head)  # type: ignore[arg-type]
+        decoder = encoder.get_decoder()
+        tied = encoder.lm_head.weight is decoder.embed_tokens.weight
+        dropped = 0 if tied else _count(encoder.lm_head)
         encoder.lm_head = nn.Identity()
         # Nothing is left that could be tied to the embedding, and what moves a model ties it again.
-        encoder.config.tie_word_embeddings = False  # type: ignore[union-attr]
+        encoder.config.tie_word_embeddings = False
         if self.kept < self.total:
             dropped += (self.total - self.kept) * _count(decoder.layers[0]) + _count(decoder.norm)
             decoder.norm = nn.Identity()
