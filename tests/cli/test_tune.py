@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers import CONF, H100, SMALL
+from helpers import H100, SMALL
 
 pytest.importorskip("skimage", reason="the extra 'report'")
 
@@ -66,8 +66,8 @@ def test_what_the_command_line_fixes_stays_and_an_option_of_ones_own_is_tried(
     tmp_path: Path, config_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (config_dir / "attention").mkdir()
-    own = (CONF / "attention" / "math.yaml").read_text()
-    (config_dir / "attention" / "mine.yaml").write_text(own)
+    (config_dir / "attention" / "mine.yaml").write_text("defaults: [math, _self_]\n")
+    (config_dir / "attention" / "broken.yaml").write_text("defaults: [math, _self_]\nbakend: x\n")
     fixed = ["compile=regional", "quantization=none", "cache=none", "vae=full"]
     where = ["--folder", str(tmp_path / "runs"), "--config-dir", str(config_dir), "--repeats", "2"]
     assert dispatch(["tune", *where, *SMALL, *fixed]) == 0
@@ -76,6 +76,7 @@ def test_what_the_command_line_fixes_stays_and_an_option_of_ones_own_is_tried(
     assert ran >= {("sdpa", "none"), ("sdpa", "regional"), ("math", "regional"), ("mine", "regional")}
     preset = (tmp_path / "runs" / "tiny_tuned.yaml").read_text()
     assert "# mine: " in preset
+    assert re.search(r"# .*broken.*: not usable here: .*unknown key 'attention.bakend'", preset)
     assert "override /compile" not in preset
     said = capsys.readouterr().err
     assert re.search(r"^\[\d+, \d+ s\] attention=mine …$", said, re.MULTILINE)

@@ -12,7 +12,7 @@ from fluxrun.compilation.cache_folder import cache_folder, holds_anything
 from fluxrun.config.catalog import Catalog
 from fluxrun.config.composition import compose
 from fluxrun.config.schema import RunConfig
-from fluxrun.errors import FluxrunError, one_line
+from fluxrun.errors import ConfigError, FluxrunError, one_line
 from fluxrun.formatting import GIB
 from fluxrun.hardware.detection import detect
 from fluxrun.hardware.machine import Machine
@@ -37,8 +37,8 @@ def show_doctor(config: RunConfig) -> None:
         for name in names if group != "model" else []:
             reason = _usable(catalog, group, name, machine)
             table.add_row(group, name, "no" if reason else "yes", reason or "")
-    out.print(table)
-    out.print(_presets(config, machine))
+    out.print(table, markup=False)  # a reason can hold brackets
+    out.print(_presets(config, machine), markup=False)
 
 
 def _presets(config: RunConfig, machine: Machine) -> Table:
@@ -60,10 +60,13 @@ def _fallbacks_of(preset: str, config: RunConfig, machine: Machine) -> str:
 
 
 def _usable(catalog: Catalog, group: str, name: str, machine: Machine) -> str | None:
-    option = catalog.load(group, name)
+    try:
+        option = catalog.load(group, name)
+    except ConfigError as error:  # one of the user's own files; the rest is still worth showing
+        return str(error)
     reason = option.requires(machine)
     if reason is None and option.needs_proof and f"{group}={name}" not in machine.proven:
-        reason = prove(machine, group, name).reason
+        reason = prove(machine, catalog, group, name).reason
     return reason
 
 

@@ -12,6 +12,7 @@ from fluxrun.compilation.cache_folder import cache_folder, holds_anything
 from fluxrun.config.composition import compose
 from fluxrun.formatting import GIB
 from fluxrun.hardware.machine import Machine
+from fluxrun.options.base import Option
 from fluxrun.options.compile import expected_wait
 from fluxrun.options.conflicts import find_conflicts
 from fluxrun.options.memory import LADDER
@@ -93,14 +94,14 @@ def also_line(plan: Plan) -> str | None:
     found = []
     for group in ("kernels", "compile", "quantization"):
         if plan.choices[group].option.fallback == "error":
-            names = [name for name in plan.catalog.names(group) if _would_run(plan, group, name)]
+            options = plan.catalog.loadable(group).items()
+            names = [name for name, option in options if _would_run(plan, group, option)]
             found += [f"{group}={','.join(names)}"] if names else []
     return f"usable here, not asked for: {' '.join(found)} (fluxrun tune measures them)" if found else None
 
 
-def _would_run(plan: Plan, group: str, name: str) -> bool:
+def _would_run(plan: Plan, group: str, option: Option) -> bool:
     """Whether an option works here beside the others; one that takes minutes is nothing to suggest."""
-    option = plan.catalog.load(group, name)
     if option.fallback == "error" or option.autotunes:
         return False
     beside = [conflict for conflict in find_conflicts({**plan.options, group: option}) if conflict.group]

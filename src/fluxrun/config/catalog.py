@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import OmegaConf
-
-from fluxrun.config.schema import GROUPS, closed_knobs
+from fluxrun.config.files import read_option
+from fluxrun.config.schema import GROUPS, validate_option
 from fluxrun.errors import ConfigError
 from fluxrun.formatting import nearest
-from fluxrun.options.base import Option, load_option
+from fluxrun.options.base import Option
 from fluxrun.paths import conf_dir
-from fluxrun.trust import check_file
 
 REFUSED_WORDS = {
     ("attention", "slicing"): "attention slicing is not offered: sdpa and the other kernels already use little "
@@ -52,18 +49,33 @@ class Catalog:
 
         A knob is handed on only where the user changed it from what ``like``'s own file says.
         """
-        node = self._node(group, name)
+        data = self.data(group, name)
         if like is not None and like.name in self.names(group):
-            node |= {k: v for k, v in self._changed(group, like).items() if k in node and k not in without}
-        return load_option({**node, "name": name})
+            data |= {k: v for k, v in self._changed(group, like).items() if k in data and k not in without}
+        try:
+            return validate_option(group, data)
+        except ConfigError as error:
+            raise type(error)(f"{self.path(group, name)}: {error}") from error
 
-    def _node(self, group: str, name: str) -> dict[str, Any]:
-        path = self.path(group, name)
-        check_file(path, group, self.dirs[-1], closed=closed_knobs())
-        node = OmegaConf.to_container(OmegaConf.load(path))
-        if not isinstance(node, dict):
-            raise ConfigError(f"{path} must hold a mapping with a _target_ and knobs")
-        return {str(key): value for key, value in node.items()}
+    def data(self, group: str, name: str) -> dict[str, Any]:
+        """An option's file as it lies in a composed config, its defaults list followed; not validated."""
+        self.path(group, name)
+        return {"name": name, **read_option(self.dirs, group, name)}
+
+    def loadable(self, group: str) -> dict[str, Option]:
+        """Every option of a group but those whose file is wrong, by name."""
+        return {name: found for name, found in self._load_all(group) if isinstance(found, Option)}
+
+    def broken(self, group: str) -> dict[str, str]:
+        """What is wrong with those whose file is, by name."""
+        return {name: str(found) for name, found in self._load_all(group) if isinstance(found, ConfigError)}
+
+    def _load_all(self, group: str) -> Iterator[tuple[str, Option | ConfigError]]:
+        for name in self.names(group):
+            try:
+                yield name, self.load(group, name)
+            except ConfigError as error:
+                yield name, error
 
     def _changed(self, group: str, option: Option) -> Mapping[str, Any]:
         before = self.load(group, option.name)
@@ -75,16 +87,11 @@ class Catalog:
 def neutral_options() -> dict[str, str]:
     """The neutral option of every group but ``model``: the one of fluxrun's own that has nothing to fall back to."""
     catalog = Catalog()
-    groups = ((group, catalog.names(group)) for group in GROUPS if group != "model")
-    return {g: next(n for n in names if _fallback_of(catalog.path(g, n)) in (None, "error")) for g, names in groups}
+    groups = {group: catalog.names(group) for group in GROUPS if group != "model"}
+    return {g: next(n for n in names if catalog.load(g, n).fallback == "error") for g, names in groups.items()}
 
 
 def is_neutral_option(group: str, name: str) -> bool:
     """Whether an option is its group's neutral one; in a record from another version, of any group's."""
     known = neutral_options()
     return name == known[group] if group in known else name in known.values()
-
-
-def _fallback_of(path: Path) -> str | None:
-    fallback = yaml.safe_load(path.read_text(encoding="utf-8")).get("fallback")
-    return None if fallback is None else str(fallback)

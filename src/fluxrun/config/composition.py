@@ -10,9 +10,7 @@ from typing import Any
 
 import yaml
 from hydra import version
-from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 from hydra._internal.hydra import Hydra
-from hydra._internal.utils import create_automatic_config_search_path
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
@@ -22,16 +20,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fluxrun.config.catalog import Catalog
-from fluxrun.config.schema import GROUPS, RunConfig, SweepConfig, closed_knobs
+from fluxrun.config.files import COMPOSE_ERRORS, HYDRA_BASE, check_defaults, check_files, search_path
+from fluxrun.config.schema import GROUPS, RunConfig, SweepConfig
 from fluxrun.errors import ConfigError, one_line
 from fluxrun.formatting import nearest, shorten
 from fluxrun.paths import conf_dir
-from fluxrun.trust import check_file
 
 CONFIG_NAME = "config"
-
-HYDRA_BASE = "1.3"
-"""Hydra's ``version_base``."""
 
 RAW_TEXT_KEYS = ("prompt", "negative_prompt", "sweep.baseline")
 
@@ -44,8 +39,6 @@ HINTS = {
     "extraneous input": QUOTING,
 }
 """What to do about an error of Hydra's, by a part of its text."""
-
-COMPOSE_ERRORS = (HydraException, OmegaConfBaseException)
 
 
 def quote_raw_text(override: str) -> str:
@@ -93,12 +86,8 @@ def hydra_for(dirs: tuple[Path, ...]) -> Iterator[Hydra]:
     version.setbase(HYDRA_BASE)  # as the app does: else a composition would mean something else outside of it
     before = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
-    search_path = create_automatic_config_search_path(None, None, str(dirs[-1]))
-    assert isinstance(search_path, ConfigSearchPathImpl)
-    for folder in dirs[:-1]:
-        search_path.prepend(provider="command-line", path=f"file://{folder}")
     try:
-        yield Hydra.create_main_hydra2(task_name="fluxrun", config_search_path=search_path)
+        yield Hydra.create_main_hydra2(task_name="fluxrun", config_search_path=search_path(dirs))
     finally:
         GlobalHydra.instance().clear()
         if before is not None:
@@ -116,6 +105,8 @@ def compose_node(
         )
     except yaml.YAMLError as error:
         raise ConfigError(f"a config file is not valid YAML: {shorten(error, 300)}") from error
+    except (RecursionError, UnicodeDecodeError) as error:
+        raise ConfigError(_broken_file(error, overrides, dirs)) from error
     except (*COMPOSE_ERRORS, ValueError) as error:
         raise ConfigError(explain_composition(error, overrides, dirs)) from error
 
@@ -123,18 +114,7 @@ def compose_node(
 def check_composed_files(hydra: Hydra, overrides: Sequence[str], dirs: tuple[Path, ...], mode: RunMode) -> None:
     """Apply the trust rule to every file outside fluxrun's own folder that this composition would read."""
     loader = hydra.config_loader
-    defaults = loader.compute_defaults_list(config_name=CONFIG_NAME, overrides=list(overrides), run_mode=mode)
-    for entry in defaults.defaults:
-        path = find_file(str(entry.config_path), dirs)
-        if path is not None:
-            group = str(entry.config_path).partition("/")[0]
-            check_file(path, group, dirs[-1], closed=closed_knobs(), package=entry.package)
-
-
-def find_file(config_path: str, dirs: tuple[Path, ...]) -> Path | None:
-    """The file of a config path such as ``preset/mine``, or None where it is not one of these folders'."""
-    candidates = (folder / f"{config_path}.yaml" for folder in dirs)
-    return next((path for path in candidates if path.is_file()), None)
+    check_files(loader.compute_defaults_list(CONFIG_NAME, list(overrides), run_mode=mode).defaults, dirs)
 
 
 def to_run_config(node: DictConfig, dirs: tuple[Path, ...]) -> RunConfig:
@@ -166,8 +146,11 @@ def name_options(data: dict[Any, Any], choices: dict[Any, Any]) -> dict[str, Any
         )
     named = {str(key): value for key, value in data.items()}
     for group in GROUPS:
-        if isinstance(named.get(group), dict) and choices.get(group):
-            named[group] = {"name": choices[group], **named[group]}
+        node, choice = named.get(group), choices.get(group)
+        if choice and isinstance(node, list):
+            raise ConfigError(f"{group}={choice}: an option's file must hold a mapping with a _target_, got {node}")
+        if choice and isinstance(node, dict):
+            named[group] = {"name": choice, **node}
     return named
 
 
@@ -195,6 +178,17 @@ def explain_composition(error: BaseException, overrides: Sequence[str], dirs: tu
     return one_line(error) + next((hint for part, hint in HINTS.items() if part in text), "")
 
 
+def _broken_file(error: BaseException, overrides: Sequence[str], dirs: tuple[Path, ...]) -> str:
+    """Hydra does not say in which file: the first one among those named that has the same trouble alone."""
+    for override in overrides:
+        group, _, name = override.lstrip("+").partition("=")
+        try:
+            check_defaults(dirs, group, name)
+        except ConfigError as found:
+            return str(found)
+    return one_line(error)
+
+
 def _unknown_option(catalog: Catalog, group: str, name: str) -> str:
     try:
         catalog.path(group, name)
@@ -218,9 +212,9 @@ def _known_keys(parent: str, dirs: tuple[Path, ...], overrides: Sequence[str]) -
     group = parent.split(".", maxsplit=1)[0]
     if group in GROUPS:
         chosen = next((o.split("=", 1)[1] for o in overrides if o.startswith(f"{group}=")), None)
-        catalog = Catalog(dirs)
-        names = [chosen] if chosen in catalog.names(group) else catalog.names(group)
-        return list({k for name in names for k in type(catalog.load(group, name)).model_fields} - {"name"})
+        options = Catalog(dirs).loadable(group)
+        known = [options[chosen]] if chosen in options else options.values()
+        return list({knob for option in known for knob in type(option).model_fields} - {"name"})
     if group == "sweep":
         return list(SweepConfig.model_fields)
     return ["warmup", "repeats"] if group == "measure" else []

@@ -139,10 +139,25 @@ def closed_knobs() -> dict[str, str]:
     return closed_in([RunConfig, Measure, SweepConfig, *own_options()])
 
 
-def explain(error: ValidationError, data: dict[str, Any]) -> str:
-    """One line for the first problem: the key, what was got, what is allowed (nearest name first)."""
+def validate_option(group: str, data: dict[str, Any]) -> Option:
+    """An option as plain data, validated as RunConfig's field of its group; raises ConfigError with one line."""
+    try:
+        option = load_option(data)
+    except ValidationError as error:
+        raise ConfigError(explain(error, {group: data}, group)) from error
+    wanted: Any = RunConfig.model_fields[group].annotation
+    if not isinstance(option, wanted):
+        raise ConfigError(_other_group(group, option))
+    return option
+
+
+def explain(error: ValidationError, data: dict[str, Any], *within: str) -> str:
+    """One line for the first problem: the key, what was got, what is allowed (nearest name first).
+
+    ``within`` is where in ``data`` the model lies that did not validate.
+    """
     problem = error.errors(include_url=False)[0]
-    path = [str(part) for part in problem["loc"] if str(part) not in ("str", "tuple[str, ...]")]
+    path = [*within, *(str(part) for part in problem["loc"] if str(part) not in ("str", "tuple[str, ...]"))]
     key = ".".join(path)
     got = problem.get("input")
     if problem["type"] == "extra_forbidden":
@@ -152,13 +167,14 @@ def explain(error: ValidationError, data: dict[str, Any]) -> str:
     if problem["type"] == "value_error":
         return f"{key}: {problem['ctx']['error']}"
     if problem["type"] == "model_type" and isinstance(got, Option):
-        wanted = RunConfig.model_fields[path[0]].annotation
-        return f"{key}={got.name}: {type(got).__name__} is no option of this group (a subclass of {_dotted(wanted)})"
+        return _other_group(path[0], got)
     return f"{key}={shorten(got)}: {problem['msg'].lower()}, got {shorten(repr(got))} ({type(got).__name__})"
 
 
-def _dotted(cls: Any) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
+def _other_group(group: str, option: Option) -> str:
+    wanted: Any = RunConfig.model_fields[group].annotation
+    a_subclass = f"a subclass of {wanted.__module__}.{wanted.__qualname__}"
+    return f"{group}={option.name}: {type(option).__name__} is no option of this group ({a_subclass})"
 
 
 def _known_keys(path: list[str], data: dict[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from fluxrun.errors import ConfigError
+from fluxrun.errors import ConfigError, one_line
 from fluxrun.formatting import GIB
 from fluxrun.hardware.machine import Machine
 from fluxrun.offload.block_sizes import BlockSizes
@@ -240,8 +240,8 @@ def option_class(target: str) -> type[Option]:
     module_name, _, class_name = target.rpartition(".")
     try:
         cls = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"_target_ {target!r} cannot be imported: {error}") from error
+    except (Exception, SystemExit) as error:  # a user's own module may raise anything while it is imported
+        raise ConfigError(f"_target_ {target!r} cannot be imported: {one_line(error)}") from error
     if not (isinstance(cls, type) and issubclass(cls, Option)):
         raise ConfigError(f"_target_ {target!r} is not a fluxrun option class (a subclass of fluxrun.Option)")
     return cls

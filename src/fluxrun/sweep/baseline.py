@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
-
 from fluxrun.config.catalog import Catalog, is_neutral_option, neutral_options
 from fluxrun.config.schema import GROUPS, RunConfig, SweepConfig
 from fluxrun.errors import ConfigError
@@ -56,18 +54,11 @@ def neutral_data(data: dict[str, Any], dirs: tuple[Path, ...], keep: Sequence[st
     it still does."""
     catalog = Catalog(dirs)
     changed = {
-        group: option_data(catalog, group, name)
+        group: catalog.data(group, name)
         for group, name in neutral_options().items()
         if group not in keep and config_value(data, group) not in (name, "auto")
     }
     return {**data, **changed}
-
-
-def option_data(catalog: Catalog, group: str, name: str) -> dict[str, Any]:
-    """An option's file as it lies in a composed config."""
-    content = OmegaConf.to_container(OmegaConf.load(catalog.path(group, name)))
-    assert isinstance(content, dict)
-    return {"name": name, **{str(key): value for key, value in content.items()}}
 
 
 def describes(wanted: str, data: dict[str, Any]) -> bool:

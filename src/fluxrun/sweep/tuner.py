@@ -32,7 +32,7 @@ from fluxrun.report.comparison import compare
 from fluxrun.report.result import SweepProgress, finish
 from fluxrun.report.rows import Row, read_row, read_rows
 from fluxrun.runner import run
-from fluxrun.sweep.baseline import neutral_data, option_data
+from fluxrun.sweep.baseline import neutral_data
 from fluxrun.sweep.trials import Trial, together
 
 log = logging.getLogger("fluxrun.tune")
@@ -96,7 +96,8 @@ class Tuner:
     # -- one group ----------------------------------------------------------------------------------------------
 
     def _search_group(self, group: str, best: Row) -> Row:
-        found: list[Trial] = []
+        broken = Catalog(self.dirs).broken(group)
+        found = [Trial(group, name, UNUSABLE + reason) for name, reason in broken.items()]
         for name, candidate in self._candidates(group):
             usable, reason = self._made_usable(group, name, candidate)
             if usable is None:
@@ -115,8 +116,8 @@ class Tuner:
     def _candidates(self, group: str) -> list[tuple[str, dict[str, Any]]]:
         """The group's options as they lie in a config, those that are ready soonest first."""
         catalog = Catalog(self.dirs)
-        names = [n for n in catalog.names(group) if n != "auto" and not is_neutral_option(group, n)]
-        data = {name: option_data(catalog, group, name) for name in names if name != self.chosen[group]}
+        names = [n for n in catalog.loadable(group) if n != "auto" and not is_neutral_option(group, n)]
+        data = {name: catalog.data(group, name) for name in names if name != self.chosen[group]}
         return sorted(data.items(), key=lambda item: (item[1].get("scope") == "full", item[0]))
 
     def _made_usable(self, group: str, name: str, option: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
@@ -161,7 +162,7 @@ class Tuner:
         fell_back = {g: row.options[g].effective for g in self.chosen if row.options[g].fell_back}
         # Loaded anew, an option that only lost a knob would lose its other ones, too.
         gave_way = {g: name for g, name in fell_back.items() if name != data[g]["name"]}
-        self.data = {**data, **{g: option_data(catalog, g, name) for g, name in gave_way.items()}}
+        self.data = {**data, **{g: catalog.data(g, name) for g, name in gave_way.items()}}
         self.chosen = {group: self.data[group]["name"] for group in self.chosen}
 
     # -- one measurement ----------------------------------------------------------------------------------------
