@@ -6,9 +6,12 @@ import functools
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from fork_server import Forked, ForkServer
 
 from fluxrun.config.composition import compose
 from fluxrun.config.schema import GROUPS, RunConfig
@@ -21,6 +24,12 @@ from fluxrun.record.schema import RunRecord
 CONF = Path(__file__).resolve().parents[1] / "conf"
 SMALL = ("model=tiny", "height=64", "width=64", "steps=2", "model.max_sequence_length=32")
 """The cheapest picture that still has two denoising steps, of random weights: for everything but what is drawn."""
+
+SERVER = ForkServer(os.environ)
+"""Starts fluxrun processes; its environment is the one that conftest has set, before any test changes it."""
+
+Child = Forked | subprocess.Popen[bytes]
+"""A process as the tests see it."""
 
 CUDA_PACKAGES = {"torch": "2.11.0+cu130", "diffusers": "0.42.1", "triton": "3.6.0", "torchao": "0.18.0"}
 
@@ -99,19 +108,29 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "fluxrun", *arguments]
 
 
+def start_fluxrun(
+    *arguments: str, cwd: Path, stderr: IO[Any], stdout: IO[Any] | None = None, env: Mapping[str, str] | None = None,
+    fresh: bool = False,
+) -> Child:  # fmt: skip
+    """A fluxrun process in a session of its own; ``fresh``: by a new interpreter, as a user's command line does it."""
+    environment = {**os.environ, **(env or {})}
+    with open(os.devnull, "r+b") as nothing:
+        where: dict[str, Any] = {"cwd": cwd, "env": environment, "stdout": stdout or nothing, "stderr": stderr}
+        if fresh or not SERVER.serves(environment):
+            return subprocess.Popen(command(*arguments), stdin=nothing, start_new_session=True, **where)
+        return SERVER.start(["fluxrun", *arguments], **where)
+
+
 def fluxrun(
-    *arguments: str, cwd: Path, env: Mapping[str, str] | None = None, timeout: float = 300
+    *arguments: str, cwd: Path, env: Mapping[str, str] | None = None, timeout: float = 300, fresh: bool = False
 ) -> subprocess.CompletedProcess[str]:
     """Run fluxrun in a child process, as a user would, and wait for it."""
-    return subprocess.run(
-        command(*arguments),
-        cwd=cwd,
-        env={**os.environ, "COLUMNS": "300", **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        environment = {"COLUMNS": "300", **(env or {})}
+        child = start_fluxrun(*arguments, cwd=cwd, stdout=out, stderr=err, env=environment, fresh=fresh)
+        code = child.wait(timeout)
+        out.seek(0), err.seek(0)
+        return subprocess.CompletedProcess(arguments, code, out.read(), err.read())
 
 
 def said(error: Sequence[str] | str) -> list[str]:

@@ -141,7 +141,7 @@ def test_doctor_lists_every_option(tmp_path):
 
 
 def test_a_bare_run(tmp_path):
-    done = fluxrun(*SMALL, f"prompt={AWKWARD}", cwd=tmp_path)
+    done = fluxrun(*SMALL, f"prompt={AWKWARD}", cwd=tmp_path, fresh=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
@@ -165,7 +165,7 @@ def test_a_bare_run(tmp_path):
 
 def test_a_sweep_with_awkward_text_where_one_job_fails(tmp_path):
     arguments = (*SMALL, f"prompt={AWKWARD}", "steps=1,0,2", "hydra.sweep.dir=sweep")
-    done = fluxrun("--multirun", *arguments, cwd=tmp_path)
+    done = fluxrun("--multirun", *arguments, cwd=tmp_path, fresh=True)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     good = [read_record(tmp_path / "sweep" / str(number)) for number in (0, 2)]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
-from helpers import SMALL, command
+from helpers import SMALL, start_fluxrun
 from PIL import Image
 
 from fluxrun.record.folder import read_record
@@ -29,18 +29,13 @@ MANY_STEPS = ("model=tiny", "num_images=3", "steps=400", "height=64", "width=64"
 class Child:
     """A fluxrun process in its own session, with its standard error in a file."""
 
-    def __init__(self, folder: Path, *arguments: str, env: dict[str, str] | None = None) -> None:
+    def __init__(self, folder: Path, *arguments: str, **how: Any) -> None:
         self.folder = folder
         self.run_folder = folder / "run"
         self.errors = folder / "stderr.txt"
         with self.errors.open("w") as stream:
-            self.process = subprocess.Popen(
-                command(*arguments, f"hydra.run.dir={self.run_folder}"),
-                cwd=folder,
-                env={**os.environ, **(env or {})},
-                stdout=subprocess.DEVNULL,
-                stderr=stream,
-                start_new_session=True,
+            self.process = start_fluxrun(
+                *arguments, f"hydra.run.dir={self.run_folder}", cwd=folder, stderr=stream, **how
             )
         self.seen: set[psutil.Process] = set()
 
@@ -83,8 +78,8 @@ class Child:
 def start(tmp_path):
     started: list[Child] = []
 
-    def start(*arguments: str, env: dict[str, str] | None = None) -> Child:
-        started.append(Child(tmp_path, *arguments, env=env))
+    def start(*arguments: str, **how: Any) -> Child:
+        started.append(Child(tmp_path, *arguments, **how))
         return started[-1]
 
     yield start
@@ -114,7 +109,7 @@ def check_stopped(child: Child, code: int, images: int | None = None) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
 def test_while_drawing(start, number, code):
     """One picture is finished, the second is being drawn."""
-    child = start(*MANY_STEPS)
+    child = start(*MANY_STEPS, fresh=number == signal.SIGINT)
     child.wait_for(lambda: len(child.images()) == 1)
     child.signal(number)
     check_stopped(child, code)
@@ -159,6 +154,6 @@ def test_the_second_signal_ends_at_once(start):
 
 
 def test_before_anything_began(start):
-    child = start("plan")
+    child = start("plan", fresh=True)
     child.process.send_signal(signal.SIGTERM)
     assert child.process.wait(PATIENCE_S) in (143, -signal.SIGTERM, 0)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import SMALL, command, draw, fluxrun, hashes, said
+from helpers import SMALL, Child, draw, fluxrun, hashes, said, start_fluxrun
 
 from fluxrun.cli.app import dispatch
 from fluxrun.errors import ConfigError
@@ -32,7 +32,7 @@ def statuses(folder: Path) -> dict[str, str]:
     return {job["job"]: job["status"] for job in read(folder)["jobs"]}
 
 
-def wait_for(child: subprocess.Popen[bytes], what: Callable[[], bool]) -> None:
+def wait_for(child: Child, what: Callable[[], bool]) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not what():
         assert child.poll() is None, "the sweep ended too early"
@@ -119,9 +119,9 @@ def test_a_job_in_the_middle_of_a_sweep_has_the_pixels_it_has_alone(swept: tuple
 # --- kills and interrupts ---------------------------------------------------------------------------------------------
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
+def start(folder: Path, *arguments: str, fresh: bool = False) -> Child:
     with (folder / "stderr.txt").open("w") as errors:
-        return subprocess.Popen(command(*arguments), cwd=folder, stderr=errors, start_new_session=True)
+        return start_fluxrun(*arguments, cwd=folder, stderr=errors, fresh=fresh)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
@@ -147,7 +147,7 @@ def test_a_killed_sweep_is_resumed_with_every_job_once_and_none_lost(tmp_path: P
 @pytest.mark.parametrize("isolation", ["none", "process"])
 def test_ctrl_c_ends_the_sweep_after_the_step_with_a_report(tmp_path: Path, isolation: str) -> None:
     grid = [*SMALL_RUN, "steps=9000,2", f"sweep.isolation={isolation}"]
-    child = start(tmp_path, "--multirun", *grid, "hydra.sweep.dir=out")
+    child = start(tmp_path, "--multirun", *grid, "hydra.sweep.dir=out", fresh=isolation == "none")
     log = tmp_path / "out" / "0" / "fluxrun.log"
     wait_for(child, lambda: log.exists() and "step " in log.read_text())
     child.send_signal(signal.SIGINT)
