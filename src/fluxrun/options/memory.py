@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from fluxrun.formatting import GIB
 from fluxrun.hardware.machine import CONTEXT_BYTES, Machine
 from fluxrun.options.base import Context, Facts, Option, Resolution, Workload
+from fluxrun.types import Pipeline
 
 log = logging.getLogger("fluxrun.memory")
 
@@ -116,7 +117,7 @@ class AutoMemory(MemoryOption):
 class Resident(MemoryOption):
     """All components on the device."""
 
-    def apply(self, pipeline: Any, context: Context) -> Facts:
+    def apply(self, pipeline: Pipeline, context: Context) -> Facts:
         return {"resident_bytes": context.weight_facts.get("bytes"), **self.limited(context.device)}
 
 
@@ -125,10 +126,10 @@ class Staged(MemoryOption):
 
     staged: ClassVar[bool] = True
 
-    def apply(self, pipeline: Any, context: Context) -> Facts:
+    def apply(self, pipeline: Pipeline, context: Context) -> Facts:
         return self.limited(context.device)
 
-    def observe(self, pipeline: Any, context: Context) -> Facts:
+    def observe(self, pipeline: Pipeline, context: Context) -> Facts:
         counted = ("prompts_encoded_first", "prompts_known_before", "freed_bytes")
         return {name: context.prompt_counts.get(name, 0) for name in counted}
 
@@ -143,7 +144,7 @@ class Offload(MemoryOption):
             return None
         return f"offloads from a GPU to the CPU's memory; this run is on {machine.device}, there is nothing to offload"
 
-    def pinned(self, pipeline: Any, context: Context) -> Facts:
+    def pinned(self, pipeline: Pipeline, context: Context) -> Facts:
         """Page-lock the weights for fast copies."""
         if context.pins is None or not context.device.startswith("cuda"):
             return {}
@@ -157,14 +158,14 @@ class Offload(MemoryOption):
 class Balanced(Offload):
     """Text encoder or transformer on the GPU: one copy per change, none between images of known prompts."""
 
-    def apply(self, pipeline: Any, context: Context) -> Facts:
+    def apply(self, pipeline: Pipeline, context: Context) -> Facts:
         from fluxrun.offload.components import AlternatingOffload
 
         pinned = self.pinned(pipeline, context)
         AlternatingOffload(pipeline, context.device, context.counters)
         return {**pinned, **self.limited(context.device)}
 
-    def observe(self, pipeline: Any, context: Context) -> Facts:
+    def observe(self, pipeline: Pipeline, context: Context) -> Facts:
         return {name: context.counters[name] for name in ("components_moved", "bytes_moved")}
 
 
@@ -174,7 +175,7 @@ class BlockSwap(Offload):
     swaps_blocks: ClassVar[bool] = True
     moves_per_layer: ClassVar[bool] = True
 
-    def apply(self, pipeline: Any, context: Context) -> Facts:
+    def apply(self, pipeline: Pipeline, context: Context) -> Facts:
         """Facts: blocks and how many of them are swapped; a step copies ``swapped_bytes``."""
         from fluxrun.offload.block_swap import PipelineBlockSwap
 
@@ -192,7 +193,7 @@ class BlockSwap(Offload):
             **self.limited(context.device),
         }
 
-    def observe(self, pipeline: Any, context: Context) -> Facts:
+    def observe(self, pipeline: Pipeline, context: Context) -> Facts:
         return {name: context.counters[name] for name in ("blocks_copied", "bytes_copied")}
 
 
@@ -201,9 +202,11 @@ class Sequential(Offload):
 
     moves_per_layer: ClassVar[bool] = True
 
-    def apply(self, pipeline: Any, context: Context) -> Facts:
+    def apply(self, pipeline: Pipeline, context: Context) -> Facts:
+        from torch import nn
+
         pipeline.enable_sequential_cpu_offload(device=context.device)
-        modules = [m for m in pipeline.components.values() if hasattr(m, "modules")]
+        modules = [m for m in pipeline.components.values() if isinstance(m, nn.Module)]
         hooks = sum(hasattr(s, "_hf_hook") for m in modules for s in m.modules())
         return {"hooks": hooks, **self.limited(context.device)}
 
@@ -217,7 +220,7 @@ class Group(Offload):
     def prefetches(self) -> bool:
         return self.use_stream
 
-    def apply(self, pipeline: Any, context: Context) -> Facts:
+    def apply(self, pipeline: Pipeline, context: Context) -> Facts:
         from fluxrun.offload.groups import group_offload
 
         streams = self.use_stream and context.device.startswith("cuda")
