@@ -280,7 +280,7 @@ def _differs(override: str, row: Row, other: Row) -> bool:
     key = _key(override)
     if key.partition(".")[0] not in row.config or not other.config:
         return override not in other.overrides
-    return _at(row.config, key) != _at(other.config, key)
+    return bool(_at(row.config, key) != _at(other.config, key))
 
 
 def _readable(override: str, row: Row) -> str:
