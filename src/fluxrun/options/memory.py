@@ -37,7 +37,7 @@ class MemoryOption(Option):
     """Group offload: copy the next group while this one computes (CUDA)."""
 
     blocks_to_swap: int | None = Field(None, ge=0)
-    """Block swap: how many transformer blocks come and go (fewer than 3 save nothing); None: as few as fit."""
+    """Block swap: how many transformer blocks are swapped (fewer than 3 save nothing); None: as few as fit."""
 
     staged: ClassVar[bool] = False
     """Whether text encoder and the rest are loaded one after the other."""
@@ -224,7 +224,7 @@ class Group(Offload):
         from fluxrun.offload.groups import group_offload
 
         streams = self.use_stream and context.device.startswith("cuda")
-        # What is pinned where it lies, diffusers does not copy into pinned memory of its own: twice the weights.
+        # Weights that are pinned in place, diffusers does not copy into pinned memory of its own: twice the weights.
         pinned = self.pinned(pipeline, context) if streams else {}
         groups = group_offload(
             pipeline, context.device, blocks=self.blocks_per_group if self.group_level == "block" else None,

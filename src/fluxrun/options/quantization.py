@@ -24,7 +24,7 @@ class QuantizationOption(Option):
     def quantize(self, component: nn.Module, name: str, device: str) -> Facts:
         """Convert ``component`` in place, right after it was loaded; returns what was converted.
 
-        ``device`` is where it will lie; a pretrained component is still on the CPU then.
+        ``device`` is where it will be used; a pretrained component is still on the CPU then.
         """
         return {}
 
@@ -47,7 +47,7 @@ class Fp8(QuantizationOption):
         return machine.needs_cuda((8, 9)) or machine.lacks("torchao", "0.15")
 
     def quantize(self, component: nn.Module, name: str, device: str) -> Facts:
-        """Layer by layer on the GPU, so that the unquantized weights never lie there whole; then each to ``device``.
+        """Layer by layer on the GPU, so that the unquantized weights are never there whole; then each to ``device``.
 
         Raises RuntimeError when not one layer was converted: zero converted is a failure, not a success."""
         if name not in self.components:

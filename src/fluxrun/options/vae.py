@@ -123,7 +123,7 @@ class FastVae(Vae):
     """The same weights in a decoder of our own: less arithmetic, fewer passes over the picture, nothing to compile.
 
     Each upsampling becomes one transposed convolution, GroupNorm and SiLU run in Triton kernels on a GPU, and pixels
-    are rounded to bytes where they lie.
+    are rounded to bytes on their device.
     """
 
     autotune: bool = False
