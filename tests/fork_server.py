@@ -24,7 +24,8 @@ from typing import IO, Any
 
 LIBRARIES = (
     "hydra.main", "pydantic", "rich.progress", "psutil", "PIL.Image", "torch._inductor.compile_fx",
-    "diffusers.models.attention_dispatch", "diffusers.pipelines.flux2", "diffusers.models.transformers.transformer_flux2",
+    "diffusers.models.attention_dispatch", "diffusers.pipelines.flux2",
+    "diffusers.models.transformers.transformer_flux2",
     "diffusers.models.autoencoders.autoencoder_kl_flux2", "transformers.models.qwen3.modeling_qwen3",
     "diffusers.schedulers.scheduling_flow_match_euler_discrete", "transformers.models.mistral3.modeling_mistral3",
 )  # fmt: skip

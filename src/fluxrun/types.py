@@ -40,6 +40,8 @@ class Pipeline(Protocol):
     """None while ``memory=staged`` draws: it was freed when every prompt was encoded."""
     image_processor: ImageProcessor
     vae_scale_factor: int
+    cached_calls: list[dict[str, int]]
+    """What a ``cache`` option leaves on its pipeline: steps computed, skipped and so on in each call."""
 
     encode_prompt: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     """Prompts -> (embeddings, position ids)."""

@@ -178,7 +178,7 @@ def test_the_pipeline_in_a_notebook_needs_no_arguments_of_ours(tmp_path):
         drawing = {"height": 64, "width": 64, "max_sequence_length": 32, "text_encoder_out_layers": (1, 2, 3)}
         session.pipeline(prompt="a red circle", num_inference_steps=6, **drawing)
         session.pipeline(None, "a red circle", sigmas=[1.0, 0.8, 0.5, 0.2], **drawing)
-        assert [call["steps_computed"] for call in session.pipeline._fluxrun_steps] == [3, 2]
+        assert [call["steps_computed"] for call in session.pipeline.cached_calls] == [3, 2]
     finally:
         session.close()
 

@@ -18,9 +18,7 @@ from omegaconf import DictConfig
 
 from fluxrun.cli.arguments import flags_parser
 from fluxrun.config.composition import (
-    COMPOSE_ERRORS,
     CONFIG_NAME,
-    HYDRA_BASE,
     compose_node,
     config_dirs,
     explain_composition,
@@ -28,6 +26,7 @@ from fluxrun.config.composition import (
     quote_raw_text,
     to_run_config,
 )
+from fluxrun.config.files import COMPOSE_ERRORS, HYDRA_BASE
 from fluxrun.errors import ConfigError, FluxrunError, exit_code_of, one_line
 from fluxrun.formatting import nearest
 from fluxrun.paths import cache_dir, conf_dir

@@ -15,6 +15,7 @@ from fluxrun.options.attention import AttentionOption
 from fluxrun.options.base import Option, load_option, own_options
 from fluxrun.options.cache import CacheOption
 from fluxrun.options.compile import CompileOption
+from fluxrun.options.groups import ROWS
 from fluxrun.options.kernels import KernelsOption
 from fluxrun.options.memory import MemoryOption
 from fluxrun.options.model import Flux2Model
@@ -145,8 +146,7 @@ def validate_option(group: str, data: dict[str, Any]) -> Option:
         option = load_option(data)
     except ValidationError as error:
         raise ConfigError(explain(error, {group: data}, group)) from error
-    wanted: Any = RunConfig.model_fields[group].annotation
-    if not isinstance(option, wanted):
+    if not isinstance(option, ROWS[group].base):
         raise ConfigError(_other_group(group, option))
     return option
 

@@ -127,8 +127,8 @@ class Generation:
         self.stage = "text_encode"
         arguments = self._arguments(batch)
         self.stage = "denoise"
-        with self.session.reporter.steps(text, arguments["num_inference_steps"]) as shown:
-            watch = Stopwatch(self.device, shown, self._after_step, self._after_denoising, compiles=compiles)
+        with self.session.reporter.steps(text, arguments["num_inference_steps"]) as display:
+            watch = Stopwatch(self.device, display, self._after_step, self._after_denoising, compiles=compiles)
             with self._interruptible(compiles), watch.timing(pipeline):
                 images = pipeline(**arguments, callback_on_step_end=watch.step).images
         self._note_memory("decode")

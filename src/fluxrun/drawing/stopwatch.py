@@ -21,10 +21,16 @@ class Stopwatch:
     """
 
     def __init__(
-        self, device: str, shown: Steps, on_step: Callable[[], None], on_denoised: Callable[[], None], *, compiles: bool
+        self,
+        device: str,
+        display: Steps,
+        on_step: Callable[[], None],
+        on_denoised: Callable[[], None],
+        *,
+        compiles: bool,
     ) -> None:
         self._device = device
-        self._shown = shown
+        self._display = display
         self._on_step, self._on_denoised = on_step, on_denoised
         self._compiles = compiles
         self._clock: list[float] = []
@@ -48,7 +54,7 @@ class Stopwatch:
     ) -> Iterator[Stopwatch]:
         """Stands in for diffusers' own bar, which the pipeline opens around its denoising loop."""
         if self._compiles:
-            self._shown.compiling()
+            self._display.compiling()
         synchronize(self._device)
         started = time.perf_counter()
         self._mark()
@@ -66,7 +72,7 @@ class Stopwatch:
     ) -> dict[str, torch.Tensor]:
         """diffusers' ``callback_on_step_end``: take the time, show it, and stop here if the user asked to."""
         self._mark()
-        self._shown.advance()
+        self._display.advance()
         self._on_step()
         return {}
 

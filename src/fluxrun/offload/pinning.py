@@ -14,7 +14,7 @@ from fluxrun.types import Pipeline
 
 
 class Pins:
-    """Storages page-locked where they lie, for as long as this object lives; it belongs to the weights.
+    """Storages page-locked in place, for as long as this object lives; it belongs to the weights.
 
     torch's own ``pin_memory`` copies, and rounds every tensor up to a power of two: dev's weights would take 140 GB
     more. Memory must not be freed while it is registered, so the storages are held until they are not.

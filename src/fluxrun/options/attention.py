@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
 from fluxrun.hardware.machine import Machine
 from fluxrun.options.base import Context, Facts, Option
 from fluxrun.trust import Closed, Open
+from fluxrun.types import Pipeline
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    import torch
+    from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
+    from torch._ops import OpOverload
 
 
 class AttentionOption(Option):
@@ -68,7 +76,7 @@ class Attention(AttentionOption):
             or _unproven(self.name, machine)
         )
 
-    def apply(self, pipeline: Any, context: Context) -> Facts:
+    def apply(self, pipeline: Pipeline, context: Context) -> Facts:
         """Switch every attention processor, then call the kernel once with the run's real shape.
 
         Facts: ``processors`` switched, ``shape`` [batch, tokens, heads, head size], ``kernel`` torch called.
@@ -108,7 +116,7 @@ class Fp8Attention(Attention):
 
     in_fp8: ClassVar[bool] = True
 
-    def apply(self, pipeline: Any, context: Context) -> Facts:
+    def apply(self, pipeline: Pipeline, context: Context) -> Facts:
         """Call cuDNN once with the run's real shape. Facts: as for the other kernels, and the call's first seconds."""
         self._check_dtype(context.dtype)
         pipeline.transformer.set_attention_backend(self.effective_backend)
@@ -134,7 +142,7 @@ class AutoAttention(AttentionOption):
     repeats: Open[int] = Field(5, ge=1)
     """Timed calls per candidate; the median counts."""
 
-    def choose(self, pipeline: Any, context: Context) -> tuple[str, Facts]:
+    def choose(self, pipeline: Pipeline, context: Context) -> tuple[str, Facts]:
         """The fastest candidate and the probe's figures in milliseconds (or why a candidate was left out)."""
         shape = attention_shape(pipeline.transformer, context)
         times: dict[str, float] = {}
@@ -155,10 +163,11 @@ class AutoAttention(AttentionOption):
         return min(times, key=times.__getitem__), facts
 
 
-def attention_shape(transformer: Any, context: Context) -> tuple[int, int, int, int]:
+def attention_shape(transformer: Flux2Transformer2DModel, context: Context) -> tuple[int, int, int, int]:
     """[batch, tokens, heads, head size] of the single blocks' attention in this run."""
     config = transformer.config
-    return (context.workload.batch_size, context.workload.tokens, config.num_attention_heads, config.attention_head_dim)
+    heads, size = config["num_attention_heads"], config["attention_head_dim"]
+    return (context.workload.batch_size, context.workload.tokens, heads, size)
 
 
 def _unproven(name: str, machine: Machine) -> str | None:
@@ -167,13 +176,13 @@ def _unproven(name: str, machine: Machine) -> str | None:
     return f"its kernel failed when probed here: {proof.reason}" if proof and proof.reason else None
 
 
-def _processors_using(transformer: Any, backend: str) -> int:
+def _processors_using(transformer: Flux2Transformer2DModel, backend: str) -> int:
     processors = (getattr(module, "processor", None) for module in transformer.modules())
     used = (getattr(processor, "_attention_backend", None) for processor in processors)
     return sum(1 for value in used if value is not None and value.value == backend)
 
 
-def _inputs(shape: tuple[int, int, int, int], context: Context) -> list[Any]:
+def _inputs(shape: tuple[int, int, int, int], context: Context) -> list[torch.Tensor]:
     import torch
 
     generator = torch.Generator(context.device).manual_seed(0)
@@ -181,7 +190,7 @@ def _inputs(shape: tuple[int, int, int, int], context: Context) -> list[Any]:
     return [torch.randn(shape, generator=generator, device=context.device, dtype=dtype) for _ in range(3)]
 
 
-def call_backend(backend: str, query: Any, key: Any, value: Any) -> Any:
+def call_backend(backend: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """One attention call through diffusers' dispatcher; [batch, tokens, heads, head size] in and out."""
     from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
@@ -210,13 +219,15 @@ def _kernel(backend: str, shape: tuple[int, int, int, int], context: Context) ->
     names: list[str] = []
 
     class Recorder(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self, func: OpOverload, types: Collection[type], args: tuple[Any, ...] = (), kwargs: Any = None
+        ) -> Any:
             names.append(str(func))
             return func(*args, **(kwargs or {}))
 
     inputs = _inputs(shape, context)
     # FlexAttention traces itself with dynamo, which refuses to run under a dispatch mode.
-    recorder = contextlib.nullcontext() if backend == "flex" else Recorder()
+    recorder = contextlib.nullcontext() if backend == "flex" else Recorder()  # type: ignore[no-untyped-call]  # torch's own
     with torch.no_grad(), recorder:
         call_backend(backend, *inputs)
     if backend == "flex":

@@ -18,8 +18,11 @@ from fluxrun.offload.block_sizes import BlockSizes
 from fluxrun.process.device import synchronize
 from fluxrun.process.switches import ProcessState
 from fluxrun.trust import OWN_TARGETS, Open, check_target
+from fluxrun.types import Json, Pipeline
 
 if TYPE_CHECKING:
+    import torch
+
     from fluxrun.compilation.compiler import Compiler
     from fluxrun.compilation.cuda_graphs import Graphs
     from fluxrun.offload.pinning import Pins
@@ -69,18 +72,18 @@ class Option(BaseModel):
         """For an option that only chooses (``auto``): the option to use and why. Pure, like ``requires``."""
         return None
 
-    def choose(self, pipeline: Any, context: Context) -> tuple[str, Facts] | None:
+    def choose(self, pipeline: Pipeline, context: Context) -> tuple[str, Facts] | None:
         """As ``resolve``, for a choice that needs the built pipeline and a measurement."""
         return None
 
-    def apply(self, pipeline: Any, context: Context) -> Facts:
+    def apply(self, pipeline: Pipeline, context: Context) -> Facts:
         """Do it to ``pipeline`` (a diffusers pipeline) and return what was counted.
 
         Raises whatever the library raises; the session turns that into a fallback.
         """
         return {}
 
-    def observe(self, pipeline: Any, context: Context) -> Facts:
+    def observe(self, pipeline: Pipeline, context: Context) -> Facts:
         """What can only be counted after pictures were drawn; merged into the facts of ``apply``."""
         return {}
 
@@ -205,7 +208,7 @@ class Context:
         self.compiler.start_counting()
         self.graphs.start_counting()
 
-    def timed(self, call: Callable[[], Any]) -> float:
+    def timed(self, call: Callable[[], torch.Tensor | None]) -> float:
         """Seconds ``call`` takes, the device synchronised at both ends."""
         synchronize(self.device)
         started = time.perf_counter()
@@ -220,7 +223,7 @@ def own_options(base: type[Option] = Option) -> list[type[Option]]:
     return found + [cls for subclass in base.__subclasses__() for cls in own_options(subclass)]
 
 
-def load_option(node: Any) -> Option:
+def load_option(node: Option | Json) -> Option:
     """Turn ``{_target_, name, knobs…}`` into the option it names; an Option passes through.
 
     Raises ConfigError for a missing or untrusted ``_target_``, pydantic's ValidationError for knobs that do not

@@ -19,6 +19,7 @@ from pydantic import Field
 from fluxrun.hardware.machine import Machine
 from fluxrun.options.base import Context, Facts, Option, Workload
 from fluxrun.trust import Open
+from fluxrun.types import Pipeline
 
 FEW_STEPS = 4
 """Up to so many steps each one counts: nothing that could be skipped."""
@@ -88,7 +89,7 @@ class StepCache(CacheOption):
         """1 for every step to compute, 0 for every one to skip; None: decided while drawing."""
         return None
 
-    def apply(self, pipeline: Any, context: Context) -> Facts:
+    def apply(self, pipeline: Pipeline, context: Context) -> Facts:
         """Wrap the blocks of this shell. Facts: blocks that can be skipped; the steps are counted by ``observe``."""
         adapter = _cache_dit()
         blocks = {name: len(blocks) for name, blocks in _block_lists(pipeline).items()}
@@ -99,12 +100,12 @@ class StepCache(CacheOption):
         _own_class(pipeline, {})
         adapter.apply(pipeline, **self._configs())
         _own_class(pipeline, {"__call__": _counted_call(self, type(pipeline), context)})
-        pipeline._fluxrun_steps = []
+        pipeline.cached_calls = []
         return {"blocks": blocks, "skippable_blocks": skippable}
 
-    def observe(self, pipeline: Any, context: Context) -> Facts:
+    def observe(self, pipeline: Pipeline, context: Context) -> Facts:
         """Steps computed and skipped in each call, and transformer blocks run of all that there were to run."""
-        calls = pipeline._fluxrun_steps[-context.counters[CALLS] :] if context.counters[CALLS] else []
+        calls = pipeline.cached_calls[-context.counters[CALLS] :] if context.counters[CALLS] else []
         totals: Counter[str] = Counter()
         for call in calls:
             totals.update(call)
@@ -133,7 +134,7 @@ class StepCache(CacheOption):
             "calibrator_config": TaylorSeerCalibratorConfig(taylorseer_order=self.taylor_order),
         }
 
-    def prepare(self, pipeline: Any, steps: int, guided: bool) -> None:
+    def prepare(self, pipeline: Pipeline, steps: int, guided: bool) -> None:
         """Before a call: the contexts that cache-dit makes for it follow these configs."""
         for blocks in _block_lists(pipeline).values():
             config = blocks._context_kwargs["cache_config"]
@@ -183,13 +184,14 @@ def spread_out(steps: int, share: float, warmup: int) -> list[int]:
 COUNTED = ("steps_computed", "steps_skipped", "steps_partly_skipped", "blocks_run", "blocks_of")
 
 
-def count_call(pipeline: Any, always: int) -> dict[str, int]:
+def count_call(pipeline: Pipeline, always: int) -> dict[str, int]:
     """What cache-dit's contexts say about the call that has just ended.
 
     A step of the double blocks and the same step of the single blocks are skipped or computed separately; with
     classifier-free guidance so are the two calls of a step.
     """
-    manager, transformer = pipeline._context_manager, pipeline.transformer
+    with_contexts: Any = pipeline  # cache-dit has put its own there
+    manager, transformer = with_contexts._context_manager, pipeline.transformer
     skipped: list[set[int]] = []
     run = of = steps = 0
     for name, blocks in zip(transformer._context_names, _block_lists(pipeline).values(), strict=True):
@@ -225,20 +227,20 @@ def _counted_call(option: StepCache, cls: Any, context: Context) -> Any:
         steps = len(given.arguments["sigmas"] or ()) or given.arguments["num_inference_steps"]
         option.prepare(self, steps, twice)
         drawn = cls.__call__(self, *args, **arguments)
-        self._fluxrun_steps.append(count_call(self, option.first_blocks + option.last_blocks))
+        self.cached_calls.append(count_call(self, option.first_blocks + option.last_blocks))
         context.counters[CALLS] += 1
         return drawn
 
     return __call__
 
 
-def _own_class(pipeline: Any, namespace: dict[str, Any]) -> None:
+def _own_class(pipeline: Pipeline, namespace: dict[str, Any]) -> None:
     """Give ``pipeline`` a subclass of its own, of the same name (cache-dit finds its adapter by that)."""
     cls = type(pipeline)
     pipeline.__class__ = type(cls.__name__, (cls,), {"__module__": cls.__module__, **namespace})
 
 
-def _block_lists(pipeline: Any) -> dict[str, Any]:
+def _block_lists(pipeline: Pipeline) -> dict[str, Any]:
     names = ("transformer_blocks", "single_transformer_blocks")
     return {name: getattr(pipeline.transformer, name) for name in names}
 

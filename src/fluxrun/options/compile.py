@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from fluxrun.hardware.machine import Machine
 from fluxrun.options.base import Context, Facts, Option
 from fluxrun.trust import Closed, Open
+from fluxrun.types import Pipeline
+
+if TYPE_CHECKING:
+    from fluxrun.compilation.compiler import CountingBackend
 
 AUTOTUNE = ("max_autotune", "max_autotune_gemm", "max_autotune_pointwise", "coordinate_descent_tuning")
 """Inductor settings that time many kernels for each operation."""
@@ -99,11 +103,11 @@ class CudaGraphs(CompileOption):
     def unused_knobs(self) -> list[str]:
         return self.changed_knobs("targets")
 
-    def apply(self, pipeline: Any, context: Context) -> Facts:
+    def apply(self, pipeline: Pipeline, context: Context) -> Facts:
         """Wrap the targets' forward; the second call of a shape records it."""
         return {"cuda_graphs_of": context.graphs.wrap(pipeline, self.targets)}
 
-    def observe(self, pipeline: Any, context: Context) -> Facts:
+    def observe(self, pipeline: Pipeline, context: Context) -> Facts:
         """Graphs recorded and replayed."""
         return context.graphs.counted()
 
@@ -122,7 +126,7 @@ class Compile(CompileOption):
             return "no C++ compiler found (g++, clang++ or $CXX); inductor needs one on a CPU"
         return None
 
-    def apply(self, pipeline: Any, context: Context) -> Facts:
+    def apply(self, pipeline: Pipeline, context: Context) -> Facts:
         """Mark the regions to compile; the first call compiles them. Facts: ``regions`` by target."""
         context.compiler.use_cache(self.cache_dir)
         if self.cache_artifacts and (note := context.compiler.share(self.cache_artifacts, context.machine)):
@@ -135,7 +139,7 @@ class Compile(CompileOption):
         graphs = {"cuda_graphs_of": context.graphs.wrap(pipeline, self.targets)} if self.cuda_graph else {}
         return {"regions": regions, "scope": self.scope, "mode": self.mode or "default", **graphs}
 
-    def observe(self, pipeline: Any, context: Context) -> Facts:
+    def observe(self, pipeline: Pipeline, context: Context) -> Facts:
         """Dynamo's own counters since the option was applied, and how many graphs ran compiled per forward call."""
         counts = context.compiler.counted()
         if counts["recompile_limit_hits"]:
@@ -152,7 +156,7 @@ class Compile(CompileOption):
         emulate = {"emulate_precision_casts": True} if self.match_eager else {}
         return {**emulate, **self.inductor_options}
 
-    def _compile(self, pipeline: Any, target: Target, backend: Any) -> int:
+    def _compile(self, pipeline: Pipeline, target: Target, backend: CountingBackend) -> int:
         kwargs = {"backend": backend, "dynamic": self.dynamic, "fullgraph": self.fullgraph}
         if target == "vae_decoder":
             pipeline.vae.decoder.compile(**kwargs)

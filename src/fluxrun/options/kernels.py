@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from fluxrun.hardware.machine import Machine
 from fluxrun.options.attention import AttentionOption
 from fluxrun.options.base import Context, Facts, Option, Workload
 from fluxrun.options.memory import MemoryOption
+from fluxrun.types import Pipeline
 
 
 class KernelsOption(Option):
@@ -42,7 +43,7 @@ class FusedKernels(KernelsOption):
     def inapplicable(self, workload: Workload) -> str | None:
         return "the fused kernels do not clip as diffusers does in float16" if workload.dtype == "float16" else None
 
-    def apply(self, pipeline: Any, context: Context) -> Facts:
+    def apply(self, pipeline: Pipeline, context: Context) -> Facts:
         """Give every block its fused forward. Facts: how many blocks of each kind."""
         from fluxrun.kernels.transformer import triton_ops
         from fluxrun.kernels.transformer.blocks import fuse
@@ -55,6 +56,6 @@ class FusedKernels(KernelsOption):
             )
         )  # fmt: skip
 
-    def observe(self, pipeline: Any, context: Context) -> Facts:
+    def observe(self, pipeline: Pipeline, context: Context) -> Facts:
         """Calls of fused blocks from Python; the replays of a CUDA graph are the ``compile`` group's to count."""
         return {"fused_block_calls": context.counters["fused_block_calls"]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -11,6 +11,7 @@ from fluxrun.formatting import GIB
 from fluxrun.hardware.machine import CONTEXT_BYTES, Machine
 from fluxrun.options.base import Context, Facts, Option, Resolution, Workload
 from fluxrun.trust import Open
+from fluxrun.types import Pipeline
 
 log = logging.getLogger("fluxrun.memory")
 
@@ -46,7 +47,7 @@ class MemoryOption(Option):
     """Group offload: copy the next group while this one computes (CUDA)."""
 
     blocks_to_swap: Open[int | None] = Field(None, ge=0)
-    """Block swap: how many transformer blocks come and go (fewer than 3 save nothing); None: as few as fit."""
+    """Block swap: how many transformer blocks are swapped (fewer than 3 save nothing); None: as few as fit."""
 
     staged: ClassVar[bool] = False
     """Whether text encoder and the rest are loaded one after the other."""
@@ -126,7 +127,7 @@ class AutoMemory(MemoryOption):
 class Resident(MemoryOption):
     """All components on the device."""
 
-    def apply(self, pipeline: Any, context: Context) -> Facts:
+    def apply(self, pipeline: Pipeline, context: Context) -> Facts:
         return {"resident_bytes": context.weight_facts.get("bytes"), **self.limited(context.device)}
 
 
@@ -135,10 +136,10 @@ class Staged(MemoryOption):
 
     staged: ClassVar[bool] = True
 
-    def apply(self, pipeline: Any, context: Context) -> Facts:
+    def apply(self, pipeline: Pipeline, context: Context) -> Facts:
         return self.limited(context.device)
 
-    def observe(self, pipeline: Any, context: Context) -> Facts:
+    def observe(self, pipeline: Pipeline, context: Context) -> Facts:
         counted = ("prompts_encoded_first", "prompts_known_before", "freed_bytes")
         return {name: context.prompt_counts.get(name, 0) for name in counted}
 
@@ -153,7 +154,7 @@ class Offload(MemoryOption):
             return None
         return f"offloads from a GPU to the CPU's memory; this run is on {machine.device}, there is nothing to offload"
 
-    def pinned(self, pipeline: Any, context: Context) -> Facts:
+    def pinned(self, pipeline: Pipeline, context: Context) -> Facts:
         """Page-lock the weights for fast copies."""
         if context.pins is None or not context.device.startswith("cuda"):
             return {}
@@ -167,14 +168,14 @@ class Offload(MemoryOption):
 class Balanced(Offload):
     """Text encoder or transformer on the GPU: one copy per change, none between images of known prompts."""
 
-    def apply(self, pipeline: Any, context: Context) -> Facts:
+    def apply(self, pipeline: Pipeline, context: Context) -> Facts:
         from fluxrun.offload.components import AlternatingOffload
 
         pinned = self.pinned(pipeline, context)
         AlternatingOffload(pipeline, context.device, context.counters)
         return {**pinned, **self.limited(context.device)}
 
-    def observe(self, pipeline: Any, context: Context) -> Facts:
+    def observe(self, pipeline: Pipeline, context: Context) -> Facts:
         return {name: context.counters[name] for name in ("components_moved", "bytes_moved")} | short_of_room(context)
 
 
@@ -184,7 +185,7 @@ class BlockSwap(Offload):
     swaps_blocks: ClassVar[bool] = True
     moves_per_layer: ClassVar[bool] = True
 
-    def apply(self, pipeline: Any, context: Context) -> Facts:
+    def apply(self, pipeline: Pipeline, context: Context) -> Facts:
         """Facts: blocks and how many of them are swapped; a step copies ``swapped_bytes``."""
         from fluxrun.offload.block_swap import PipelineBlockSwap
 
@@ -202,7 +203,7 @@ class BlockSwap(Offload):
             **self.limited(context.device),
         }
 
-    def observe(self, pipeline: Any, context: Context) -> Facts:
+    def observe(self, pipeline: Pipeline, context: Context) -> Facts:
         return {name: context.counters[name] for name in ("blocks_copied", "bytes_copied")} | short_of_room(context)
 
 
@@ -211,9 +212,11 @@ class Sequential(Offload):
 
     moves_per_layer: ClassVar[bool] = True
 
-    def apply(self, pipeline: Any, context: Context) -> Facts:
+    def apply(self, pipeline: Pipeline, context: Context) -> Facts:
+        from torch import nn
+
         pipeline.enable_sequential_cpu_offload(device=context.device)
-        modules = [m for m in pipeline.components.values() if hasattr(m, "modules")]
+        modules = [m for m in pipeline.components.values() if isinstance(m, nn.Module)]
         hooks = sum(hasattr(s, "_hf_hook") for m in modules for s in m.modules())
         return {"hooks": hooks, **self.limited(context.device)}
 
@@ -227,11 +230,11 @@ class Group(Offload):
     def prefetches(self) -> bool:
         return self.use_stream
 
-    def apply(self, pipeline: Any, context: Context) -> Facts:
+    def apply(self, pipeline: Pipeline, context: Context) -> Facts:
         from fluxrun.offload.groups import group_offload
 
         streams = self.use_stream and context.device.startswith("cuda")
-        # What is pinned where it lies, diffusers does not copy into pinned memory of its own: twice the weights.
+        # Weights that are pinned in place, diffusers does not copy into pinned memory of its own: twice the weights.
         pinned = self.pinned(pipeline, context) if streams else {}
         groups = group_offload(
             pipeline, context.device, context.counters,
@@ -239,7 +242,7 @@ class Group(Offload):
         )  # fmt: skip
         return {"groups": groups, "streams": streams, **pinned, **self.limited(context.device)}
 
-    def observe(self, pipeline: Any, context: Context) -> Facts:
+    def observe(self, pipeline: Pipeline, context: Context) -> Facts:
         return short_of_room(context)
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from fluxrun.hardware.machine import Machine
 from fluxrun.options.base import Context, Facts, Option
 from fluxrun.trust import Open
+from fluxrun.types import Pipeline
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class QuantizationOption(Option):
@@ -18,14 +22,14 @@ class QuantizationOption(Option):
     components: Open[tuple[Literal["transformer"], ...]] = ("transformer",)
     """Pipeline components whose linear layers are converted."""
 
-    def quantize(self, component: Any, name: str, device: str) -> Facts:
+    def quantize(self, component: nn.Module, name: str, device: str) -> Facts:
         """Convert ``component`` in place, right after it was loaded; returns what was converted.
 
-        ``device`` is where it will lie; a pretrained component is still on the CPU then.
+        ``device`` is where it will be used; a pretrained component is still on the CPU then.
         """
         return {}
 
-    def apply(self, pipeline: Any, context: Context) -> Facts:
+    def apply(self, pipeline: Pipeline, context: Context) -> Facts:
         """The weights were converted while loading; hand on what was counted then."""
         components = context.weight_facts.get("components", {})
         return {name: facts["quantization"] for name, facts in components.items() if "quantization" in facts}
@@ -43,8 +47,8 @@ class Fp8(QuantizationOption):
     def requires(self, machine: Machine) -> str | None:
         return machine.needs_cuda((8, 9)) or machine.lacks("torchao", "0.15")
 
-    def quantize(self, component: Any, name: str, device: str) -> Facts:
-        """Layer by layer on the GPU, so that the unquantized weights never lie there whole; then each to ``device``.
+    def quantize(self, component: nn.Module, name: str, device: str) -> Facts:
+        """Layer by layer on the GPU, so that the unquantized weights are never there whole; then each to ``device``.
 
         Raises RuntimeError when not one layer was converted: zero converted is a failure, not a success."""
         if name not in self.components:
@@ -77,6 +81,6 @@ def _in_block(name: str) -> bool:
     return "transformer_blocks" in name
 
 
-def _divisible(module: Any) -> bool:
+def _divisible(module: nn.Linear) -> bool:
     """float8 matmuls need both dimensions to be multiples of 16."""
     return module.in_features % 16 == 0 and module.out_features % 16 == 0

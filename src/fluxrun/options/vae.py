@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -10,6 +10,12 @@ from fluxrun.hardware.machine import Machine
 from fluxrun.options.base import Context, Facts, Option, Resolution, Workload
 from fluxrun.options.compile import CompileOption
 from fluxrun.trust import Open
+from fluxrun.types import Pipeline
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux2
+    from torch import nn
 
 AUTO_TILING_PIXELS = 1536 * 1536
 
@@ -82,23 +88,23 @@ class Vae(VaeOption):
         tiling = () if self.decode == "tiled" else ("tile_size", "tile_overlap")
         return [knob for knob in self.changed_knobs() if knob in tiling]
 
-    def apply(self, pipeline: Any, context: Context) -> Facts:
+    def apply(self, pipeline: Pipeline, context: Context) -> Facts:
         facts = {"full": self._full, "tiled": self._tiled, "sliced": self._sliced}[self.decode](pipeline, context)
         if self.channels_last:
             facts["channels_last"] = _channels_last(pipeline, context)
         return facts
 
-    def observe(self, pipeline: Any, context: Context) -> Facts:
+    def observe(self, pipeline: Pipeline, context: Context) -> Facts:
         """Decoder calls counted while the pictures were decoded."""
         counted = {"tiled": "tiles_decoded", "sliced": "slices_decoded"}.get(self.decode)
         return {counted: context.counters["vae_decoder_calls"]} if counted else {}
 
-    def _full(self, pipeline: Any, context: Context) -> Facts:
+    def _full(self, pipeline: Pipeline, context: Context) -> Facts:
         pipeline.vae.disable_tiling()
         pipeline.vae.disable_slicing()
         return {}
 
-    def _tiled(self, pipeline: Any, context: Context) -> Facts:
+    def _tiled(self, pipeline: Pipeline, context: Context) -> Facts:
         vae = pipeline.vae
         vae.enable_tiling()
         # diffusers' default tile is the full training size (1024), so that asking for tiles does nothing there.
@@ -108,7 +114,7 @@ class Vae(VaeOption):
         _count_decoder_calls(vae, context)
         return {"tile_size": self.tile_size, "tile_overlap": self.tile_overlap}
 
-    def _sliced(self, pipeline: Any, context: Context) -> Facts:
+    def _sliced(self, pipeline: Pipeline, context: Context) -> Facts:
         pipeline.vae.enable_slicing()
         _count_decoder_calls(pipeline.vae, context)
         return {}
@@ -118,7 +124,7 @@ class FastVae(Vae):
     """The same weights in a decoder of our own: less arithmetic, fewer passes over the picture, nothing to compile.
 
     Each upsampling becomes one transposed convolution, GroupNorm and SiLU run in Triton kernels on a GPU, and pixels
-    are rounded to bytes where they lie.
+    are rounded to bytes on their device.
     """
 
     autotune: Open[bool] = False
@@ -137,7 +143,7 @@ class FastVae(Vae):
     def unused_knobs(self) -> list[str]:
         return [*super().unused_knobs(), *(["channels_last"] if self.channels_last else [])]
 
-    def apply(self, pipeline: Any, context: Context) -> Facts:
+    def apply(self, pipeline: Pipeline, context: Context) -> Facts:
         """Swap the decoder, and compare the two on a small picture. Facts: what was replaced, and the difference."""
         import torch
 
@@ -148,26 +154,27 @@ class FastVae(Vae):
         if self.autotune:
             torch.backends.cudnn.benchmark = True  # put back by ProcessState
         difference = trial(decoder, vae.decoder)
-        vae.decoder = decoder
+        vae.register_module("decoder", decoder)
         round_on_device(pipeline.image_processor)
         how = {"full": self._full, "tiled": self._tiled, "sliced": self._sliced}[self.decode]
         return {**how(pipeline, context), **decoder.facts(), "difference": difference}
 
 
-def _count_decoder_calls(vae: Any, context: Context) -> None:
+def _count_decoder_calls(vae: AutoencoderKLFlux2, context: Context) -> None:
     """Count through post_quant_conv, which runs once per tile or slice and is never compiled itself."""
 
-    def count(*_: Any) -> None:
+    def count(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         context.counters["vae_decoder_calls"] += 1
 
     (vae.post_quant_conv or vae.decoder.conv_in).register_forward_hook(count)
 
 
-def _channels_last(pipeline: Any, context: Context) -> str:
+def _channels_last(pipeline: Pipeline, context: Context) -> str:
     import torch
 
     option = context.option(CompileOption, "compile")
     if "vae_decoder" not in option.targets or not option.active:
         return "not applied: alone it is slower (needs compile.targets=[vae_decoder,...])"
-    pipeline.vae.decoder.to(memory_format=torch.channels_last)
+    # torch documents ``memory_format`` alone; its types lack it.
+    pipeline.vae.decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return "applied"

@@ -280,7 +280,7 @@ def _differs(override: str, row: Row, other: Row) -> bool:
     key = _key(override)
     if key.partition(".")[0] not in row.config or not other.config:
         return override not in other.overrides
-    return config_value(row.config, key) != config_value(other.config, key)
+    return bool(config_value(row.config, key) != config_value(other.config, key))
 
 
 def _readable(override: str, row: Row) -> str:

@@ -70,7 +70,8 @@ def _star() -> np.ndarray:
     angles = np.arange(10) * np.pi / 5 - np.pi / 2
     radii = np.where(np.arange(10) % 2 == 0, 1.1, 0.47)
     points = radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    return points + np.array([0.0, 0.07])  # the optical centre of a star is below its circumcentre
+    centred: np.ndarray = points + np.array([0.0, 0.07])  # the optical centre of a star is below its circumcentre
+    return centred
 
 
 def _heart() -> np.ndarray:

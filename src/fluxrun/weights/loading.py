@@ -203,13 +203,13 @@ def _cut_text_encoder(
 def _loading_bars_off() -> Iterator[None]:
     """Switch the libraries' own loading bars off: ``progress`` says what is loaded."""
     switches = (diffusers_logging, transformers_logging)
-    shown = [switch.is_progress_bar_enabled() for switch in switches]
+    enabled = [switch.is_progress_bar_enabled() for switch in switches]
     for switch in switches:
         switch.disable_progress_bar()
     try:
         yield
     finally:
-        for switch, was in zip(switches, shown, strict=True):
+        for switch, was in zip(switches, enabled, strict=True):
             if was:
                 switch.enable_progress_bar()
 

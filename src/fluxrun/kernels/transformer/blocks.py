@@ -83,7 +83,7 @@ class Projection:
         self.quantized = all(hasattr(weight, "qdata") for weight in weights)
         if self.quantized:
             self.weight = _joined([weight.qdata for weight in weights], in_place)
-            # Too small to come and go with a swapped block's weights, so that a copy will do.
+            # Too small to be swapped with the block's weights, so that it may be a copy.
             scale = torch.cat([weight.scale.float().reshape(-1, 1) for weight in weights])
             self.scale = scale.reshape(1, -1)
             if self.weight.dtype != torch.float8_e4m3fn or self.scale.shape[1] != self.weight.shape[0]:
