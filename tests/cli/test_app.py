@@ -14,6 +14,7 @@ import yaml
 from helpers import SMALL, fluxrun, option_names, said
 from PIL import Image
 
+from fluxrun.config.composition import compose
 from fluxrun.record.folder import read_record
 from fluxrun.record.picture import read_metadata
 
@@ -86,6 +87,9 @@ def test_cfg_job_is_the_config_and_nothing_else(tmp_path):
         (["plna"], "did you mean 'plan'"),
         (["--config-dir", "absent"], "does not exist"),
         (["--config-name", "other"], "--config-dir"),
+        (["--experimental-rerun", "x.pickle"], "fluxrun rerun"),
+        (["--resolve"], "--cfg or --help"),
+        (["--cfg", "job", "--multirun"], "--multirun and --cfg do not go together"),
         (["+preset=absent"], "absent"),
         (["seed=1,2"], "--multirun"),
         (["--multirun", "attention=sdpa,xformer"], "did you mean 'xformers'"),
@@ -104,6 +108,14 @@ def test_refused_in_one_line(tmp_path, arguments, expected):
     assert done.stdout == ""
     assert list(tmp_path.iterdir()) == []
     assert "Traceback" in (Path(os.environ["FLUXRUN_CACHE_DIR"]) / "refused.log").read_text()
+
+
+def test_a_users_file_lies_before_fluxruns_own_wherever_a_config_is_composed(tmp_path, config_dir):
+    (config_dir / "attention").mkdir()
+    (config_dir / "attention" / "sdpa.yaml").write_text("defaults: [math, _self_]\n")
+    shown = fluxrun("--config-dir", str(config_dir), "--cfg", "job", cwd=tmp_path)
+    assert yaml.safe_load(shown.stdout)["attention"]["backend"] == "_native_math"
+    assert compose([], config_dir=config_dir).attention.backend == "_native_math"
 
 
 def test_an_unknown_flag(tmp_path):

@@ -25,17 +25,9 @@ PROMPT = 'a <b>bold</b> "circle" & ${HOME} é'
 def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two kernels at two seeds, a fallback and a failed job."""
     folder = tmp_path_factory.mktemp("report") / "sweep"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["fluxrun"])
-        grid = [o for o in SMALL if not o.startswith("steps")]
-        grid += [
-            "attention=sdpa,math,xformers",
-            "steps=2,0",
-            "seed=0,1",
-            f"prompt={PROMPT}",
-            f"hydra.sweep.dir={folder}",
-        ]
-        assert dispatch(["--multirun", *grid]) == 1
+    grid = [o for o in SMALL if not o.startswith("steps")]
+    grid += ["attention=sdpa,math,xformers", "steps=2,0", "seed=0,1", f"prompt={PROMPT}", f"hydra.sweep.dir={folder}"]
+    assert dispatch(["--multirun", *grid]) == 1
     return folder
 
 

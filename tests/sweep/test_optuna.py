@@ -17,10 +17,7 @@ from fluxrun.sweep.objective import WORTHLESS_S
 
 
 @pytest.mark.parametrize(("min_psnr", "kept"), [("30", True), ("2000", False)])
-def test_optuna_finds_a_setting_and_the_baseline_is_drawn_for_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, min_psnr: str, kept: bool
-) -> None:
-    monkeypatch.setattr("sys.argv", ["fluxrun"])
+def test_optuna_finds_a_setting_and_the_baseline_is_drawn_for_it(tmp_path: Path, min_psnr: str, kept: bool) -> None:
     space = ["attention=choice(math)", "measure.repeats=2", f"sweep.min_psnr={min_psnr}"]
     sweeper = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1"]
     assert dispatch(["--multirun", *sweeper, *SMALL, *space, f"hydra.sweep.dir={tmp_path}"]) == 0

@@ -5,10 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import os
+import pickle
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -169,19 +172,16 @@ def test_two_sweeps_in_one_folder_are_refused(tmp_path: Path, monkeypatch: pytes
 # --- baselines --------------------------------------------------------------------------------------------------------
 
 
-def sweep_here(monkeypatch: pytest.MonkeyPatch, folder: Path, *overrides: str) -> tuple[int, dict[str, dict[str, Any]]]:
+def sweep_here(folder: Path, *overrides: str) -> tuple[int, dict[str, dict[str, Any]]]:
     """A sweep in this process; its exit code and its rows by job."""
-    monkeypatch.setattr("sys.argv", ["fluxrun"])
     code = dispatch(["--multirun", *SMALL_RUN, *overrides, f"hydra.sweep.dir={folder}"])
     return code, {job["job"]: job for job in read(folder)["jobs"]}
 
 
-def test_neutral_pictures_are_drawn_for_every_seed_that_has_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_neutral_pictures_are_drawn_for_every_seed_that_has_none(tmp_path: Path) -> None:
     pytest.importorskip("skimage", reason="the extra 'report'")
     grid = ["steps=2,0", "seed=0,1", "attention=math", "sweep.baseline=neutral"]
-    code, jobs = sweep_here(monkeypatch, tmp_path / "s", *grid)
+    code, jobs = sweep_here(tmp_path / "s", *grid)
     assert code == 1, "steps=0"
     assert {name: job["status"] for name, job in jobs.items()} == {
         "baseline": "completed", "baseline-2": "completed", "0": "completed", "1": "completed", "2": "failed",
@@ -190,7 +190,7 @@ def test_neutral_pictures_are_drawn_for_every_seed_that_has_none(
     assert all(jobs[name]["psnr_db"] is not None and jobs[name]["speedup"] for name in "01")
     assert jobs["baseline-2"]["continued"], "baselines come together, over one pipeline"
     before = {name: read_record(tmp_path / "s" / name).run_id for name in ("baseline", "baseline-2", "0", "1")}
-    _, again = sweep_here(monkeypatch, tmp_path / "s", *grid)
+    _, again = sweep_here(tmp_path / "s", *grid)
     assert {name: read_record(tmp_path / "s" / name).run_id for name in before} == before
     assert set(again) == set(jobs)
 
@@ -207,7 +207,7 @@ def test_a_baseline_that_fails_takes_no_job_with_it(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(sweep, "draw", draws)
     overrides = ["steps=2", "attention=math,flex", "sweep.baseline=neutral"]
-    code, jobs = sweep_here(monkeypatch, tmp_path / "s", *overrides)
+    code, jobs = sweep_here(tmp_path / "s", *overrides)
     assert code == 1
     assert {name: job["status"] for name, job in jobs.items()} == {
         "0": "completed", "1": "completed", "baseline": "failed",
@@ -215,35 +215,72 @@ def test_a_baseline_that_fails_takes_no_job_with_it(tmp_path: Path, monkeypatch:
     assert "no baseline today" in jobs["baseline"]["reason"]
 
 
-def test_any_run_folder_can_be_the_baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_run_folder_can_be_the_baseline(tmp_path: Path) -> None:
     draw(tmp_path / "some run", "steps=2")
     baseline = f"sweep.baseline={tmp_path / 'some run'}"
-    code, jobs = sweep_here(monkeypatch, tmp_path / "s", "steps=2", "attention=math,flex", baseline)
+    code, jobs = sweep_here(tmp_path / "s", "steps=2", "attention=math,flex", baseline)
     assert code == 0
     assert jobs["baseline run"]["is_baseline"]
     assert all(jobs[name]["speedup"] for name in "01")
     assert read(tmp_path / "s")["totals"]["loads"] == 1, "the earlier run's loading is not the sweep's"
 
 
-def test_a_sweep_of_prompts_keeps_the_pipeline_and_names_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code, jobs = sweep_here(monkeypatch, tmp_path / "s", "steps=2", "prompt=[a red circle],['a star, blue']")
+def test_a_sweep_of_prompts_keeps_the_pipeline_and_names_each(tmp_path: Path) -> None:
+    code, jobs = sweep_here(tmp_path / "s", "steps=2", "prompt=[a red circle],['a star, blue']")
     assert code == 0
     assert [jobs[name]["images"][0]["prompt"] for name in "01"] == ["a red circle", "a star, blue"]
     assert [jobs[name]["continued"] for name in "01"] == [False, True]
     assert "prompt=a star, blue" in (tmp_path / "s" / "sweep.csv").read_text()
 
 
-def test_a_record_that_cannot_be_read_is_a_failed_row_and_not_the_tables_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_record_that_cannot_be_read_is_a_failed_row_and_not_the_tables_end(tmp_path: Path) -> None:
     (tmp_path / "s" / "mine").mkdir(parents=True)
     (tmp_path / "s" / "mine" / "run.json").write_text("{ not json")
-    code, jobs = sweep_here(monkeypatch, tmp_path / "s", "steps=2", "seed=0,1")
+    code, jobs = sweep_here(tmp_path / "s", "steps=2", "seed=0,1")
     assert {name: job["status"] for name, job in jobs.items()} == {"0": "completed", "1": "completed"}
     assert code == 0
     (tmp_path / "s" / "0" / "run.json").write_text("{ not json")
     assert dispatch(["report", str(tmp_path / "s")]) == 0
     assert statuses(tmp_path / "s") == {"0": "failed", "1": "completed"}
+
+
+# --- one after another ------------------------------------------------------------------------------------------------
+
+
+def test_two_sweeps_of_one_process_know_nothing_of_each_other(tmp_path: Path) -> None:
+    import fluxrun.sweep.run as module
+
+    before = (dict(vars(module)), list(sys.argv), dict(os.environ))
+    first = ["steps=2", "seed=0,1", "attention=nothing_like_it"]
+    with pytest.raises(ConfigError):
+        sweep_here(tmp_path / "refused", *first)
+    code, one = sweep_here(tmp_path / "one", "steps=2", "seed=0,1")
+    assert (code, set(one)) == (0, {"0", "1"})
+    began = datetime.now(UTC).isoformat(timespec="seconds")
+    code, two = sweep_here(tmp_path / "two", "steps=0", "seed=7")
+    assert (code, {name: job["status"] for name, job in two.items()}) == (1, {"0": "failed"})
+    commands = [read(tmp_path / name)["command"] for name in ("one", "two")]
+    assert commands[0] != commands[1]
+    assert commands[1][-3:] == ["steps=0", "seed=7", f"hydra.sweep.dir={tmp_path / 'two'}"]
+    assert read(tmp_path / "two")["started_at"] >= began
+    assert (dict(vars(module)), list(sys.argv), dict(os.environ)) == before
+
+
+def test_a_single_run_after_a_sweep_is_no_job_of_it(tmp_path: Path) -> None:
+    sweep_here(tmp_path / "sweep", "steps=2", "seed=0")
+    assert dispatch([*SMALL_RUN, "steps=2", f"hydra.run.dir={tmp_path / 'run'}"]) == 0
+    assert set(statuses(tmp_path / "sweep")) == {"0"}
+    record = read_record(tmp_path / "run")
+    assert (record.status, record.command[-1]) == ("completed", f"hydra.run.dir={tmp_path / 'run'}")
+
+
+def test_a_task_that_is_sent_to_another_process_leaves_the_sweep_at_home(tmp_path: Path) -> None:
+    from fluxrun.config.schema import SweepConfig
+    from fluxrun.sweep.run import Sweep, SweepTask
+
+    sweep = Sweep(SweepConfig(), tmp_path, (tmp_path,), [], ["fluxrun"], None)
+    sent = pickle.loads(pickle.dumps(SweepTask((tmp_path,), ["fluxrun"], sweep)))
+    assert (sent.dirs, sent.command, sent.sweep) == ((tmp_path,), ["fluxrun"], None)
 
 
 # --- what is refused as a whole ---------------------------------------------------------------------------------------
@@ -283,6 +320,5 @@ def test_a_signal_in_a_jobs_last_moment_ends_the_sweep_after_it(tmp_path, monkey
         finish(*arguments)
 
     monkeypatch.setattr(runner, "_finish", finish_and_signal)
-    monkeypatch.setattr("sys.argv", ["fluxrun"])
     assert dispatch(["--multirun", *SMALL, "seed=0,1", f"hydra.sweep.dir={tmp_path}"]) == 130
     assert statuses(tmp_path) == {"0": "completed", "1": "pending"}

@@ -5,35 +5,21 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
+from hydra._internal.hydra import Hydra
 from hydra.types import RunMode
-from omegaconf import DictConfig
 
 from fluxrun.cli.arguments import flags_parser
-from fluxrun.config.composition import (
-    CONFIG_NAME,
-    compose_node,
-    config_dirs,
-    explain_composition,
-    hydra_for,
-    quote_raw_text,
-    to_run_config,
-)
-from fluxrun.config.files import COMPOSE_ERRORS, HYDRA_BASE
-from fluxrun.errors import ConfigError, FluxrunError, exit_code_of, one_line
+from fluxrun.config.composition import CONFIG_NAME, compose_node, config_dirs, hydra_errors, hydra_for, quote_raw_text
+from fluxrun.errors import ConfigError, FluxrunError, one_line
 from fluxrun.formatting import nearest
-from fluxrun.paths import cache_dir, conf_dir
-from fluxrun.planning.prepare import prepare
+from fluxrun.paths import cache_dir
 from fluxrun.process.console import console
-from fluxrun.runner import run
-from fluxrun.sweep.run import Sweep, plan_sweep
 from fluxrun.trust import TRUST_VARIABLE
 from fluxrun.version import __version__
 
@@ -50,6 +36,9 @@ SUBCOMMANDS = {
 """The module of each subcommand, imported when it is asked for: a typo must not wait for all of them."""
 
 SHOWING_FLAGS = ("help", "hydra_help", "cfg", "info", "shell_completion")
+
+ONE_OF = ("run", "multirun", "cfg", "info", "shell_completion")
+"""Flags of which only one can be given."""
 
 log = logging.getLogger("fluxrun")
 
@@ -71,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def dispatch(arguments: list[str]) -> int:
     """Run the subcommand named by a bare first word, else the Hydra app; returns the exit code."""
+    typed = arguments
     if TRUST_FLAG in arguments:
         arguments = [a for a in arguments if a != TRUST_FLAG]
         os.environ[TRUST_VARIABLE] = "1"
@@ -83,115 +73,82 @@ def dispatch(arguments: list[str]) -> int:
         return command(arguments[1:])
     if first and not first.startswith("-") and "=" not in first and not first.startswith(("+", "~")):
         raise ConfigError(f"unknown command {first!r}: {nearest(first, list(SUBCOMMANDS))}, or overrides (key=value)")
-    return run_app([quote_raw_text(a) for a in arguments])
+    return run_app([quote_raw_text(a) for a in arguments], typed)
 
 
 # --- the Hydra app ------------------------------------------------------------------------------------------------
 
 
-def run_app(arguments: list[str]) -> int:
-    """The Hydra app: ``--cfg``, ``--help``, ``--multirun``, completion and runs. Bad input is refused first."""
-    options = flags_parser("fluxrun").parse_args(arguments)
-    if options.shell_completion and not options.config_dir:
-        arguments = [*arguments, *_config_dir_of_line(os.environ.get("COMP_LINE", "").split())]
-    dirs = config_dirs(options.config_dir)
-    _check_flags(options.config_path, options.config_name)
-    if not any(getattr(options, flag) for flag in SHOWING_FLAGS):
-        sweep = _refuse_early(options.overrides, dirs, multirun=options.multirun)
-        if sweep is not None:
-            flags = [a for a in arguments if a not in options.overrides and a not in ("-m", "--multirun")]
-            return sweep.run(lambda ours, task: _run_hydra(["--multirun", *flags, *ours], ours, dirs, task))
-    elif not options.shell_completion:
-        # Hydra runs callbacks even when it only shows a config, so the trust rule comes first here too.
-        with hydra_for(dirs) as app:
-            compose_node(app, options.overrides, dirs, RunMode.MULTIRUN if options.multirun else RunMode.RUN)
-    codes: list[int] = []
-    _run_hydra(arguments, options.overrides, dirs, lambda node: codes.append(_job(node, dirs)))
-    return max(codes, default=0)
+def run_app(arguments: Sequence[str], typed: Sequence[str]) -> int:
+    """The Hydra app: ``--cfg``, ``--help``, ``--multirun``, completion and runs. Bad input is refused first.
 
-
-def _config_dir_of_line(words: list[str]) -> list[str]:
-    """``--config-dir`` of the line that is being completed: Hydra's shell script does not hand it on."""
-    pairs = pairwise(words)
-    folder = next((value for flag, value in pairs if flag in ("--config-dir", "-cd")), "")
-    return ["--config-dir", str(Path(folder).expanduser())] if folder and Path(folder).expanduser().is_dir() else []
-
-
-def _check_flags(config_path: str | None, config_name: str | None) -> None:
-    if config_path or config_name:
-        raise ConfigError(
-            "--config-path and --config-name are not used: fluxrun has one config; add yours with --config-dir"
-        )
-
-
-def _refuse_early(overrides: Sequence[str], dirs: tuple[Path, ...], *, multirun: bool) -> Sweep | None:
-    """Everything that can be refused before Hydra makes a folder and before torch is imported; the sweep, if it is one.
-
-    In a sweep only what is wrong for every job: a value that one job has wrong fails that job.
+    ``arguments`` are what was ``typed``, with raw text quoted. Hydra's own ``main`` would read them from ``sys.argv``,
+    once more, and compose with the user's folders after fluxrun's own.
     """
-    multirun = multirun or any(o.lstrip("+").startswith("sweep=") for o in overrides)  # a sweep's file is a multirun
+    parser = flags_parser("fluxrun")
+    options = parser.parse_args(arguments)
+    if options.shell_completion and not options.config_dir:
+        options.config_dir = _config_dir_of_line(os.environ.get("COMP_LINE", "").split())
+    dirs = config_dirs(options.config_dir)
+    _check_flags(options)
     with hydra_for(dirs) as app:
-        node = compose_node(app, overrides, dirs, RunMode.MULTIRUN if multirun else RunMode.RUN)
-        if multirun or node.hydra.mode == RunMode.MULTIRUN:
-            return plan_sweep(app, node, overrides, dirs)
-    if stray := next((o for o in overrides if o.lstrip("+~").startswith("sweep.")), None):
-        raise ConfigError(f"{stray}: the sweep keys belong to a sweep; add --multirun, or +sweep=NAME")
-    prepare(to_run_config(node, dirs))
-    _refuse_used_folder(node)
-    return None
+        if any(getattr(options, flag) for flag in SHOWING_FLAGS):
+            return _show(app, options, parser, dirs)
+        return _draw(app, options, dirs, ["fluxrun", *arguments], ["fluxrun", *typed])
 
 
-def _refuse_used_folder(node: DictConfig) -> None:
-    folder = Path(str(node.hydra.run.dir))
-    if (folder / "run.json").exists():
-        raise ConfigError(f"{folder} already holds a run: choose another hydra.run.dir, or remove it")
+def _draw(app: Hydra, options: Namespace, dirs: tuple[Path, ...], command: Sequence[str], typed: Sequence[str]) -> int:
+    overrides = options.overrides
+    multirun = options.multirun or any(o.lstrip("+").startswith("sweep=") for o in overrides)  # its file is a multirun
+    node = compose_node(app, overrides, dirs, RunMode.MULTIRUN if multirun else RunMode.RUN)
+    # Only now: a typo must not wait for the import of all that draws.
+    if multirun or node.hydra.mode == RunMode.MULTIRUN:
+        from fluxrun.sweep.run import plan_sweep
+
+        return plan_sweep(app, node, overrides, dirs, typed).run(app)
+    from fluxrun.cli.draw import draw_run
+
+    return draw_run(app, node, overrides, dirs, command)
 
 
-def _run_hydra(
-    arguments: list[str], overrides: Sequence[str], dirs: tuple[Path, ...], task: Callable[[DictConfig], Any]
-) -> None:
-    """Hand over to Hydra; its own errors come back as one line (HYDRA_FULL_ERROR makes it raise them)."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv = [sys.argv[0], *arguments]
-    app = hydra.main(version_base=HYDRA_BASE, config_path=str(conf_dir()), config_name=CONFIG_NAME)(task)
-    try:
-        app()
-    except COMPOSE_ERRORS as error:
-        raise ConfigError(explain_composition(error, overrides, dirs)) from error
-    except OSError as error:
-        raise ConfigError(f"cannot write to the output folder {error.filename}: {error.strerror}") from error
-
-
-def _job(node: DictConfig, dirs: tuple[Path, ...]) -> int:
-    """One job of the app: run it in the folder Hydra made; returns its exit code, never raises an ordinary error."""
-    hydra_config: Any = HydraConfig.get()
-    try:
-        config = to_run_config(_with_hydra(node, hydra_config), dirs)
-        run(config, hydra_config.runtime.output_dir, command=["fluxrun", *sys.argv[1:]])
-    except KeyboardInterrupt:
-        return 130
-    except FluxrunError as error:
-        log.debug("refused", exc_info=error)
-        if error.exit_code not in (130, 143) and not _recorded(hydra_config):
-            log.error("%s", error)
-        return error.exit_code
-    except Exception as error:  # already one line on screen and a traceback in the log
-        log.debug("failed", exc_info=error)
-        return exit_code_of(error)
+def _show(app: Hydra, options: Namespace, parser: ArgumentParser, dirs: tuple[Path, ...]) -> int:
+    """What Hydra shows of itself and of the config, without running anything."""
+    overrides = options.overrides
+    if options.shell_completion:
+        app.shell_completion(CONFIG_NAME, overrides)
+        return 0
+    # Hydra runs callbacks even when it only shows a config, so the trust rule comes first here too.
+    compose_node(app, overrides, dirs, RunMode.MULTIRUN if options.multirun else RunMode.RUN)
+    with hydra_errors(overrides, dirs):
+        if options.help:
+            app.app_help(CONFIG_NAME, parser, options)
+        elif options.hydra_help:
+            app.hydra_help(CONFIG_NAME, parser, options)
+        elif options.cfg:
+            app.show_cfg(CONFIG_NAME, overrides, options.cfg, options.package, options.resolve)
+        else:
+            app.show_info(options.info, CONFIG_NAME, overrides)
     return 0
 
 
-def _with_hydra(node: DictConfig, hydra_config: DictConfig) -> DictConfig:
-    from omegaconf import open_dict
-
-    copy = node.copy()
-    with open_dict(copy):
-        copy.hydra = {"runtime": {"choices": dict(hydra_config.runtime.choices)}}
-    return copy
+def _config_dir_of_line(words: list[str]) -> str | None:
+    """``--config-dir`` of the line that is being completed: Hydra's shell script does not hand it on."""
+    folder = next((value for flag, value in pairwise(words) if flag in ("--config-dir", "-cd")), "")
+    return folder if folder and Path(folder).expanduser().is_dir() else None
 
 
-def _recorded(hydra_config: DictConfig) -> bool:
-    return (Path(hydra_config.runtime.output_dir) / "run.json").exists()
+def _check_flags(options: Namespace) -> None:
+    if options.config_path or options.config_name:
+        raise ConfigError(
+            "--config-path and --config-name are not used: fluxrun has one config; add yours with --config-dir"
+        )
+    if options.experimental_rerun:
+        raise ConfigError("--experimental-rerun is not used: fluxrun rerun IMAGE|RUN_FOLDER draws a run again")
+    if options.resolve and not (options.cfg or options.help):
+        raise ConfigError("--resolve only goes with --cfg or --help")
+    modes = [f"--{flag.replace('_', '-')}" for flag in ONE_OF if getattr(options, flag)]
+    if len(modes) > 1:
+        raise ConfigError(f"{' and '.join(modes)} do not go together")
 
 
 def _say(line: str, code: int, error: BaseException | None = None) -> int:

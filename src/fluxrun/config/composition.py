@@ -111,6 +111,19 @@ def compose_node(
         raise ConfigError(explain_composition(error, overrides, dirs)) from error
 
 
+@contextlib.contextmanager
+def hydra_errors(overrides: Sequence[str], dirs: tuple[Path, ...]) -> Iterator[None]:
+    """Within: what Hydra cannot compose, or write to its output folder, is a ConfigError in one line."""
+    try:
+        yield
+    except COMPOSE_ERRORS as error:
+        raise ConfigError(explain_composition(error, overrides, dirs)) from error
+    except OSError as error:
+        if error.filename is None:  # a broken pipe
+            raise
+        raise ConfigError(f"cannot write to the output folder {error.filename}: {error.strerror}") from error
+
+
 def check_composed_files(hydra: Hydra, overrides: Sequence[str], dirs: tuple[Path, ...], mode: RunMode) -> None:
     """Apply the trust rule to every file outside fluxrun's own folder that this composition would read."""
     loader = hydra.config_loader

@@ -1,15 +1,14 @@
 """A sweep: many runs from one command, with weights loaded once, each failing alone, and one table at the end.
 
-Hydra expands the grid and calls ``Sweep.job`` for every job, in this process; around that, everything is here, because
-Hydra's own end-of-multirun callback is not called once a job has failed.
+Hydra expands the grid and calls ``SweepTask`` for every job, which in this process is ``Sweep.job``; around that,
+everything is here, because Hydra's own end-of-multirun callback is not called once a job has failed.
 """
 
 from __future__ import annotations
 
 import logging
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,11 +17,12 @@ from typing import Any
 from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from fluxrun.config.composition import shown, to_data
+from fluxrun.config.composition import CONFIG_NAME, hydra_errors, shown, to_data
 from fluxrun.config.schema import RunConfig, SweepConfig, sweep_config
-from fluxrun.errors import ConfigError, FluxrunError, Interrupted, exit_code_of, one_line
+from fluxrun.errors import ConfigError, Interrupted, exit_code_of, one_line
 from fluxrun.pipeline.session_pool import SessionPool
 from fluxrun.process.signals import Interrupts
 from fluxrun.record.folder import data_hash, write_failure
@@ -38,8 +38,6 @@ from fluxrun.sweep.objective import objective
 
 log = logging.getLogger("fluxrun.sweep")
 
-Task = Callable[[DictConfig], Any]
-
 
 @dataclass
 class Sweep:
@@ -50,6 +48,8 @@ class Sweep:
     dirs: tuple[Path, ...]
     overrides: list[str]
     """What Hydra gets, in the order in which it varies."""
+    command: list[str]
+    """What was typed."""
     grid: list[GridJob] | None
     """All jobs, or None when a sweeper chooses them as it goes."""
     order: list[str] = field(default_factory=list)
@@ -62,28 +62,28 @@ class Sweep:
     no_baseline: set[str] = field(default_factory=set)
     """Baselines that failed, by config hash: they are not tried again for every job."""
     started: float = field(default_factory=time.perf_counter)
-    command: list[str] = field(default_factory=list)
+    started_at: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    interrupted: KeyboardInterrupt | Interrupted | None = None
+    """What ended a job, and the sweep with it."""
 
     # -- the whole ----------------------------------------------------------------------------------------------
 
-    def run(self, launch: Callable[[list[str], Task], None]) -> int:
-        """Run every job through Hydra (``launch``), whatever ends it leave a true table; returns the exit code."""
-        global _current  # noqa: PLW0603 - Hydra hands the task function no other way to its sweep
-        self.command = ["fluxrun", *sys.argv[1:]]
+    def run(self, hydra: Hydra) -> int:
+        """Run every job through Hydra, whatever ends it leave a true table; returns the exit code."""
+        task = SweepTask(self.dirs, self.command, self)
         ended: BaseException | None = None
         with locked(self.folder):
             self.completed = arrange(self.folder, [job.config_hash for job in self.grid or ()])
             self.view = SweepView(self._labels())
             self._take_over()
-            _current = self
             try:
                 # Between two jobs a signal ends the sweep at once; a job handles its own.
-                with Interrupts() as interrupts, interrupts.immediate(), self.view:
-                    launch(self.overrides, _task(self.dirs))
-            except (KeyboardInterrupt, Interrupted, _Ended) as error:
-                ended = interrupts.error() if interrupts.requested else error
+                explained = hydra_errors(self.overrides, self.dirs)
+                with Interrupts() as interrupts, interrupts.immediate(), self.view, explained:
+                    hydra.multirun(CONFIG_NAME, task, list(self.overrides))
+            except (KeyboardInterrupt, Interrupted) as error:
+                ended = interrupts.error() if interrupts.requested else self.interrupted or error
             finally:
-                _current = None
                 self.pool.close()
                 result = self._finish(ended)
         return _exit_code(result, ended)
@@ -104,7 +104,7 @@ class Sweep:
         return SweepProgress(
             status=status,
             command=self.command,
-            started_at=_STARTED_AT,
+            started_at=self.started_at,
             wall_s=time.perf_counter() - self.started,
             order=self.order,
             pending=pending,
@@ -144,7 +144,8 @@ class Sweep:
         except (KeyboardInterrupt, Interrupted) as error:
             if (folder / "run.json").exists():  # not while its baseline was drawn
                 self._note(job, folder)
-            raise _Ended(exit_code_of(error)) from error
+            self.interrupted = error
+            raise KeyboardInterrupt from error  # Hydra would swallow an ordinary exception and go on with the next job
         except (Exception, SystemExit) as error:  # whatever it is, it is this job's alone; the next one runs
             if write_failure(folder, job.data, error):
                 log.error("%s", one_line(error), exc_info=error)
@@ -199,7 +200,9 @@ def draw(data: dict[str, Any], dirs: tuple[Path, ...], folder: Path, sweep: Swee
 # --- planning -------------------------------------------------------------------------------------------------------
 
 
-def plan_sweep(hydra: Hydra, node: DictConfig, overrides: Sequence[str], dirs: tuple[Path, ...]) -> Sweep:
+def plan_sweep(
+    hydra: Hydra, node: DictConfig, overrides: Sequence[str], dirs: tuple[Path, ...], command: Sequence[str]
+) -> Sweep:
     """Everything that can be refused before the first job; raises ConfigError. Imports no torch."""
     config = sweep_config(node)
     folder = Path(str(config.resume or node.hydra.sweep.dir)).expanduser()
@@ -207,10 +210,12 @@ def plan_sweep(hydra: Hydra, node: DictConfig, overrides: Sequence[str], dirs: t
         raise ConfigError(f"sweep.resume={config.resume}: no such folder")
     if "/" in str(OmegaConf.to_container(node.hydra.sweep, resolve=False).get("subdir")):  # type: ignore[union-attr]
         raise ConfigError("hydra.sweep.subdir: a sweep's jobs lie directly in its folder, without a / in between")
-    pinned = f"hydra.sweep.dir={QuotedString(str(folder), Quote.single).with_quotes()}"
+    pinned = [f"hydra.sweep.dir={QuotedString(str(folder), Quote.single).with_quotes()}"]
+    if node.hydra.mode != RunMode.MULTIRUN:
+        pinned.append("hydra.mode=MULTIRUN")
     rest = [o for o in overrides if not o.startswith("hydra.sweep.dir=")]
     if not is_grid(node):
-        return Sweep(config, folder, dirs, [*rest, pinned], None)
+        return Sweep(config, folder, dirs, [*rest, *pinned], [*command], None)
     params = OmegaConf.to_container(node.hydra.sweeper.params) if node.hydra.sweeper.params else None
     assert params is None or isinstance(params, dict)
     # Given in full on the command line, so that the order is ours and not the sweep file's.
@@ -218,7 +223,7 @@ def plan_sweep(hydra: Hydra, node: DictConfig, overrides: Sequence[str], dirs: t
     grid = compose_grid(hydra, ours, dirs)
     _check_baseline(config, grid)
     order = describe_order(hydra, ours, dirs)
-    return Sweep(config, folder, dirs, [*ours, "hydra.sweeper.params=null", pinned], grid, order)
+    return Sweep(config, folder, dirs, [*ours, "hydra.sweeper.params=null", *pinned], [*command], grid, order)
 
 
 def _check_baseline(config: SweepConfig, grid: Sequence[GridJob]) -> None:
@@ -234,44 +239,31 @@ def _check_baseline(config: SweepConfig, grid: Sequence[GridJob]) -> None:
 # --- what Hydra calls -----------------------------------------------------------------------------------------------
 
 
-class _Ended(BaseException):
-    """An interrupt on its way through Hydra, which would swallow an ordinary exception and go on with the next job."""
+@dataclass(frozen=True, eq=False)
+class SweepTask:
+    """Hydra's task function. A launcher may pickle it and send it to another process: the sweep stays at home."""
 
-    def __init__(self, exit_code: int) -> None:
-        super().__init__("interrupted")
-        self.exit_code = exit_code
+    dirs: tuple[Path, ...]
+    command: list[str]
+    sweep: Sweep | None = None
 
+    def __call__(self, node: DictConfig) -> float | None:
+        """One job, in the sweep of this process or, where there is none, by itself; returns a sweep's objective."""
+        if self.sweep is not None:
+            return self.sweep.job(node)
+        _job_elsewhere(node, self.dirs, self.command)
+        return None
 
-_current: Sweep | None = None
-
-_STARTED_AT = datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _task(dirs: tuple[Path, ...]) -> Task:
-    """Hydra's task function. It may be pickled and sent to another process: so it holds nothing but ``dirs``."""
-
-    def task(node: DictConfig) -> float | None:
-        from fluxrun.sweep.run import run_job
-
-        return run_job(node, dirs)
-
-    return task
+    def __reduce__(self) -> tuple[type[SweepTask], tuple[tuple[Path, ...], list[str]]]:
+        return SweepTask, (self.dirs, self.command)
 
 
-def run_job(node: DictConfig, dirs: tuple[Path, ...]) -> float | None:
-    """One job, in the sweep of this process or, where there is none, by itself; returns a sweep's objective."""
-    if _current is not None:
-        return _current.job(node)
-    _job_elsewhere(node, dirs)
-    return None
-
-
-def _job_elsewhere(node: DictConfig, dirs: tuple[Path, ...]) -> None:
+def _job_elsewhere(node: DictConfig, dirs: tuple[Path, ...], command: Sequence[str]) -> None:
     """A job in a launcher's own process (joblib, submitit): its record is all it leaves."""
     hydra: Any = HydraConfig.get()
     folder, data = Path(hydra.runtime.output_dir), to_data(node, hydra.runtime.choices)
     try:
-        run(RunConfig.from_dict(data, dirs), folder, command=["fluxrun", *sys.argv[1:]])
+        run(RunConfig.from_dict(data, dirs), folder, command=command)
     except Exception as error:  # as in _draw: the job's own failure
         if write_failure(folder, data, error):
             log.error("%s", one_line(error), exc_info=error)
@@ -279,5 +271,5 @@ def _job_elsewhere(node: DictConfig, dirs: tuple[Path, ...]) -> None:
 
 def _exit_code(result: Result, ended: BaseException | None) -> int:
     if ended is not None:
-        return ended.exit_code if isinstance(ended, (FluxrunError, _Ended)) else 130
+        return exit_code_of(ended)
     return 0 if all(row.status == "completed" for row in result.jobs) else 1
