@@ -10,21 +10,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from diffusers import Flux2KleinPipeline, Flux2Pipeline
 from torch import nn
 
+from fluxrun.planning.plan import Plan
+from fluxrun.weights.random_weights import random_source
 
-def plain_pipeline(model: Any, device: str, text_encoder: bool, dtype: str | None = None) -> Any:
-    """A diffusers pipeline of ``model``'s architecture (a fluxrun ``Flux2Model``) with random weights on ``device``.
 
-    ``dtype``: a torch dtype's name; None is the model's, where that says ``auto`` the device's usual one.
-    """
-    from diffusers import Flux2KleinPipeline, Flux2Pipeline
-
-    from fluxrun.weights.random_weights import random_source
-
-    usual = "bfloat16" if device.startswith("cuda") else "float32"
-    dtype = dtype or (usual if model.dtype == "auto" else model.dtype)
-    make = random_source(model, dtype, device, None)
+def plain_pipeline(plan: Plan, device: str, *, text_encoder: bool) -> Any:
+    """A diffusers pipeline of the plan's architecture and dtype with random weights on ``device``."""
+    model, make = plan.model, random_source(plan.model, plan.dtype, device, None)
     names = ["text_encoder", "tokenizer"] if text_encoder else []
     parts = dict.fromkeys(("text_encoder", "tokenizer"))
     parts |= {name: make(name) for name in (*names, "transformer", "vae", "scheduler")}
