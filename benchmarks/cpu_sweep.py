@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -88,10 +89,6 @@ def sweep(out: Path, model: str) -> Found:
     }
 
 
-def search(out: Path, model: str) -> Found:
-    """Search, and run the preset that was written."""
-    return tune(out, model, "--repeats", "4", overrides=(REPEATS,))
-
-
 if __name__ == "__main__":
+    search = partial(tune, flags=("--repeats", "4"), overrides=(REPEATS,))
     main(__doc__ or "", "cpu_sweep.json", "shapes", {"kill": kill, "sweep": sweep, "tune": search})

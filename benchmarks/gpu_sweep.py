@@ -12,6 +12,7 @@ Worth keeping from OUT: gpu_sweep.json; sweep.json, sweep.csv and report.html of
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from bench.sweeps import Found, fluxrun, main, swept, totals, tune
@@ -42,10 +43,7 @@ def sweep(out: Path, model: str) -> Found:
     }
 
 
-def search(out: Path, model: str) -> Found:
-    """On random weights a picture says little about fidelity: the bound only keeps what is plainly broken out."""
-    return tune(out, model, "--min-psnr", "10", "--minutes", "1.5", "--repeats", "3", overrides=COMMON)
-
-
 if __name__ == "__main__":
+    # On random weights a picture says little about fidelity: the bound only keeps what is plainly broken out.
+    search = partial(tune, flags=("--min-psnr", "10", "--minutes", "1.5", "--repeats", "3"), overrides=COMMON)
     main(__doc__ or "", "gpu_sweep.json", "flux2_klein_4b", {"sweep": sweep, "tune": search})

@@ -20,13 +20,7 @@ from PIL.Image import Image
 
 from fluxrun.shapes import evaluate
 
-CALL: dict[str, Any] = {
-    "text_encoder_out_layers": (2, 4, 6),
-    "max_sequence_length": 64,
-    "guidance_scale": 1.0,
-    "height": 256,
-    "width": 256,
-}
+CALL: Any = {"text_encoder_out_layers": (2, 4, 6), "max_sequence_length": 64, "guidance_scale": 1.0}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH = 8
 
@@ -61,7 +55,9 @@ def draw(pipeline: Flux2KleinPipeline, cases: list[evaluate.Case], seed: int, st
     for start in range(0, len(cases), BATCH):
         prompts = [case.prompt for case in cases[start : start + BATCH]]
         generators = [torch.Generator("cpu").manual_seed(seed) for _ in prompts]
-        images += pipeline(prompt=prompts, generator=generators, num_inference_steps=steps, **CALL).images
+        images += pipeline(
+            prompt=prompts, generator=generators, height=256, width=256, num_inference_steps=steps, **CALL
+        ).images
     return images
 
 

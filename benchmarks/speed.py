@@ -1,8 +1,7 @@
 """Measures everything that fluxrun claims about speed, beside plain diffusers, on the GPU that is here.
 
     python benchmarks/speed.py OUT                                   # every section, about 15 minutes on an H100
-    python benchmarks/speed.py OUT --only klein,vae                  # some of them
-    python benchmarks/speed.py OUT --only klein --budget 300         # more or less time: more or fewer of its settings
+    python benchmarks/speed.py OUT --only klein --budget 300         # some of them; more or less time than they have
     python benchmarks/speed.py OUT --only klein --keep h100_fast "mine: quantization=fp8 compile=default"
     python benchmarks/speed.py OUT --only memory --keep "dev fp8 group 24"   # a row of that table, and its GB
     python benchmarks/speed.py OUT --model tiny                      # a dry run on any machine
@@ -23,7 +22,7 @@ import time
 from pathlib import Path
 
 from bench.results import read
-from bench.section import Run
+from bench.section import Run, gpu_state
 from bench.sections import SECTIONS
 from bench.settings import Kept
 from bench.summary import summary, targets_table
@@ -60,7 +59,8 @@ def measured(given: argparse.Namespace, name: str, seconds: float) -> bool:
             print(f"  {name} broke: {type(error).__name__}: {error}", flush=True)
             return False
         finally:
-            run.close()
+            run.content["after"] = gpu_state()
+            run.save()
     print(f"  ({time.monotonic() - started:.0f} s)", flush=True)
     return True
 

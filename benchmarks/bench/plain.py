@@ -5,7 +5,6 @@ Only the numbers in the weights come from fluxrun (``random_source``), so that b
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,14 +25,10 @@ def plain_pipeline(plan: Plan, device: str, *, text_encoder: bool) -> Any:
     for part in parts.values():
         if isinstance(part, nn.Module):
             part.eval().requires_grad_(False)
-    klein = functools.partial(Flux2KleinPipeline, is_distilled=bool(model.distilled))
-    pipeline: Any = Flux2Pipeline(**parts) if model.pipeline == "dev" else klein(**parts)
+    klein = {} if model.pipeline == "dev" else {"is_distilled": bool(model.distilled)}
+    pipeline: Any = (Flux2KleinPipeline if klein else Flux2Pipeline)(**parts, **klein)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def eager(pipeline: Any) -> None:
-    """Nothing: what ``from_pretrained(...).to("cuda")`` gives."""
 
 
 def regional(pipeline: Any) -> None:
@@ -90,5 +85,6 @@ def cache_dit(pipeline: Any) -> None:
 
 
 RECIPES: dict[str, Callable[[Any], None]] = {
-    function.__name__: function for function in (eager, regional, flux_fast, flux_fast_fp8, vae_compiled, cache_dit)
+    "eager": lambda pipeline: None,  # what ``from_pretrained(...).to("cuda")`` gives
+    **{recipe.__name__: recipe for recipe in (regional, flux_fast, flux_fast_fp8, vae_compiled, cache_dit)},
 }

@@ -29,20 +29,14 @@ STYLE: Any = {
 STEPS = {"klein": ("FLUX.2 klein-4B", 51.0, 31.0), "dev": ("FLUX.2 dev (32B)", 410.0, 233.0)}
 """Title, and a step's floor in ms with every part at its measured ceiling: bf16, and fp8 linears."""
 STAGES = (("text_s", "text encoder", GREEN), ("denoise_s", "4 steps", BLUE), ("decode_s", "decode", ORANGE))
-ABOUT = {
-    "steps": (("klein", "dev"), "One denoising step by setting, with its floors"),
-    "image": (("image",), "Prompt to image by setting and stage"),
-    "sizes": (("sizes",), "One denoising step by picture size"),
-}
-"""Each plot's sections, and what stands where it cannot be seen."""
 Rows = Mapping[str, Measured]
 
 
 def links(rows: Sequence[Measured]) -> dict[str, str]:
     """For the document, by the name of the marker: nothing where there is nothing to draw."""
-    there = {name for name, (sections, _) in ABOUT.items() if any(newest(rows, section) for section in sections)}
-    shown = {name: f"![{text}](images/performance_{name}.svg)" for name, (_, text) in ABOUT.items()}
-    return {f"{name}_plot": link if name in there else "" for name, link in shown.items()}
+    there = {one.content["section"] for one in rows if one.done}
+    shown = {name: f"![{text}](images/performance_{name}.svg)" for name, (_, text, _, _) in PLOTS.items()}
+    return {f"{name}_plot": link if there & set(PLOTS[name][0]) else "" for name, link in shown.items()}
 
 
 def write(rows: Sequence[Measured], folder: Path) -> list[Path]:
@@ -53,10 +47,9 @@ def write(rows: Sequence[Measured], folder: Path) -> list[Path]:
     from matplotlib import pyplot as plt
 
     written = []
-    for name, (sections, _) in ABOUT.items():
+    for name, (sections, _, draw, height) in PLOTS.items():
         if found := {section: part for section in sections if (part := newest(rows, section))}:
             with plt.rc_context(STYLE):
-                draw, height = {"steps": (_steps, 3.1), "image": (_image, 3.2), "sizes": (_sizes, 3.6)}[name]
                 size = (7, height * len(found))
                 figure, axes = plt.subplots(len(found), 1, figsize=size, layout="constrained", squeeze=False)
                 for axis, (section, part) in zip(axes[:, 0], found.items(), strict=True):
@@ -118,3 +111,11 @@ def _write_values(axis: Any, values: list[float]) -> None:
         axis.text(value, position, f" {value:.0f}" if value >= 100 else f" {value:.1f}", va="center")
     axis.set_xlim(0, max(values) * 1.15)
     axis.invert_yaxis()
+
+
+PLOTS = {
+    "steps": (("klein", "dev"), "One denoising step by setting, with its floors", _steps, 3.1),
+    "image": (("image",), "Prompt to image by setting and stage", _image, 3.2),
+    "sizes": (("sizes",), "One denoising step by picture size", _sizes, 3.6),
+}
+"""Each plot's sections, what stands where it cannot be seen, how it is drawn, inches for each section."""

@@ -65,7 +65,9 @@ class Run:
         self._file = out / f"{section.name}.json"
         self._started = time.monotonic()
         self._deadline = self._started + seconds
-        about = {"section": section.name, "command": list(command), "tiny": tiny, "versions": versions()}
+        machine = detect()
+        versions = {"python": machine.python, "git_commit": git_commit(), **machine.packages}
+        about = {"section": section.name, "command": list(command), "tiny": tiny, "versions": versions}
         self.content: Row = {**about, "before": gpu_state(), "between": [], "after": None, "rows": self.rows}
 
     @property
@@ -83,11 +85,6 @@ class Run:
         self.content["between"].append(gpu_state())
         self.save()
 
-    def close(self) -> None:
-        """Note the device's state at the end."""
-        self.content["after"] = gpu_state()
-        self.save()
-
     def add(self, row: Row) -> Row:
         """One more row; returns it."""
         self.rows.append(row)
@@ -102,12 +99,6 @@ class Run:
         if row.get("error"):
             parts.append(f"{row['status']}: {row['error']}")
         print(f"  {row.get('setting', ''):22} {', '.join(parts)}", flush=True)
-
-
-def versions() -> dict[str, str | None]:
-    """Installed versions of what the speed depends on, Python's, and the commit measured."""
-    machine = detect()
-    return {"python": machine.python, "git_commit": git_commit(), **machine.packages}
 
 
 def gpu_state() -> dict[str, Any]:

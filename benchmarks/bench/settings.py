@@ -36,11 +36,8 @@ LOSSLESS = fluxrun("h100_lossless", "+preset=h100_lossless")
 FAST = fluxrun("h100_fast", "+preset=h100_fast")
 PRESETS = (PLAIN, plain("regional"), LOSSLESS, FAST)
 
-MODELS: dict[str, tuple[str, ...]] = {
-    "klein_4b": ("model=flux2_klein_4b", "model.weights=random"),
-    "klein_9b": ("model=flux2_klein_9b", "model.weights=random"),
-    "dev": ("model=flux2_dev", "model.weights=random"),
-}
+NAMES = ("klein_4b", "klein_9b", "dev")
+MODELS: dict[str, tuple[str, ...]] = {name: (f"model=flux2_{name}", "model.weights=random") for name in NAMES}
 TINY = ("model=tiny", "height=64", "width=64", "model.max_sequence_length=32")
 TINY_MODELS = {name: (*TINY, "model.pipeline=dev") if name == "dev" else TINY for name in MODELS}
 """What stands for each model in a dry run: its pipeline class, nothing of its size."""

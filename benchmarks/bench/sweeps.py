@@ -64,7 +64,7 @@ def totals(sweep: Result) -> Found:
     return {**spent, "load_once_plus_jobs_s": together, "jobs": statuses(sweep), "why_loaded": sweep.loads}
 
 
-def tune(out: Path, model: str, *flags: str, overrides: tuple[str, ...] = ()) -> Found:
+def tune(out: Path, model: str, *, flags: tuple[str, ...], overrides: tuple[str, ...]) -> Found:
     """``fluxrun tune``, and a run with the preset that it wrote: what was chosen, and whether it draws as fast."""
     files = ("--output", str(out / "preset" / "tuned.yaml"), "--folder", str(out / "tune"))
     search = fluxrun("tune", model, *files, *flags, *(o for o in overrides if not o.startswith("measure.")))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bench.results import Measured, Row, markdown, median, newest
 from bench.section import Run, Section
@@ -42,6 +43,8 @@ class Timed(Section):
     """Whether settings that ``--keep`` adds are measured, too."""
     errs: bool = False
     """Whether its error is a row of the summary."""
+    stages: Mapping[str, str] = field(default_factory=dict)
+    """For a second table: samples in seconds, and what they are called."""
 
     def measure(self, run: Run) -> None:
         """Groups side by side as far as they fit; what fits only alone, one by one."""
@@ -50,10 +53,10 @@ class Timed(Section):
         groups = [tuple(setting for setting in group if run.keep.has(setting.name)) for group in groups]
         groups = [group for group in groups if len(group) > 1] or groups[:1]
         gpu = detect().gpu
-        fitting = 0 if self.gigabytes is None else int(gpu.free_bytes / 2**30 / self.gigabytes) if gpu else 100
-        if fitting < 2:
+        room = gpu.free_bytes / 2**30 if gpu else math.inf
+        if self.gigabytes is None or room < 2 * self.gigabytes:
             return self._one_by_one(run, [*dict.fromkeys(setting for group in groups for setting in group)])
-        for number, part in enumerate(parts(groups, fitting)):
+        for number, part in enumerate(parts(groups, int(min(room / self.gigabytes, 100)))):
             with self._workers(run, part, self._rows(run, part, number)) as workers:
                 self._take_turns(run, workers)
 
@@ -72,12 +75,9 @@ class Timed(Section):
             settings = [setting for setting in reversed(settings) if not rows[setting.name]["error"]]
 
     def _rows(self, run: Run, settings: Iterable[Setting], group: int) -> dict[str, Row]:
-        rows = {}
-        for one in settings:
-            overrides = [] if one.recipe else [*run.models[self.model], *self.overrides, *one.overrides]
-            about = {"setting": one.name, "recipe": one.recipe, "overrides": overrides, "group": group}
-            rows[one.name] = run.add({**about, "status": "not measured", "error": None, "samples": {}})
-        return rows
+        blank = {"group": group, "status": "not measured", "error": None}
+        about = {one.name: {"recipe": one.recipe, "overrides": list(one.overrides), "samples": {}} for one in settings}
+        return {name: run.add({"setting": name, **told, **blank}) for name, told in about.items()}
 
     @contextmanager
     def _workers(self, run: Run, settings: Iterable[Setting], rows: dict[str, Row]) -> Iterator[list[Worker]]:
@@ -133,7 +133,14 @@ class Timed(Section):
         compiled = self._faster(found.get("plain_regional"))
         order = sorted(found.values(), key=lambda one: -statistics.median(one.samples(self.key)))
         header = ("setting", f"{self.metric}, {self.unit}", "min–max", "× plain", "× plain compiled", "error")
-        return {self.name: markdown((*header, "first call"), (self._line(one, compiled) for one in order))}
+        made = {self.name: markdown((*header, "first call"), (self._line(one, compiled) for one in order))}
+        if self.stages:
+            header = ("setting", *(f"{stage}, ms" for stage in self.stages.values()))
+            made["stages"] = markdown(header, map(self._stages, found.values()))
+        return made
+
+    def _stages(self, one: Measured) -> list[str]:
+        return [f"`{one.row['setting']}`", *(f"{median(one.samples(key), 1e3):.4g}" for key in self.stages)]
 
     def _line(self, one: Measured, compiled: float | None) -> list[str]:
         values = [value * self.scale for value in one.samples(self.key)]

@@ -1,8 +1,9 @@
 """All sections of ``speed.py``, in the order in which they are measured and reported."""
 
 from bench.section import Section
+from bench.sections.first_image import FIRST_IMAGE
+from bench.sections.memory import MEMORY
 from bench.sections.pictures import FILES, IMAGE, LONG
-from bench.sections.processes import FIRST_IMAGE, MEMORY
 from bench.sections.roofline import ROOFLINE
 from bench.sections.sizes import SIZES
 from bench.sections.steps import DEV, KLEIN, VAE

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench.results import Measured, Row, markdown, median, newest
+from bench.results import Row
 from bench.settings import FAST, PLAIN, PRESETS, REFERENCE, fluxrun
 from bench.timed import KLEIN_GB, TEXT_ENCODER_GB, Timed
 from bench.worker import Job
@@ -48,23 +48,10 @@ def images(job: Job) -> Iterator[Row]:
         yield {"samples": {"total_s": [subject.timed(draw)[0]], **stages()}, **subject.facts()}
 
 
-class Staged(Timed):
-    """With a second table: stage by stage."""
-
-    def tables(self, rows: Sequence[Measured]) -> dict[str, str]:
-        def line(one: Measured) -> list[str]:
-            stages = [median(one.samples(key), 1e3) for key in STAGES]
-            return [f"`{one.row['setting']}`", *(f"{stage:.4g}" for stage in stages if stage is not None)]
-
-        header = ("setting", *(f"{stage}, ms" for stage in STAGES.values()))
-        stages = markdown(header, (line(one) for one in newest(rows, self.name).values()))
-        return {**super().tables(rows), "stages": stages}
-
-
-IMAGE = Staged(
+IMAGE = Timed(
     name="image", about="klein-4B, prompt to PIL image, text encoder included", seconds=100,
     key="total_s", metric="prompt to PIL image, 4 steps", task=images, overrides=("steps=4",),
-    gigabytes=KLEIN_GB + TEXT_ENCODER_GB, extensible=True, groups=(PRESETS,),
+    gigabytes=KLEIN_GB + TEXT_ENCODER_GB, extensible=True, groups=(PRESETS,), stages=STAGES,
 )  # fmt: skip
 
 
@@ -78,35 +65,30 @@ def files(job: Job) -> Iterator[Row]:
     from fluxrun.pipeline.session_pool import SessionPool
     from fluxrun.runner import run
 
-    def draw_plain(folder: Path) -> Row:
-        assert subject is not None
-        for number, prompt in enumerate(PROMPTS):
-            subject.image(prompt=prompt, **text_arguments(subject.plan)).save(folder / f"{number}.png")
-        return subject.facts()
-
-    def draw_fluxrun(folder: Path) -> Row:
-        prompts = folder / "prompts.txt"
-        prompts.write_text("\n".join(PROMPTS), encoding="utf-8")
-        # resident, whatever memory the settings measured beside this one leave free.
-        given = [*job.overrides, *job.setting.overrides, "memory=resident", f"prompts_file={prompts}"]
-        record = run(compose(given), folder / "run", pool=pool)
-        return record.model_dump(mode="json", include={"options"})
-
     subject, pool = Subject(job, text_encoder=True) if job.setting.recipe else None, SessionPool()
-    draw = draw_plain if subject else draw_fluxrun
+
+    def draw(folder: Path) -> Row:
+        if subject is not None:
+            for number, prompt in enumerate(PROMPTS):
+                subject.image(prompt=prompt, **text_arguments(subject.plan)).save(folder / f"{number}.png")
+            return {}
+        (folder / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
+        # resident, whatever memory the settings measured beside this one leave free.
+        given = [*job.overrides, *job.setting.overrides, "memory=resident", f"prompts_file={folder / 'prompts.txt'}"]
+        return run(compose(given), folder / "run", pool=pool).model_dump(mode="json", include={"options"})
+
+    def seconds() -> tuple[float, Row]:
+        with tempfile.TemporaryDirectory(prefix="fluxrun-speed-") as folder:
+            started = time.perf_counter()
+            facts = draw(Path(folder))
+            return time.perf_counter() - started, facts
+
     yield {}
-    first_s, _ = _in_a_folder(draw), _in_a_folder(draw)
-    yield {"first_call_s": first_s[0]}
+    (first_s, _), _ = seconds(), seconds()
+    yield {"first_call_s": first_s}
     while True:
-        seconds, facts = _in_a_folder(draw)
-        yield {"samples": {"file_s": [seconds / len(PROMPTS)]}, **facts}
-
-
-def _in_a_folder(draw: Callable[[Path], Row]) -> tuple[float, Row]:
-    with tempfile.TemporaryDirectory(prefix="fluxrun-speed-") as folder:
-        started = time.perf_counter()
-        facts = draw(Path(folder))
-        return time.perf_counter() - started, facts
+        file_s, facts = seconds()
+        yield {"samples": {"file_s": [file_s / len(PROMPTS)]}, **facts}
 
 
 FILES = Timed(
