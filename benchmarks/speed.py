@@ -19,6 +19,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from bench.results import read
@@ -28,9 +29,9 @@ from bench.settings import Kept
 from bench.summary import summary, targets_table
 
 
-def main() -> int:
+def main(line: Sequence[str]) -> int:
     """Run the sections asked for; 1 if a section broke."""
-    given = arguments()
+    given = arguments(line)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Workers are killed when they are done: what multiprocessing then says about their semaphores is of no use.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
@@ -39,16 +40,16 @@ def main() -> int:
     broken = 0
     for name in given.only:
         ends += SECTIONS[name].seconds * budget / usual
-        broken += not measured(given, name, ends - time.monotonic())
+        broken += not measured(given, line, name, ends - time.monotonic())
     print(f"\n{targets_table(summary(read([given.out], tiny=True)))}", flush=True)
     if given.model == "tiny":
         print("(a dry run with tiny models: no figure means anything)")
     return int(broken > 0)
 
 
-def measured(given: argparse.Namespace, name: str, seconds: float) -> bool:
+def measured(given: argparse.Namespace, line: Sequence[str], name: str, seconds: float) -> bool:
     """One section; whether it came to its end. What breaks one section does not stop the next."""
-    section, started, command = SECTIONS[name], time.monotonic(), ["python", "benchmarks/speed.py", *sys.argv[1:]]
+    section, started, command = SECTIONS[name], time.monotonic(), ["python", "benchmarks/speed.py", *line]
     print(f"{name}: {section.about}", flush=True)
     with tempfile.TemporaryDirectory(prefix="fluxrun-speed-") as work:
         tiny, keep = given.model == "tiny", Kept(given.keep)
@@ -65,7 +66,7 @@ def measured(given: argparse.Namespace, name: str, seconds: float) -> bool:
     return True
 
 
-def arguments() -> argparse.Namespace:
+def arguments(line: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder for everything that is written")
@@ -73,7 +74,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", choices=("real", "tiny"), default="real", help="tiny: a dry run on any machine")
     parser.add_argument("--budget", type=float, help="seconds, shared by the sections in proportion to their own")
     parser.add_argument("--keep", nargs="+", default=[], help="settings to measure beside plain diffusers, or new ones")
-    return parser.parse_args()
+    return parser.parse_args(line)
 
 
 def section_names(text: str) -> list[str]:
@@ -85,4 +86,4 @@ def section_names(text: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -56,7 +56,7 @@ class Run:
         self, section: Section, out: Path, work: Path, command: Sequence[str], *, keep: Kept, seconds: float, tiny: bool
     ) -> None:
         self.section, self.keep, self.tiny = section, keep, tiny
-        self.models: Mapping[str, tuple[str, ...]] = TINY_MODELS if tiny else MODELS
+        self.models = TINY_MODELS if tiny else MODELS
         self.work = work
         """A temporary folder, for what the settings are compared with."""
         self.logs = out / "logs"

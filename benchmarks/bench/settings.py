@@ -36,10 +36,11 @@ LOSSLESS = fluxrun("h100_lossless", "+preset=h100_lossless")
 FAST = fluxrun("h100_fast", "+preset=h100_fast")
 PRESETS = (PLAIN, plain("regional"), LOSSLESS, FAST)
 
+Models = dict[str, tuple[str, ...]]
 NAMES = ("klein_4b", "klein_9b", "dev")
-MODELS: dict[str, tuple[str, ...]] = {name: (f"model=flux2_{name}", "model.weights=random") for name in NAMES}
+MODELS: Models = {name: (f"model=flux2_{name}", "model.weights=random") for name in NAMES}
 TINY = ("model=tiny", "height=64", "width=64", "model.max_sequence_length=32")
-TINY_MODELS = {name: (*TINY, "model.pipeline=dev") if name == "dev" else TINY for name in MODELS}
+TINY_MODELS: Models = {name: (*TINY, "model.pipeline=dev") if name == "dev" else TINY for name in MODELS}
 """What stands for each model in a dry run: its pipeline class, nothing of its size."""
 
 

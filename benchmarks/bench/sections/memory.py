@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from bench.results import Measured, Row, markdown, newest
 from bench.section import Run, Section
-from bench.settings import Setting
+from bench.settings import Models, Setting
 from bench.worker import Job, Worker
 
 PLAIN_OFFLOAD = "plain diffusers' model offload"
@@ -66,14 +66,20 @@ def by_offloading(job: Job) -> Iterator[Row]:
     yield {"samples": {}, "options": options, "memory": memory, "timings": timings}
 
 
+def by_name(models: Models, name: str, limit: int, told: tuple[str, ...]) -> tuple[Row, tuple[str, ...]]:
+    """A row's own keys, and all that its process is told."""
+    model = name.split(maxsplit=1)[0].lower().replace("-", "_")
+    steps = 8 if model == "dev" else 4
+    about = {"setting": name, "model": model, "budget_gb": limit, "steps": steps}
+    return about, (*models[model], f"steps={steps}", *told, f"memory.budget_gb={limit}")
+
+
 class Memory(Section):
     """Every model under its limit, in a process of its own; that a placement does not fit is a result, too."""
 
     def measure(self, run: Run) -> None:
         for name, limit, told in (one for one in LIMITED if run.keep.has(f"{one[0]} {one[1]}")):
-            model = name.split()[0].lower().replace("-", "_")
-            about = {"setting": name, "model": model, "budget_gb": limit, "steps": 8 if model == "dev" else 4}
-            given = (*run.models[model], f"steps={about['steps']}", *told, f"memory.budget_gb={limit}")
+            about, given = by_name(run.models, name, limit, told)
             row = run.add({**about, "overrides": given, "status": "not measured", "error": None})
             task, number = by_fluxrun if told else by_offloading, len(run.rows)
             job = Job(Setting(name), task, given, run.work / str(number), run.logs / f"memory_{number}.log")
