@@ -1,9 +1,9 @@
-"""The benchmark scripts are no package: their folder goes on the search path."""
+"""The benchmark commands find their package beside them: here, and in a worker's process, it is on the search path."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parents[1] / "benchmarks"), str(HERE)]

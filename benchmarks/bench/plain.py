@@ -5,40 +5,30 @@ Only the numbers in the weights come from fluxrun (``random_source``), so that b
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from diffusers import Flux2KleinPipeline, Flux2Pipeline
 from torch import nn
 
+from fluxrun.planning.plan import Plan
+from fluxrun.weights.random_weights import random_source
 
-def plain_pipeline(model: Any, device: str, text_encoder: bool, dtype: str | None = None) -> Any:
-    """A diffusers pipeline of ``model``'s architecture (a fluxrun ``Flux2Model``) with random weights on ``device``.
 
-    ``dtype``: a torch dtype's name; None is the model's, where that says ``auto`` the device's usual one.
-    """
-    from diffusers import Flux2KleinPipeline, Flux2Pipeline
-
-    from fluxrun.weights.random_weights import random_source
-
-    usual = "bfloat16" if device.startswith("cuda") else "float32"
-    dtype = dtype or (usual if model.dtype == "auto" else model.dtype)
-    make = random_source(model, dtype, device, None)
+def plain_pipeline(plan: Plan, device: str, *, text_encoder: bool) -> Any:
+    """A diffusers pipeline of the plan's architecture and dtype with random weights on ``device``."""
+    model, make = plan.model, random_source(plan.model, plan.dtype, device, None)
     names = ["text_encoder", "tokenizer"] if text_encoder else []
     parts = dict.fromkeys(("text_encoder", "tokenizer"))
     parts |= {name: make(name) for name in (*names, "transformer", "vae", "scheduler")}
     for part in parts.values():
         if isinstance(part, nn.Module):
             part.eval().requires_grad_(False)
-    klein = functools.partial(Flux2KleinPipeline, is_distilled=bool(model.distilled))
-    pipeline: Any = Flux2Pipeline(**parts) if model.pipeline == "dev" else klein(**parts)
+    klein = {} if model.pipeline == "dev" else {"is_distilled": bool(model.distilled)}
+    pipeline: Any = (Flux2KleinPipeline if klein else Flux2Pipeline)(**parts, **klein)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def eager(pipeline: Any) -> None:
-    """Nothing: what ``from_pretrained(...).to("cuda")`` gives."""
 
 
 def regional(pipeline: Any) -> None:
@@ -95,5 +85,6 @@ def cache_dit(pipeline: Any) -> None:
 
 
 RECIPES: dict[str, Callable[[Any], None]] = {
-    function.__name__: function for function in (eager, regional, flux_fast, flux_fast_fp8, vae_compiled, cache_dit)
+    "eager": lambda pipeline: None,  # what ``from_pretrained(...).to("cuda")`` gives
+    **{recipe.__name__: recipe for recipe in (regional, flux_fast, flux_fast_fp8, vae_compiled, cache_dit)},
 }

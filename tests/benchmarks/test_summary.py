@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import summarize
-from summary_rows import ERROR, fallen_back, read, summary
-from summary_tables import tables
+from bench.results import fallen_back, read
+from bench.summary import document, summary, tables
+from bench.timed import ERROR
 
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = ["model", "setting", "metric", "unit", "value", "plain_diffusers", "target", "met", "command"]
@@ -150,7 +151,7 @@ def test_the_newest_measurement_counts_and_dry_runs_do_not(tmp_path: Path) -> No
 def test_main_writes_summary_tables_and_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     results = write(tmp_path).parent
-    names = tables([], [])
+    names = tables([])
     markers = "".join(f"<!-- speed:{name} -->STALE<!-- /speed:{name} -->\n" for name in names)
     docs = tmp_path / "docs" / "performance.md"
     docs.parent.mkdir()
@@ -177,4 +178,11 @@ def test_the_document_is_made_from_the_results_in_the_repository() -> None:
     rows = summary(measured)
     assert json.loads((results / "summary.json").read_text(encoding="utf-8")) == rows
     text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    assert summarize.document(text, measured, rows) == text, "run python benchmarks/summarize.py"
+    assert document(text, measured) == text, "run python benchmarks/summarize.py"
+
+
+def test_plots_are_of_what_was_measured() -> None:
+    links = tables(read([]))
+    assert [links[name] for name in ("steps_plot", "image_plot", "sizes_plot")] == ["", "", ""]
+    shown = tables(read(sorted((ROOT / "benchmarks" / "results").glob("speed*/"))))
+    assert shown["sizes_plot"] == "![One denoising step by picture size](images/performance_sizes.svg)"
