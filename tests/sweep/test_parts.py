@@ -60,7 +60,7 @@ def test_every_sweep_file_composes_and_says_how_it_is_run(path: Path) -> None:
     dirs = config_dirs()
     overrides = [f"+sweep={path.stem}"]
     with hydra_for(dirs) as hydra:
-        sweep = plan_sweep(hydra, compose_node(hydra, overrides, dirs, RunMode.MULTIRUN), overrides, dirs)
+        sweep = plan_sweep(hydra, compose_node(hydra, overrides, dirs, RunMode.MULTIRUN), overrides, dirs, ["fluxrun"])
     assert sweep.grid is not None
     assert len(sweep.grid) > 1
     assert any(is_neutral(job.data) for job in sweep.grid), "a sweep should have its own baseline"

@@ -21,8 +21,6 @@ WEIGHT_KEYS = ("preset", "model", "device", *(group for group in APPLY_ORDER if 
 RUN_KEYS = ("steps", "guidance", "prompts_file", "prompt", "negative_prompt", "num_images", "seed")
 """Whatever changes only these draws with the pipeline as it stands, so they change most often."""
 
-IN_PROCESS_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
-
 GRID_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 
 
