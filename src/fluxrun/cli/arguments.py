@@ -20,7 +20,7 @@ def flags_parser(prog: str) -> argparse.ArgumentParser:
 
     parser = get_args_parser()
     parser.prog = prog
-    parser.error = refuse  # type: ignore[method-assign]
+    parser.error = refuse  # type: ignore[method-assign]  # on Hydra's parser, made by Hydra
     return parser
 
 

@@ -59,11 +59,11 @@ def _nvml() -> tuple[tuple[Gpu, ...], str | None]:
     except pynvml.NVMLError:
         return (), None  # no driver: a machine without NVIDIA GPUs
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    numbers = range(pynvml.nvmlDeviceGetCount())
+    numbers = list(range(pynvml.nvmlDeviceGetCount()))
     if visible is not None:
         wanted = [part.strip() for part in visible.split(",") if part.strip()]
         if all(part.lstrip("-").isdigit() for part in wanted):
-            numbers = [int(part) for part in wanted if int(part) in numbers]  # type: ignore[assignment]
+            numbers = [int(part) for part in wanted if int(part) in numbers]
     gpus: list[Gpu] = []
     for number in numbers:
         handle = pynvml.nvmlDeviceGetHandleByIndex(number)

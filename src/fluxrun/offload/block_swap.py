@@ -25,6 +25,8 @@ from fluxrun.types import Pipeline
 P = ParamSpec("P")
 R = TypeVar("R")
 
+Tensors = tuple[torch.Tensor, ...]
+
 ALIGNMENT = 256
 """Bytes; what torch's own allocator aligns to."""
 
@@ -154,7 +156,7 @@ class BlockSwap:
         """The buffer of a swapped block."""
         return self.buffers[number % len(self.buffers)]
 
-    def _before(self, number: int, *_: object) -> None:
+    def _before(self, number: int, module: nn.Module, inputs: Tensors) -> None:
         """Hook before a swapped block: wait until its weights are in the buffer."""
         buffer = self._buffer(number)
         if buffer.block != number:  # not prefetched: a block was left out, or the module called anew
@@ -162,7 +164,7 @@ class BlockSwap:
         if buffer.filled is not None:
             torch.cuda.current_stream(self.device).wait_event(buffer.filled)
 
-    def _after(self, number: int, *_: object) -> None:
+    def _after(self, number: int, module: nn.Module, inputs: Tensors, outputs: torch.Tensor | Tensors) -> None:
         """Hook after a swapped block: its buffer is free for the block that needs it next."""
         buffer = self._buffer(number)
         if buffer.free is not None:

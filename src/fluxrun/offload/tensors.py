@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,8 +14,7 @@ def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     if _is_plain(tensor):
         yield tensor
         return
-    names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-    for name in names:
+    for name in _flattened(tensor)[0]:
         yield from plain_tensors(getattr(tensor, name))
 
 
@@ -23,9 +23,10 @@ def rebuilt(tensor: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]
     if _is_plain(tensor):
         new = change(tensor)
     else:
-        names, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+        names, context = _flattened(tensor)
         inside = {name: rebuilt(getattr(tensor, name), change) for name in names}
-        new = type(tensor).__tensor_unflatten__(inside, context, tensor.shape, tensor.stride())  # type: ignore[attr-defined]
+        wrapper: Any = type(tensor)
+        new = wrapper.__tensor_unflatten__(inside, context, tensor.shape, tensor.stride())
     return nn.Parameter(new, requires_grad=False) if isinstance(tensor, nn.Parameter) else new
 
 
@@ -37,6 +38,13 @@ def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
         for plain in plain_tensors(tensor)
     }
     return sum(storages.values())
+
+
+def _flattened(tensor: torch.Tensor) -> tuple[list[str], Any]:
+    """The attributes that hold a quantized tensor's own tensors, and what else it takes to make it again."""
+    wrapper: Any = tensor  # torch's protocol for such subclasses; its type of a tensor does not have it
+    names, context = wrapper.__tensor_flatten__()
+    return names, context
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

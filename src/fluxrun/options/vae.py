@@ -175,6 +175,5 @@ def _channels_last(pipeline: Pipeline, context: Context) -> str:
     option = context.option(CompileOption, "compile")
     if "vae_decoder" not in option.targets or not option.active:
         return "not applied: alone it is slower (needs compile.targets=[vae_decoder,...])"
-    # torch documents ``memory_format`` alone; its types lack it.
-    pipeline.vae.decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    pipeline.vae.decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's types lack it
     return "applied"

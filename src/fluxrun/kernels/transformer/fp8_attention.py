@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fluxrun.kernels.transformer.triton_ops import fp8_scales
+from fluxrun.kernels.transformer.fp8_scales import fp8_scales
 
 SOFTMAX_SCALE = 256.0
 """Probabilities are at most 1; scaled by this, small ones stay above float8's underflow."""

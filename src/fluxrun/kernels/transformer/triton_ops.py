@@ -15,7 +15,6 @@ differ in last bits again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,8 +24,6 @@ import triton.language as tl
 FP8_MAX: tl.constexpr = tl.constexpr(448.0)  # largest float8_e4m3fn
 
 TINY: tl.constexpr = tl.constexpr(1e-12)  # keeps the scale of an all-zero row finite; torchao's value
-
-ROWS_PER_PROGRAM = 8
 
 EXACT = {"enable_fp_fusion": False}
 """A multiply-add contracted into one operation would skip the rounding that eager does between the two."""
@@ -259,26 +256,6 @@ def _pack_kernel(
     _store(result, out, scales, row, column, (chunk < FIRST + SECOND) & (column >= 0), width, QUANTIZE)
 
 
-@triton.jit
-def _largest_kernel(values, largest, rows, row_stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    columns = tl.arange(0, BLOCK)
-    found = tl.zeros((BLOCK,), tl.float32)
-    for step in range(ROWS):
-        row = tl.program_id(0) * ROWS + step
-        mask = (columns < WIDTH) & (row < rows)
-        value = tl.load(values + row.to(tl.int64) * row_stride + columns, mask=mask, other=0.0).to(tl.float32)
-        found = tl.maximum(found, tl.abs(value))
-    tl.atomic_max(largest, tl.max(found))
-
-
-@triton.jit
-def _scales_kernel(bounds, largest, out):
-    for index in tl.static_range(3):
-        bound = tl.load(bounds + index) if index < 2 else tl.maximum(tl.load(largest), TINY)
-        tl.store(out + index, FP8_MAX / bound)
-        tl.store(out + 3 + index, bound / FP8_MAX)
-
-
 # -- what the blocks call --------------------------------------------------------------------------------------------
 
 
@@ -309,7 +286,7 @@ def norm_modulate(
     _norm_modulate_row_kernel[(batch * tokens,)](
         x, y, gate, shift, scale, summed, out, scales, tokens, _stride(gate), _stride(shift),
         WIDTH=width, BLOCK=triton.next_power_of_2(width), EPS=eps, ADD=add is not None, QUANTIZE=quantize,
-        num_warps=_warps(width), **EXACT,
+        num_warps=warps(width), **EXACT,
     )  # fmt: skip
     return summed, Scaled(out, scales) if quantize else out
 
@@ -320,7 +297,7 @@ def gated_add(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Ten
     out = torch.empty_like(x)
     _gated_add_kernel[(batch * tokens,)](
         x, y, gate, out, tokens, _stride(gate),
-        WIDTH=width, BLOCK=triton.next_power_of_2(width), num_warps=_warps(width), **EXACT,
+        WIDTH=width, BLOCK=triton.next_power_of_2(width), num_warps=warps(width), **EXACT,
     )  # fmt: skip
     return out
 
@@ -354,23 +331,6 @@ def split_qkv(
     )  # fmt: skip
 
 
-def fp8_scales(values: Sequence[torch.Tensor], bounds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(scales, their reciprocals), float32 [3] each, of queries, keys and values that are to fill float8's range.
-
-    ``values``: rows [n, width] of each stream; ``bounds``: float32 [2], what queries and keys cannot exceed.
-    """
-    largest = torch.zeros(1, dtype=torch.float32, device=bounds.device)
-    for part in values:
-        rows, width = part.shape
-        _largest_kernel[(triton.cdiv(rows, ROWS_PER_PROGRAM),)](
-            part, largest, rows, part.stride(0),
-            WIDTH=width, BLOCK=triton.next_power_of_2(width), ROWS=ROWS_PER_PROGRAM, num_warps=_warps(width),
-        )  # fmt: skip
-    out = torch.empty(6, dtype=torch.float32, device=bounds.device)
-    _scales_kernel[(1,)](bounds, largest, out, num_warps=1)
-    return out[:3], out[3:]
-
-
 def pack(
     attended: torch.Tensor | None,
     gate_up: torch.Tensor | None,
@@ -398,7 +358,7 @@ def pack(
         attended if attended is not None else source, gate_up if gate_up is not None else source, out, scales,
         scales if descale is None else descale, tokens, *strides, gate_up.stride(0) if gate_up is not None else 0,
         SIZE=size, HIDDEN=hidden, CHUNK=chunk, FIRST=first // chunk, SECOND=hidden // chunk, CHUNKS=chunks,
-        QUANTIZE=quantize, SCALED=descale is not None, num_warps=_warps(chunk * chunks), **EXACT,
+        QUANTIZE=quantize, SCALED=descale is not None, num_warps=warps(chunk * chunks), **EXACT,
     )  # fmt: skip
     return Scaled(out, scales) if quantize else out
 
@@ -422,7 +382,7 @@ def _chunk(first: int, hidden: int) -> int:
     return min(1024, (first | hidden) & -(first | hidden))
 
 
-def _warps(elements: int) -> int:
+def warps(elements: int) -> int:
     """Warps for a row: 16 elements a thread keep enough loads in flight without spilling registers."""
     rounded_up: int = triton.next_power_of_2(elements)
     return min(16, max(1, rounded_up // 512))

@@ -12,26 +12,30 @@ Three things differ from diffusers' decoder, all of them exact in real numbers:
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.vae import Decoder
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_blocks import UpDecoderBlock2D
-from diffusers.models.upsampling import Upsample2D
 from PIL import Image
 from torch import nn
 
+from fluxrun.kernels.vae.known_parts import (
+    check_silu,
+    known_attention,
+    known_block,
+    known_convolution,
+    of_class,
+    plain_convolution,
+)
 from fluxrun.types import ImageProcessor
 
 if TYPE_CHECKING:
     import numpy as np
 
     from fluxrun.kernels.vae.triton_ops import Partials
-
-M = TypeVar("M", bound=nn.Module)
 
 TRIAL_SIZE = 8
 """Edge of the trial's latents."""
@@ -130,7 +134,7 @@ class ResBlock(nn.Module):
 
     def __init__(self, module: nn.Module, ops: Ops, incoming: torch.Tensor | None) -> None:
         super().__init__()
-        block = _known_block(module)
+        block = known_block(module)
         self.ops = ops
         self.norm1, self.norm2 = Norm(block.norm1), Norm(block.norm2)
         self.conv1, self.conv2 = _weight(block.conv1), _weight(block.conv2)
@@ -153,7 +157,7 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, module: nn.Module, ops: Ops) -> None:
         super().__init__()
-        attention, norm, out = _known_attention(module)
+        attention, norm, out = known_attention(module)
         self.ops, self.norm = ops, Norm(norm)
         parts = (attention.to_q, attention.to_k, attention.to_v)
         self.project_in = _frozen(torch.cat([part.weight.detach() for part in parts]))
@@ -178,7 +182,7 @@ class Upsampler(nn.Module):
 
     def __init__(self, upsampler: nn.Module) -> None:
         super().__init__()
-        conv = _known_convolution(upsampler)
+        conv = known_convolution(upsampler)
         self.weight = _frozen(upsampling_weight(conv.weight.detach()))
         self.register_buffer("bias", _bias(conv), persistent=False)
 
@@ -198,10 +202,10 @@ class FastDecoder(nn.Module):
         self.conv_in = _weight(decoder.conv_in)
         self.register_buffer("bias_in", _bias(decoder.conv_in), persistent=False)
         self.layers = nn.Sequential(*self._layers(decoder))
-        self.norm_out = Norm(_of_class(decoder.conv_norm_out, nn.GroupNorm, "the last norm"))
+        self.norm_out = Norm(of_class(decoder.conv_norm_out, nn.GroupNorm, "the last norm"))
         self.conv_out = _weight(decoder.conv_out)
-        self.bias_out = _frozen(_plain(decoder.conv_out)[1].detach())
-        _check_silu(decoder.conv_act)
+        self.bias_out = _frozen(plain_convolution(decoder.conv_out)[1].detach())
+        check_silu(decoder.conv_act)
 
     def forward(self, sample: torch.Tensor, latent_embeds: torch.Tensor | None = None) -> torch.Tensor:
         """Latents [samples, channels, height, width] -> pictures [samples, 3, 8 * height, 8 * width]."""
@@ -219,7 +223,7 @@ class FastDecoder(nn.Module):
             layers += [] if attention is None else [AttentionBlock(attention, self.ops)]
             layers.append(ResBlock(block, self.ops, None))
         for up_block in decoder.up_blocks:
-            level = _of_class(up_block, UpDecoderBlock2D, "a level")
+            level = of_class(up_block, UpDecoderBlock2D, "a level")
             for block in level.resnets:
                 before = layers[-1]
                 layers.append(ResBlock(block, self.ops, before.bias if isinstance(before, Upsampler) else None))
@@ -311,20 +315,13 @@ def _frozen(tensor: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
-def _plain(conv: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight and bias of a convolution."""
-    if type(conv) is not nn.Conv2d or conv.bias is None:
-        raise ValueError("a convolution of the decoder is not a plain Conv2d with a bias")
-    return conv.weight, conv.bias
-
-
 def _weight(conv: nn.Module) -> nn.Parameter:
     """A convolution's weight in channels-last."""
-    return _frozen(_plain(conv)[0].detach().contiguous(memory_format=torch.channels_last))
+    return _frozen(plain_convolution(conv)[0].detach().contiguous(memory_format=torch.channels_last))
 
 
 def _bias(conv: nn.Module) -> torch.Tensor:
-    return _plain(conv)[1].detach().float().clone()
+    return plain_convolution(conv)[1].detach().float().clone()
 
 
 def _through_shortcut(block: ResnetBlock2D, incoming: torch.Tensor | None) -> torch.Tensor | float:
@@ -337,65 +334,3 @@ def _through_shortcut(block: ResnetBlock2D, incoming: torch.Tensor | None) -> to
 
 def _with_bias(x: Hidden) -> torch.Tensor:
     return x.data if x.bias is None else x.data + x.bias.to(x.data.dtype)[:, None, None]
-
-
-# --- what is expected -----------------------------------------------------------------------------
-
-
-def _expect(found: dict[str, bool], where: str) -> None:
-    """ValueError naming what is not as the fast decoder knows it."""
-    if wrong := [what for what, as_expected in found.items() if not as_expected]:
-        raise ValueError(f"{where} of the decoder has another {', '.join(wrong)} than FLUX.2's")
-
-
-def _of_class(module: nn.Module, cls: type[M], where: str) -> M:
-    if type(module) is not cls:
-        raise ValueError(f"{where} of the decoder has another class than FLUX.2's")
-    return module
-
-
-def _check_silu(activation: nn.Module) -> None:
-    _expect({"activation": isinstance(activation, nn.SiLU)}, "a block")
-
-
-def _known_block(module: nn.Module) -> ResnetBlock2D:
-    block = _of_class(module, ResnetBlock2D, "a residual block")
-    _check_silu(block.nonlinearity)
-    expected = {
-        "time embedding": block.time_emb_proj is None,
-        "resampling": block.upsample is None and block.downsample is None,
-        "output scale": block.output_scale_factor == 1,
-        "norm": isinstance(block.norm1, nn.GroupNorm) and isinstance(block.norm2, nn.GroupNorm),
-    }
-    _expect(expected, "a residual block")
-    return block
-
-
-def _known_attention(module: nn.Module) -> tuple[Attention, nn.GroupNorm, nn.Linear]:
-    """The attention, its norm and its last projection."""
-    attention = _of_class(module, Attention, "the attention")
-    norm, out = attention.group_norm, attention.to_out[0]
-    expected = {
-        "number of heads": attention.heads == 1,
-        "norm": isinstance(norm, nn.GroupNorm) and attention.spatial_norm is None,
-        "query or key norm": attention.norm_q is None and attention.norm_k is None,
-        "residual": attention.residual_connection and attention.rescale_output_factor == 1,
-        "projection": all(part.bias is not None for part in (attention.to_q, attention.to_k, attention.to_v)),
-    }
-    _expect(expected, "the attention")
-    assert isinstance(norm, nn.GroupNorm)
-    return attention, norm, _of_class(out, nn.Linear, "the attention's last projection")
-
-
-def _known_convolution(module: nn.Module) -> nn.Conv2d:
-    """An upsampler's."""
-    upsampler = _of_class(module, Upsample2D, "an upsampler")
-    conv = getattr(upsampler, "conv", None)
-    expected = {
-        "class": upsampler.interpolate and not upsampler.use_conv_transpose,
-        "norm": upsampler.norm is None,
-        "kernel": isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3) and conv.padding == (1, 1),
-    }
-    _expect(expected, "an upsampler")
-    assert isinstance(conv, nn.Conv2d)
-    return conv
