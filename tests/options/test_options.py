@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from helpers import composed, draw, every_option, hashes, option_names
+from helpers import draw, every_option, hashes, option_names
 
+from fluxrun.config.catalog import Catalog
 from fluxrun.pipeline.session_pool import SessionPool
 from fluxrun.process.switches import import_diffusers, snapshot
 from fluxrun.record.schema import RunRecord
@@ -19,7 +19,7 @@ COMPILED = [name for name in option_names("compile") if name not in ("none", "cu
 NEUTRAL = {
     group: name
     for group, name in every_option()
-    if group != "model" and composed(f"{group}={name}").options()[group].fallback == "error"
+    if group != "model" and Catalog().load(group, name).fallback == "error"
 }
 """The option of each group that changes nothing, and therefore has no fallback."""
 
@@ -71,15 +71,10 @@ class Bench:
 @pytest.fixture(scope="module")
 def benches(tmp_path_factory) -> Iterator[dict[str, Bench]]:
     import_diffusers()
-
-    # What the libraries keep for good need not be looked through at every collection: half of a tiny run's time.
-    gc.collect()
-    gc.freeze()
     made: dict[str, Bench] = {}
     yield made
     for bench in made.values():
         bench.pool.close()
-    gc.unfreeze()
 
 
 @pytest.fixture
