@@ -31,6 +31,12 @@ os.environ["FLUXRUN_CACHE_DIR"] = str(SESSION / "cache")
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(ROOT / ".test_cache" / f"inductor-torch-{version('torch')}")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: of two workers none then begins a long one when the other has nothing left to do."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_collection_finish() -> None:
     """Where some test module has imported torch, the others' libraries come now, too: see ``import_libraries``."""
     if "torch" in sys.modules:

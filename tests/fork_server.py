@@ -32,15 +32,8 @@ LIBRARIES = (
 )  # fmt: skip
 
 READ_WHEN_USED = (
-    "COLUMNS",
-    "COMP_",
-    "FLUXRUN_",
-    "HYDRA_",
-    "PYTEST_",
-    "TMPDIR",
-    "TORCHINDUCTOR_CACHE_DIR",
-    "PYTHONPATH",
-)
+    "COLUMNS", "COMP_", "FLUXRUN_", "HYDRA_", "PYTEST_", "PYTHONPATH", "TORCHINDUCTOR_CACHE_DIR", "_TORCHINDUCTOR_",
+)  # fmt: skip
 """Beginnings of environment variables that no library reads at its import: these may differ from the server's."""
 
 FOUR_FDS = 4
