@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import gc
 import os
 import shutil
 import sys
@@ -12,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from fork_server import import_libraries
 
 # Before torch is imported anywhere: two threads on a shared two-core machine are slower than one, and a picture must
 # not depend on how many there are.
@@ -31,19 +31,16 @@ os.environ["FLUXRUN_CACHE_DIR"] = str(SESSION / "cache")
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(ROOT / ".test_cache" / f"inductor-torch-{version('torch')}")
 
 
-def pytest_runtest_setup() -> None:
-    """Take what the libraries keep for good out of the garbage collector: three quarters of a tiny run's time.
-
-    The models of a run are given up by collecting, and that looks through every object torch and diffusers have made.
-    """
-    if len(sys.modules) > modules_before[-1] + 100:
-        gc.collect()
-        gc.freeze()
-        modules_before.append(len(sys.modules))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: of two workers none then begins a long one when the other has nothing left to do."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
-modules_before = [0]
-"""How many modules there were at each time that was done."""
+def pytest_collection_finish() -> None:
+    """Where some test module has imported torch, the others' libraries come now, too: see ``import_libraries``."""
+    if "torch" in sys.modules:
+        import_libraries()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from fork_server import Forked, ForkServer
+from fork_server import Forked, ForkServer, import_libraries
 
 from fluxrun.config.composition import compose
 from fluxrun.config.schema import GROUPS, RunConfig
@@ -95,6 +95,7 @@ def draw(folder: Path, *overrides: str, config_dir: Path | None = None, **how: A
     """A tiny run in this process."""
     from fluxrun.runner import run
 
+    import_libraries()
     return run(small(*overrides, config_dir=config_dir), folder, **how)
 
 

@@ -73,6 +73,7 @@ def test_it_is_validated_and_suggested(own):
         compose(["vae=brighter", "+vae.how=0"], config_dir=own)
 
 
+@pytest.mark.slow
 def test_it_is_listed_and_planned(own, tmp_path):
     assert "brighter" in Catalog(config_dirs(own)).names("vae")
     environment = {"PYTHONPATH": str(tmp_path)}

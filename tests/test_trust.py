@@ -206,6 +206,7 @@ def test_no_config_key_lifts_the_rule(config_dir):
         compose(["+preset=mine"], config_dir=config_dir)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -236,6 +237,7 @@ def test_a_record_from_a_stranger(tmp_path):
         from_folder(tmp_path)
 
 
+@pytest.mark.slow
 def test_flag_and_environment_lift_it(config_dir, tmp_path):
     preset(config_dir, GLOBAL + f"hydra: {{run: {{dir: {tmp_path}/elsewhere}}}}\n")
     refused = fluxrun("--config-dir", str(config_dir), "+preset=mine", "--cfg", "job", cwd=tmp_path)

@@ -11,6 +11,8 @@ import pytest
 import yaml
 from helpers import GROUPS, option_names
 
+pytestmark = pytest.mark.slow  # processes of their own
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

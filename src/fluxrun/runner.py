@@ -152,7 +152,7 @@ def build(config: RunConfig) -> Session:
     away after the prompts it was told; where ``auto`` would take it, balanced memory takes its place.
     """
     prepared = prepare(config)
-    _keep_whole(prepared.plan)
+    keep_whole(prepared.plan)
     return assembled(prepared, whole=True)
 
 
@@ -169,7 +169,7 @@ def assembled(prepared: Prepared, *, whole: bool = False) -> Session:
     return session
 
 
-def _keep_whole(plan: Plan) -> None:
+def keep_whole(plan: Plan) -> None:
     """No staged memory for a pipeline that will be asked to encode prompts later."""
     choice = plan.choices["memory"]
     if choice.effective != "staged":

@@ -18,6 +18,8 @@ from fluxrun.config.composition import compose
 from fluxrun.record.folder import read_record
 from fluxrun.record.picture import read_metadata
 
+pytestmark = pytest.mark.slow  # processes of their own
+
 AWKWARD = '"It\'s 50% #1 (really)!", ${HOME}, é'
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "torchao", "huggingface_hub")
 

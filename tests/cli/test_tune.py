@@ -62,6 +62,7 @@ def test_everything_measured_is_in_a_table(tuned: Path) -> None:
     assert all(job["status"] == "completed" for job in result["jobs"])
 
 
+@pytest.mark.slow
 def test_what_the_command_line_fixes_stays_and_an_option_of_ones_own_is_tried(
     tmp_path: Path, config_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -99,9 +100,9 @@ def test_an_option_gets_a_chance_without_one_taken_before_that_it_does_not_go_wi
     search.trials = [Trial("kernels", "fused", "", taken=True), Trial("compile", "cudagraphs", "", taken=True)]
     usable_with = {("regional", "diffusers"): None, ("regional", "fused"): "nothing left to fuse"}
     monkeypatch.setattr(
-        search, "_falls_back", lambda group, data: usable_with[data["compile"]["name"], data["kernels"]["name"]]
+        search, "falls_back", lambda group, data: usable_with[data["compile"]["name"], data["kernels"]["name"]]
     )
-    found, _ = search._made_usable("compile", "regional", dict(search._candidates("compile"))["regional"])
+    found, _ = search.made_usable("compile", "regional", dict(search.candidates("compile"))["regional"])
     assert found is not None
     assert (found["compile"]["name"], found["kernels"]["name"]) == ("regional", "diffusers")
 
@@ -114,19 +115,19 @@ def test_only_an_option_that_was_replaced_is_given_up(tmp_path: Path) -> None:
         "compile": Chosen(requested="cudagraphs", effective="cudagraphs", fallbacks=fell),
         "kernels": Chosen(requested="fused", effective="diffusers", fallbacks=fell),
     }
-    search._take(search.data, Row(job="1", folder="1", status="completed", options=same | gave_way))
+    search.take(search.data, Row(job="1", folder="1", status="completed", options=same | gave_way))
     assert search.chosen == {**search.chosen, "compile": "cudagraphs", "kernels": "diffusers"}
     assert search.data["compile"]["targets"] == ["transformer", "text_encoder"]
 
 
 def test_what_takes_minutes_or_comes_too_late_is_not_tried(tmp_path: Path) -> None:
-    slow = dict(tuner(tmp_path)._candidates("compile"))
+    slow = dict(tuner(tmp_path).candidates("compile"))
     assert list(slow)[:2] == ["cudagraphs", "regional"], "what is ready soonest first"
     for name in ("max_autotune", "max_autotune_no_cudagraphs"):
-        usable, why = tuner(tmp_path)._made_usable("compile", name, slow[name])
+        usable, why = tuner(tmp_path).made_usable("compile", name, slow[name])
         assert usable is None
         assert "--thorough" in why
-    usable, why = tuner(tmp_path, minutes=-1.0)._made_usable("attention", "math", {**slow["regional"], "name": "math"})
+    usable, why = tuner(tmp_path, minutes=-1.0).made_usable("attention", "math", {**slow["regional"], "name": "math"})
     assert usable is None
     assert "--minutes" in why
 
@@ -144,11 +145,11 @@ def test_a_gain_must_exceed_what_the_repeats_differ_by(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fastest_s: float, median_s: float, taken: bool, says: str
 ) -> None:
     search = tuner(tmp_path)
-    monkeypatch.setattr(search, "_psnr", lambda row: 40.0)
+    monkeypatch.setattr(search, "psnr", lambda row: 40.0)
     plain = {"attention": Chosen(requested="math", effective="math")}
     row = Row(job="1", folder="1", status="completed", options=plain, image_s=median_s, fastest_image_s=fastest_s)
     best = Row(job="0", folder="0", status="completed", options=plain, image_s=1.0, fastest_image_s=1.0)
-    verdict, found = search._judge("attention", row, best)
+    verdict, found = search.judge("attention", row, best)
     assert found is taken
     assert says in verdict
 

@@ -46,6 +46,7 @@ def test_dynamo_giving_up_is_counted():
     assert LimitWatch.hits == before + 1
 
 
+@pytest.mark.slow
 def test_sizes_in_one_process(tmp_path):
     """compile.dynamic=true: one set of graphs for all sizes; else each size has its own, whatever came before it."""
     sizes = [("height=64", "width=64"), ("height=96", "width=96"), ("height=64", "width=160")]

@@ -14,6 +14,7 @@ from fluxrun.config.composition import compose
 from fluxrun.config.prompts import Job
 from fluxrun.drawing.saving import MOST_WAITING, Saver
 from fluxrun.errors import Interrupted
+from fluxrun.record import folder as record_folder
 from fluxrun.record.folder import RunFolder, read_record
 
 PICTURE = Image.new("RGB", (16, 16), "red")
@@ -24,15 +25,15 @@ def folder(tmp_path):
     return RunFolder(tmp_path / "run", compose([]).source)
 
 
-def hold_back(folder, monkeypatch):
+def hold_back(monkeypatch):
     """No picture is written before the returned event is set."""
-    go, write = threading.Event(), folder._save
+    go, write = threading.Event(), record_folder.save_image
 
     def slow(*arguments):
         assert go.wait(30)
         return write(*arguments)
 
-    monkeypatch.setattr(folder, "_save", slow)
+    monkeypatch.setattr(record_folder, "save_image", slow)
     return go
 
 
@@ -41,7 +42,7 @@ def disk_full(*_):
 
 
 def test_pictures_wait_beside_drawing_and_come_in_order(folder, monkeypatch):
-    go = hold_back(folder, monkeypatch)
+    go = hold_back(monkeypatch)
     with Saver(folder, "png", beside=True) as saver:
         for seed in range(MOST_WAITING):
             saver.save(PICTURE, Job("a star", seed), "drawn")
@@ -71,19 +72,18 @@ def abandoned(folder, go):
         threading.Timer(0.2, go.set).start()
         folder.abandon(Interrupted("interrupted"), "denoise")
         assert os.listdir(folder.path / "images") == ["000_seed0.png"]
-        folder._saving.release()
 
 
 def test_a_second_signal_finishes_the_picture_that_is_being_written(folder, monkeypatch):
     with pytest.raises(Interrupted, match="the run has ended"):
-        abandoned(folder, hold_back(folder, monkeypatch))
+        abandoned(folder, hold_back(monkeypatch))
     record = read_record(folder.path)
     assert record.status == "interrupted"
     assert [image.seed for image in record.images] == [0]
 
 
 def test_a_slow_disk_holds_drawing_up(folder, monkeypatch):
-    go = hold_back(folder, monkeypatch)
+    go = hold_back(monkeypatch)
     threading.Timer(0.2, go.set).start()
     with Saver(folder, "png", beside=True) as saver:
         for seed in range(MOST_WAITING + 1):
@@ -114,10 +114,10 @@ def test_what_is_drawn_is_kept_when_the_run_is_interrupted(folder):
 
 
 def test_a_full_disk_is_an_error_at_the_end(folder, monkeypatch):
-    go = hold_back(folder, monkeypatch)
+    go = hold_back(monkeypatch)
 
     def fill():
-        monkeypatch.setattr(folder, "_save", disk_full)
+        monkeypatch.setattr(record_folder, "save_image", disk_full)
         threading.Timer(0.2, go.set).start()
 
     with pytest.raises(OSError, match="disk full"):
@@ -126,10 +126,10 @@ def test_a_full_disk_is_an_error_at_the_end(folder, monkeypatch):
 
 
 def test_a_full_disk_does_not_hide_why_the_run_ended(folder, monkeypatch, caplog):
-    go = hold_back(folder, monkeypatch)
+    go = hold_back(monkeypatch)
 
     def fill():
-        monkeypatch.setattr(folder, "_save", disk_full)
+        monkeypatch.setattr(record_folder, "save_image", disk_full)
         threading.Timer(0.2, go.set).start()
 
     with pytest.raises(RuntimeError, match="the step failed"):

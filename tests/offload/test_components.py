@@ -71,6 +71,7 @@ def test_balanced_copies_once_a_prompt_and_not_once_an_image(bench, tmp_path, on
     assert again.options["memory"].facts["components_moved"] <= 4
 
 
+@pytest.mark.slow
 def test_balanced_beside_regional_and_whole_compile(bench, tmp_path, on_a_cpu):
     """Copies have other addresses every time: nothing is compiled again for that."""
     two = "prompt=[a red circle, a blue square]"

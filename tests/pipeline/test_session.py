@@ -136,6 +136,7 @@ def test_at_apply(options, plain, bench, tmp_path):
     assert read_record(tmp_path / "run") == record
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [[], ["hydra.verbose=true"], ["sweep.isolation=process"]])
 def test_why_it_fell_back_is_in_the_log_file_alone(options, tmp_path, monkeypatch, how):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "code"), prepend=os.pathsep)
@@ -207,6 +208,7 @@ def broken_compiler(tmp_path) -> Path:
     return compiler
 
 
+@pytest.mark.slow
 def test_a_compiler_that_fails_at_the_first_call(broken_compiler, plain, bench, tmp_path, monkeypatch):
     """``requires`` finds a compiler; that it is broken shows only when the first step compiles."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
@@ -316,6 +318,7 @@ def test_nothing_outlives_a_run(transformers, tmp_path):
 # --- a broken library -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_broken_xformers_does_not_break_a_run(tmp_path):
     """diffusers imports an installed xformers at its own import, and beside flash-attn-4 that import dies."""
     site = tmp_path / "site"
@@ -364,13 +367,13 @@ def test_build_gives_an_ordinary_pipeline(tmp_path, plain):
 def test_a_pipeline_that_is_handed_out_keeps_its_text_encoder():
     import fluxrun
     from fluxrun.errors import ConfigError
-    from fluxrun.runner import _keep_whole
+    from fluxrun.runner import keep_whole
 
     with pytest.raises(ConfigError, match="memory=balanced"):
         fluxrun.build(small("memory=staged"))
     plan = plan_on(H100, "model=flux2_dev", "model.weights=random", "compile=regional")
     assert plan.choices["memory"].effective == "staged"
-    _keep_whole(plan)
+    keep_whole(plan)
     assert plan.choices["memory"].effective == "balanced"
     assert "keeps its text encoder" in plan.choices["memory"].facts["chosen_because"]
 

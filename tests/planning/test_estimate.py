@@ -22,7 +22,7 @@ from fluxrun.offload.components import slots
 from fluxrun.options.memory import allocator_share
 from fluxrun.planning.estimate import reference_tokens
 from fluxrun.planning.plan import Plan
-from fluxrun.weights.random_weights import _text_encoder, builders
+from fluxrun.weights.random_weights import builders, random_text_encoder
 from fluxrun.weights.text_encoder import NeededLayers
 
 GIGABYTES = (80, 48, 24, 16, 12)
@@ -113,7 +113,7 @@ def test_what_is_swapped_is_told_from_the_architecture(name, quantized):
     found = architectures.architecture(name)
     needed = NeededLayers(architectures.HIDDEN_STATES_READ[found.pipeline])
     with init_empty_weights(include_buffers=False):
-        transformer, encoder = builders(found)["transformer"](), _text_encoder(found, needed)
+        transformer, encoder = builders(found)["transformer"](), random_text_encoder(found, needed)
     needed.trim(encoder)
     blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
     of_blocks = halved(transformer.to(torch.bfloat16), blocks if quantized else [])
@@ -210,21 +210,21 @@ def test_memory_that_this_process_holds_itself_is_not_lost(monkeypatch):
     """A sweep's second job plans with what the first one's weights will give back, or with the weights themselves."""
     cuda = SimpleNamespace(is_initialized=lambda: True, memory_reserved=lambda index: (index + 1) * GIB)
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
-    assert detection._own_bytes(1) == 2 * GIB
+    assert detection.own_bytes(1) == 2 * GIB
     cuda.is_initialized = lambda: False
-    assert detection._own_bytes(1) == 0
+    assert detection.own_bytes(1) == 0
     monkeypatch.delitem(sys.modules, "torch")
-    assert detection._own_bytes(0) == 0
+    assert detection.own_bytes(0) == 0
 
 
 def test_a_containers_limit_is_the_computers_memory(monkeypatch, tmp_path):
-    whole = detection._ram_bytes()
+    whole = detection.ram_bytes()
     (tmp_path / "limit").write_text("1073741824\n")
     (tmp_path / "none").write_text("max\n")
     monkeypatch.setattr(detection, "CGROUP_LIMITS", (str(tmp_path / "none"), str(tmp_path / "absent")))
-    assert detection._ram_bytes() >= whole
+    assert detection.ram_bytes() >= whole
     monkeypatch.setattr(detection, "CGROUP_LIMITS", (str(tmp_path / "none"), str(tmp_path / "limit")))
-    assert detection._ram_bytes() == GIB
+    assert detection.ram_bytes() == GIB
 
 
 def test_a_card_whose_memory_is_taken_is_not_an_empty_one():

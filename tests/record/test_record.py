@@ -48,6 +48,7 @@ def test_metadata_of_every_format(tmp_path, bench, output_format, ending):
         assert (pixel_hash(image) == record.images[0].sha256) == (output_format != "jpeg")
 
 
+@pytest.mark.slow
 def test_a_very_long_prompt_fits_into_every_format(tmp_path, bench):
     prompt = "é" * 30_000
     for output_format in ("png", "jpeg", "webp"):
@@ -198,6 +199,7 @@ def test_rerun_says_when_the_pixels_differ(original, tmp_path):
     assert rerun(str(folder), ["hydra.run.dir=again"]) == 1
 
 
+@pytest.mark.slow
 def test_rerun_into_a_used_folder_changes_nothing(original, tmp_path):
     folder, _ = original
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
@@ -224,6 +226,7 @@ def test_rerun_takes_nothing_else(original, overrides):
         rerun(str(original[0]), overrides)
 
 
+@pytest.mark.slow
 def test_rerun_in_a_process_of_its_own(tmp_path):
     first = fluxrun(*SMALL, "hydra.run.dir=run", "num_images=2", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
@@ -237,15 +240,15 @@ def test_rerun_in_a_process_of_its_own(tmp_path):
 
 def test_the_folder_going_away_is_said(tmp_path, bench, monkeypatch, caplog):
     """Somebody deletes the run folder while it draws: one line, no traceback, and no claim of having finished."""
-    from fluxrun.drawing.generation import Generation
+    from fluxrun.pipeline.prompt_encoder import PromptEncoder
 
-    draw_one = Generation._draw
+    embeddings_of = PromptEncoder.of
 
-    def delete_first(self, *args):
-        shutil.rmtree(self.folder.path)
-        return draw_one(self, *args)
+    def delete_first(*arguments):
+        shutil.rmtree(tmp_path / "run")
+        return embeddings_of(*arguments)
 
-    monkeypatch.setattr(Generation, "_draw", delete_first)
+    monkeypatch.setattr(PromptEncoder, "of", delete_first)
     with pytest.raises(OSError, match="No such file"):
         draw(tmp_path / "run", pool=bench)
     assert "cannot write" in caplog.text

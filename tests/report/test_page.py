@@ -86,6 +86,7 @@ def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
         dispatch(["report", str(tmp_path / "nowhere")])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no Chromium to look at the page with")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_browser_shows_the_page_without_a_complaint(swept: Path, tmp_path: Path, width: int) -> None:

@@ -13,6 +13,8 @@ pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="the extra 'jo
 from fluxrun.cli.app import dispatch
 from fluxrun.record.folder import read_record
 
+pytestmark = pytest.mark.slow  # processes of their own
+
 
 def test_jobs_in_other_processes_are_in_the_table(tmp_path: Path) -> None:
     launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"hydra.sweep.dir={tmp_path}"]

@@ -15,6 +15,8 @@ pytest.importorskip("skimage", reason="the extra 'report'")
 from fluxrun.cli.app import dispatch
 from fluxrun.sweep.objective import WORTHLESS_S
 
+pytestmark = pytest.mark.slow  # processes of their own
+
 
 @pytest.mark.parametrize(("min_psnr", "kept"), [("30", True), ("2000", False)])
 def test_optuna_finds_a_setting_and_the_baseline_is_drawn_for_it(tmp_path: Path, min_psnr: str, kept: bool) -> None:

@@ -20,7 +20,7 @@ from helpers import SMALL, Child, draw, fluxrun, hashes, said, start_fluxrun
 
 from fluxrun.cli.app import dispatch
 from fluxrun.errors import ConfigError
-from fluxrun.record.folder import read_record
+from fluxrun.record.folder import RunFolder, read_record
 
 SMALL_RUN = [override for override in SMALL if not override.startswith("steps")]
 GRID = [*SMALL_RUN, "attention=sdpa,xformers,math", "steps=2,0", "seed=0,1"]
@@ -54,6 +54,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Co
     return folder / "out", done
 
 
+@pytest.mark.slow
 def test_every_job_is_a_row_and_the_exit_code_says_that_some_failed(swept: tuple[Path, Any]) -> None:
     folder, done = swept
     assert done.returncode == 1, done.stderr
@@ -64,6 +65,7 @@ def test_every_job_is_a_row_and_the_exit_code_says_that_some_failed(swept: tuple
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_failed_job_has_its_own_record_and_its_traceback_in_its_log(swept: tuple[Path, Any]) -> None:
     folder, _ = swept
     failed = [job["job"] for job in read(folder)["jobs"] if job["status"] == "failed"]
@@ -74,6 +76,7 @@ def test_a_failed_job_has_its_own_record_and_its_traceback_in_its_log(swept: tup
         assert "Traceback" in (folder / name / "fluxrun.log").read_text()
 
 
+@pytest.mark.slow
 def test_weights_are_loaded_once_and_seeds_alone_build_nothing(swept: tuple[Path, Any]) -> None:
     folder, _ = swept
     result = read(folder)
@@ -86,6 +89,7 @@ def test_weights_are_loaded_once_and_seeds_alone_build_nothing(swept: tuple[Path
     assert all(job["continued"] and not job["apply_s"] for job in seeds)
 
 
+@pytest.mark.slow
 def test_fallbacks_are_marked_and_the_neutral_job_is_the_baseline(swept: tuple[Path, Any]) -> None:
     folder, done = swept
     jobs = {tuple(job["overrides"][-3:]): job for job in read(folder)["jobs"]}
@@ -101,6 +105,7 @@ def test_fallbacks_are_marked_and_the_neutral_job_is_the_baseline(swept: tuple[P
     assert "attention=xformers fell back to sdpa" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_table_is_sorted_by_speed_with_failed_jobs_last(swept: tuple[Path, Any]) -> None:
     folder, _ = swept
     rows = list(csv.DictReader((folder / "sweep.csv").open()))
@@ -112,6 +117,7 @@ def test_the_table_is_sorted_by_speed_with_failed_jobs_last(swept: tuple[Path, A
     assert rows[0]["attention_effective"]
 
 
+@pytest.mark.slow
 def test_a_job_in_the_middle_of_a_sweep_has_the_pixels_it_has_alone(swept: tuple[Path, Any], tmp_path: Path) -> None:
     folder, _ = swept
     alone = draw(tmp_path / "alone", "attention=math", "steps=2", "seed=1")
@@ -127,6 +133,7 @@ def start(folder: Path, *arguments: str, fresh: bool = False) -> Child:
         return start_fluxrun(*arguments, cwd=folder, stderr=errors, fresh=fresh)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
 def test_a_killed_sweep_is_resumed_with_every_job_once_and_none_lost(tmp_path: Path) -> None:
     grid = [*SMALL_RUN, "steps=2,300", "seed=0,1,2"]
@@ -146,6 +153,7 @@ def test_a_killed_sweep_is_resumed_with_every_job_once_and_none_lost(tmp_path: P
     assert [path.name for path in (tmp_path / "out" / "earlier").iterdir()] == ["3-1"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
 @pytest.mark.parametrize("isolation", ["none", "process"])
 def test_ctrl_c_ends_the_sweep_after_the_step_with_a_report(tmp_path: Path, isolation: str) -> None:
@@ -311,14 +319,12 @@ def test_a_wrong_sweep_is_refused_whole(
 
 
 def test_a_signal_in_a_jobs_last_moment_ends_the_sweep_after_it(tmp_path, monkeypatch):
-    from fluxrun import runner
-
-    finish = runner._finish
+    finish = RunFolder.finish
 
     def finish_and_signal(*arguments):
         os.kill(os.getpid(), signal.SIGINT)
         finish(*arguments)
 
-    monkeypatch.setattr(runner, "_finish", finish_and_signal)
+    monkeypatch.setattr(RunFolder, "finish", finish_and_signal)
     assert dispatch(["--multirun", *SMALL, "seed=0,1", f"hydra.sweep.dir={tmp_path}"]) == 130
     assert statuses(tmp_path) == {"0": "completed", "1": "pending"}

@@ -70,14 +70,14 @@ def _nvml() -> tuple[tuple[Gpu, ...], str | None]:
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
         name = pynvml.nvmlDeviceGetName(handle)
         capability = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-        free = min(int(memory.total), int(memory.free) + _own_bytes(len(gpus)))
+        free = min(int(memory.total), int(memory.free) + own_bytes(len(gpus)))
         gpus.append(Gpu(str(name), int(memory.total), free, (int(capability[0]), int(capability[1]))))
     driver = str(pynvml.nvmlSystemGetDriverVersion())
     pynvml.nvmlShutdown()
     return tuple(gpus), driver
 
 
-def _own_bytes(index: int) -> int:
+def own_bytes(index: int) -> int:
     """What this process itself holds of a GPU: an earlier job's weights are freed, or used again, by the next."""
     torch = sys.modules.get("torch")  # not imported for this: a process that has not, holds nothing
     if torch is None or not torch.cuda.is_initialized():
@@ -85,7 +85,7 @@ def _own_bytes(index: int) -> int:
     return int(torch.cuda.memory_reserved(index))
 
 
-def _ram_bytes() -> int:
+def ram_bytes() -> int:
     """The computer's memory, or the container's limit where that is less."""
     if not (hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names):
         return 0  # unknown (Windows): nothing is then said about it
@@ -119,7 +119,7 @@ def detect() -> Machine:
         python=platform.python_version(),
         cpu=_cpu_name(),
         cpu_count=os.cpu_count() or 1,
-        ram_bytes=_ram_bytes(),
+        ram_bytes=ram_bytes(),
         gpus=gpus,
         driver=driver,
         torch_cuda=_torch_cuda(),

@@ -119,8 +119,9 @@ class RunFolder:
 
     def abandon(self, error: BaseException, stage: str) -> None:
         """Close the record from within a signal handler: the picture being written is finished, if that is soon."""
-        self._closed = True
-        self._saving.acquire(timeout=PATIENCE_S)  # and kept: nothing is saved any more
+        self._closed = True  # nothing more is saved
+        if self._saving.acquire(timeout=PATIENCE_S):
+            self._saving.release()
         self.finish("interrupted", error, stage)
         for unfinished in (*self.path.glob(".run.json.*"), *self.path.glob("images/.*.part")):
             unfinished.unlink(missing_ok=True)

@@ -90,7 +90,7 @@ class Tuner:
         start = self._measure(self.data, "as the command line says")
         if start.status != "completed":
             raise FluxrunError(f"the options of the command line could not be measured: {start.reason}")
-        log.info("    %s, PSNR %s", _pace(start), decibels(self._psnr(start)))
+        log.info("    %s, PSNR %s", _pace(start), decibels(self.psnr(start)))
         return start
 
     # -- one group ----------------------------------------------------------------------------------------------
@@ -98,8 +98,8 @@ class Tuner:
     def _search_group(self, group: str, best: Row) -> Row:
         broken = Catalog(self.dirs).broken(group)
         found = [Trial(group, name, UNUSABLE + reason) for name, reason in broken.items()]
-        for name, candidate in self._candidates(group):
-            usable, reason = self._made_usable(group, name, candidate)
+        for name, candidate in self.candidates(group):
+            usable, reason = self.made_usable(group, name, candidate)
             if usable is None:
                 found.append(Trial(group, name, reason))
                 continue
@@ -107,20 +107,20 @@ class Tuner:
             found.append(trial)
             if trial.taken and trial.row is not None:
                 best = trial.row
-                self._take(usable, best)
+                self.take(usable, best)
         self.trials += found
         for reason, names in together(t for t in found if t.row is None).items():
             log.info("%s: %s %s", group, ", ".join(names), reason)
         return best
 
-    def _candidates(self, group: str) -> list[tuple[str, dict[str, Any]]]:
+    def candidates(self, group: str) -> list[tuple[str, dict[str, Any]]]:
         """The group's options as they lie in a config, those that are ready soonest first."""
         catalog = Catalog(self.dirs)
         names = [n for n in catalog.loadable(group) if n != "auto" and not is_neutral_option(group, n)]
         data = {name: catalog.data(group, name) for name in names if name != self.chosen[group]}
         return sorted(data.items(), key=lambda item: (item[1].get("scope") == "full", item[0]))
 
-    def _made_usable(self, group: str, name: str, option: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
+    def made_usable(self, group: str, name: str, option: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
         """The config in which an option runs, or None and why there is none.
 
         An option that only does not go with one taken before gets a chance without that one.
@@ -130,16 +130,16 @@ class Tuner:
         if time.perf_counter() - self.started > 60 * self.minutes:
             return None, f"not tried: the {self.minutes:g} minutes were over (--minutes)"
         candidate = {**self.data, group: option}
-        if (reason := self._falls_back(group, candidate)) is None:
+        if (reason := self.falls_back(group, candidate)) is None:
             return candidate, ""
         neutral = neutral_data(self.data, self.dirs, keep=(*AS_CONFIGURED, *self.fixed))
         for other in self.trials:
             without = {**candidate, other.group: neutral[other.group]}
-            if other.taken and other.name == self.chosen[other.group] and self._falls_back(group, without) is None:
+            if other.taken and other.name == self.chosen[other.group] and self.falls_back(group, without) is None:
                 return without, ""
         return None, UNUSABLE + reason
 
-    def _falls_back(self, group: str, data: dict[str, Any]) -> str | None:
+    def falls_back(self, group: str, data: dict[str, Any]) -> str | None:
         """Why a config's option would not run here, or None; nothing is loaded."""
         try:
             choice = prepare(RunConfig.from_dict(data, self.dirs)).plan.choices[group]
@@ -152,11 +152,11 @@ class Tuner:
         also = "".join(f" {g}={data[g]['name']}" for g in changed)
         began = time.perf_counter()
         row = self._measure(data, f"{group}={name}{also}")
-        verdict, taken = self._judge(group, row, best)
+        verdict, taken = self.judge(group, row, best)
         log.info("    %s (%.0f s)", verdict + (": taken" if taken else ""), time.perf_counter() - began)
         return Trial(group, name, (f"with{also}: " if also else "") + verdict, row, taken)
 
-    def _take(self, data: dict[str, Any], row: Row) -> None:
+    def take(self, data: dict[str, Any], row: Row) -> None:
         """Go on from here; an option of another group that had to give way is given up."""
         catalog = Catalog(self.dirs)
         fell_back = {g: row.options[g].effective for g in self.chosen if row.options[g].fell_back}
@@ -185,7 +185,7 @@ class Tuner:
             write_failure(folder, data, error)
         return read_row(folder, self.folder)
 
-    def _judge(self, group: str, row: Row, best: Row) -> tuple[str, bool]:
+    def judge(self, group: str, row: Row, best: Row) -> tuple[str, bool]:
         """What to say of an option, and whether it is taken."""
         if row.status != "completed":
             return f"failed: {row.reason}", False
@@ -194,7 +194,7 @@ class Tuner:
         # The fastest of the repeats: another program on the machine makes single ones slow, never fast.
         assert row.fastest_image_s is not None
         assert best.fastest_image_s is not None
-        psnr = self._psnr(row)
+        psnr = self.psnr(row)
         figures = f"{_pace(row)}, PSNR {decibels(psnr)}"
         if psnr is None or psnr < self.min_psnr:
             return f"{figures}: the picture changes more than {self.min_psnr:g} dB allows", False
@@ -205,7 +205,8 @@ class Tuner:
             return f"{figures}: {gain:.0%} faster, but the repeats differ by {unsure:.0%}", False
         return figures, True
 
-    def _psnr(self, row: Row) -> float | None:
+    def psnr(self, row: Row) -> float | None:
+        """How near a row's pictures are to the baseline's, the worst of them."""
         rows = read_rows(self.folder, self.folder)
         if problems := compare(rows, self.folder):
             raise ConfigError(f"tune measures fidelity, and cannot: {problems[0]}")

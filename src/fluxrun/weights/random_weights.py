@@ -32,7 +32,7 @@ def builders(sizes: Architecture) -> dict[str, Callable[[], Any]]:
     return {
         "transformer": lambda: Flux2Transformer2DModel(**sizes.transformer),
         "vae": lambda: AutoencoderKLFlux2(**sizes.vae),
-        "text_encoder": lambda: _text_encoder(sizes),
+        "text_encoder": lambda: random_text_encoder(sizes),
         "tokenizer": byte_tokenizer,
         "scheduler": lambda: FlowMatchEulerDiscreteScheduler(**SCHEDULER),
     }
@@ -42,7 +42,7 @@ def random_source(model: Flux2Model, dtype: str, device: str, needed: NeededLaye
     """A function that builds one component of ``model``'s architecture by its pipeline name."""
     assert model.architecture is not None  # checkpoint.inspect refused everything else
     sizes = architecture(model.architecture, model.pipeline)
-    build = builders(sizes) | {"text_encoder": lambda: _text_encoder(sizes, needed)}
+    build = builders(sizes) | {"text_encoder": lambda: random_text_encoder(sizes, needed)}
 
     def make(name: str) -> Any:
         if name not in MODEL_COMPONENTS:
@@ -61,7 +61,8 @@ def random_source(model: Flux2Model, dtype: str, device: str, needed: NeededLaye
     return make
 
 
-def _text_encoder(sizes: Architecture, needed: NeededLayers | None = None) -> nn.Module:
+def random_text_encoder(sizes: Architecture, needed: NeededLayers | None = None) -> nn.Module:
+    """An architecture's text encoder, of its ``needed`` layers alone where they are given."""
     arguments = copy.deepcopy(sizes.text_encoder)  # transformers turns the nested dicts into objects in place
     if sizes.pipeline == "klein":
         qwen = Qwen3Config(**arguments)
