@@ -10,13 +10,10 @@ tune choose, and does a run with its preset draw as fast?
 Worth keeping from OUT: gpu_sweep.json; sweep.json, sweep.csv and report.html of sweep/ and tune/; preset/.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 
 from bench.sweeps import Found, fluxrun, main, swept, totals, tune
-
 from fluxrun.record.folder import read_record
 
 ALONE = ("attention=sdpa", "compile=regional", "quantization=none")

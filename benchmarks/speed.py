@@ -12,8 +12,6 @@ together are timed in turns (A B C, C B A, …), never at the same time. ``summa
 and the plots.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys
@@ -33,8 +31,6 @@ def main(line: Sequence[str]) -> int:
     """Run the sections asked for; 1 if a section broke."""
     given = arguments(line)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Workers are killed when they are done: what multiprocessing then says about their semaphores is of no use.
-    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
     usual, ends = sum(SECTIONS[name].seconds for name in given.only), time.monotonic()
     budget = given.budget or usual
     broken = 0
@@ -49,7 +45,7 @@ def main(line: Sequence[str]) -> int:
 
 def measured(given: argparse.Namespace, line: Sequence[str], name: str, seconds: float) -> bool:
     """One section; whether it came to its end. What breaks one section does not stop the next."""
-    section, started, command = SECTIONS[name], time.monotonic(), ["python", "benchmarks/speed.py", *line]
+    section, command = SECTIONS[name], ["python", "benchmarks/speed.py", *line]
     print(f"{name}: {section.about}", flush=True)
     with tempfile.TemporaryDirectory(prefix="fluxrun-speed-") as work:
         tiny, keep = given.model == "tiny", Kept(given.keep)
@@ -62,7 +58,6 @@ def measured(given: argparse.Namespace, line: Sequence[str], name: str, seconds:
         finally:
             run.content["after"] = gpu_state()
             run.save()
-    print(f"  ({time.monotonic() - started:.0f} s)", flush=True)
     return True
 
 

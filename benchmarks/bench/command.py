@@ -1,7 +1,5 @@
 """``fluxrun`` commands in processes of their own, and what their records say."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

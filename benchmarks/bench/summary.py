@@ -1,7 +1,5 @@
 """From the sections' results to the summary, judged against the targets, and to the tables of docs/performance.md."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 

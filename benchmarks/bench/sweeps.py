@@ -1,7 +1,5 @@
 """What the two sweep benchmarks share: their command line, ``fluxrun`` commands timed, the sweeps' own account."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import shlex

@@ -1,15 +1,13 @@
 """The device's ceilings at FLUX.2's shapes: matmuls in bf16 and fp8, attention, memory bandwidth."""
 
-from __future__ import annotations
-
-import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import Any
 
 from bench.results import Measured, Row, markdown, median, newest
 from bench.section import Run, Section
+from bench.settings import Setting
+from bench.worker import Job, Worker
 
 MATMULS = {
     "square": (8192, 8192, 8192),
@@ -28,9 +26,13 @@ class Roofline(Section):
     """What the device can do at all; in a process of its own, whose memory is free afterwards."""
 
     def measure(self, run: Run) -> None:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            for row in process.submit(ceilings).result(max(run.left, 1)):
-                run.say(run.add(row))
+        row: Row = {"setting": "ceilings", "status": "not measured", "error": None}
+        worker = Worker(Job(Setting("ceilings"), ceilings, (), run.work, run.logs / "roofline.log"), row)
+        worker.begin("measure")
+        worker.wait(run.left)
+        worker.end()
+        for kernel in row.get("ceilings", [row]):
+            run.say(run.add(kernel))
 
     def entries(self, one: Measured) -> Iterator[Row]:
         yield one.entry(self.label, one.name, one.row["unit"], median(one.row["samples"]))
@@ -44,16 +46,16 @@ class Roofline(Section):
 ROOFLINE = Roofline(name="roofline", about="what the device can do at all", label="roofline", seconds=60)
 
 
-def ceilings() -> list[Row]:
+def ceilings(job: Job) -> Iterator[Row]:
     """One row per kernel: what, unit and the rates. On a CPU everything is small and means nothing."""
     from bench.subject import device_seconds
 
-    rows = []
+    rows: list[Row] = []
     for what, unit, work, call in kernels():
         for _ in range(3):
             call()
         rows.append({"what": what, "unit": unit, "samples": [work / device_seconds(call) for _ in range(REPEATS)]})
-    return rows
+    yield {"ceilings": rows}
 
 
 def kernels() -> Iterator[tuple[str, str, float, Callable[[], Any]]]:
