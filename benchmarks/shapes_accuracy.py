@@ -18,9 +18,9 @@ from PIL.Image import Image
 import bench
 from fluxrun.shapes import evaluate
 
-CALL: Any = {"text_encoder_out_layers": (2, 4, 6), "max_sequence_length": 64, "guidance_scale": 1.0}
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BATCH = 8
+SIZE = {"height": 256, "width": 256}
+CALL: Any = {"text_encoder_out_layers": (2, 4, 6), "max_sequence_length": 64, "guidance_scale": 1.0, **SIZE}
+DEVICE, BATCH = "cuda" if torch.cuda.is_available() else "cpu", 8
 
 
 def main() -> None:
@@ -47,14 +47,13 @@ def main() -> None:
         given.output.write_text(json.dumps(reports, indent=1) + "\n")
 
 
-def draw(pipeline: Flux2KleinPipeline, cases: list[evaluate.Case], seed: int, steps: int) -> list[Image]:
+def draw(pipeline: Any, cases: list[evaluate.Case], seed: int, steps: int) -> list[Image]:
     """One image for each prompt, each from its own generator with this seed."""
     images: list[Image] = []
     for start in range(0, len(cases), BATCH):
         prompts = [case.prompt for case in cases[start : start + BATCH]]
         generators = [torch.Generator("cpu").manual_seed(seed) for _ in prompts]
-        call = {**CALL, "height": 256, "width": 256, "num_inference_steps": steps}
-        images += pipeline(prompt=prompts, generator=generators, **call).images
+        images += pipeline(prompt=prompts, generator=generators, num_inference_steps=steps, **CALL).images
     return images
 
 

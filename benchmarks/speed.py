@@ -8,8 +8,7 @@
 
 Each section writes OUT/SECTION.json as it goes (raw samples, what was in effect, clocks before and after), so that a
 run that is cut off keeps what it has. Every setting has a process of its own; settings that fit into the GPU's memory
-together are timed in turns (A B C, C B A, …), never at the same time. ``summarize.py`` makes the summary, the tables
-and the plots.
+together are timed in turns (A B C, C B A, …), never at the same time. ``summarize.py`` makes tables and plots of it.
 """
 
 import argparse
@@ -31,11 +30,9 @@ def main(line: Sequence[str]) -> int:
     """Run the sections asked for; 1 if a section broke."""
     given = arguments(line)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    usual, ends = sum(SECTIONS[name].seconds for name in given.only), time.monotonic()
-    budget = given.budget or usual
-    broken = 0
+    usual, ends, broken = sum(SECTIONS[name].seconds for name in given.only), time.monotonic(), 0
     for name in given.only:
-        ends += SECTIONS[name].seconds * budget / usual
+        ends += SECTIONS[name].seconds * (given.budget or usual) / usual
         broken += not measured(given, line, name, ends - time.monotonic())
     print(f"\n{targets_table(summary(read([given.out], tiny=True)))}", flush=True)
     if given.model == "tiny":

@@ -30,8 +30,7 @@ def main() -> None:
     images = given.docs.parent / "images"
     images.mkdir(exist_ok=True)
     written = [target, *plots.write(rows, images)]
-    known = sum(row["value"] is not None for row in entries)
-    print(f"{len(entries)} rows ({known} measured): {', '.join(map(str, written))}")
+    print(f"{len(entries)} rows: {', '.join(map(str, written))}")
 
 
 if __name__ == "__main__":

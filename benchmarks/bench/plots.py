@@ -1,7 +1,7 @@
 """The plots of docs/performance.md: SVG, light, legible on a phone."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ STYLE: Any = {
 STEPS = {"klein": ("FLUX.2 klein-4B", 51.0, 31.0), "dev": ("FLUX.2 dev (32B)", 410.0, 233.0)}
 """Title, and a step's floor in ms with every part at its measured ceiling: bf16, and fp8 linears."""
 STAGES = (("text_s", "text encoder", GREEN), ("denoise_s", "4 steps", BLUE), ("decode_s", "decode", ORANGE))
-Rows = Mapping[str, Measured]
+Rows = dict[str, Measured]
 
 
 def links(rows: Sequence[Measured]) -> dict[str, str]:

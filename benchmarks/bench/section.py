@@ -57,9 +57,7 @@ class Run:
     ) -> None:
         self.section, self.keep, self.tiny = section, keep, tiny
         self.models = TINY_MODELS if tiny else MODELS
-        self.work = work
-        """A temporary folder, for what the settings are compared with."""
-        self.logs = out / "logs"
+        self.work, self.logs = work, out / "logs"
         self.logs.mkdir(parents=True, exist_ok=True)
         self.rows: list[Row] = []
         self._file = out / f"{section.name}.json"
@@ -94,7 +92,7 @@ class Run:
     def row(self, setting: str, group: int, about: Row) -> Row:
         """A setting's row within its group, which a later pass adds to."""
         same = (row for row in self.rows if (row["setting"], row["group"]) == (setting, group))
-        unmeasured = {"status": "not measured", "error": None, "samples": {}}
+        unmeasured: Row = {"status": "not measured", "error": None, "samples": {}}
         return next(same, None) or self.add({"setting": setting, "group": group, **about, **unmeasured})
 
     def say(self, row: Row) -> None:

@@ -26,8 +26,7 @@ PLAIN_REGIONAL = Setting("plain_regional", recipe="regional")
 PRESETS = (PLAIN, PLAIN_REGIONAL, LOSSLESS, FAST)
 
 Models = dict[str, tuple[str, ...]]
-NAMES = ("klein_4b", "klein_9b", "dev")
-MODELS: Models = {name: (f"model=flux2_{name}", "model.weights=random") for name in NAMES}
+MODELS: Models = {name: (f"model=flux2_{name}", "model.weights=random") for name in ("klein_4b", "klein_9b", "dev")}
 TINY = ("model=tiny", "height=64", "width=64", "model.max_sequence_length=32")
 TINY_MODELS: Models = {name: (*TINY, "model.pipeline=dev") if name == "dev" else TINY for name in MODELS}
 """What stands for each model in a dry run: its pipeline class, nothing of its size."""

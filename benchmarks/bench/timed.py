@@ -47,8 +47,7 @@ class Timed(Section):
         first, *rest = self.groups
         groups = [[one for one in group if run.keep.has(one.name)] for group in ((*first, *run.keep.added), *rest)]
         groups = [group for group in groups if len(group) > 1] or groups[:1]
-        gpu = detect().gpu
-        room = gpu.free_bytes / 2**30 if gpu else math.inf
+        room = gpu.free_bytes / 2**30 if (gpu := detect().gpu) else math.inf
         if self.gigabytes is None or room < 2 * self.gigabytes:
             return self._one_by_one(run, [*dict.fromkeys(setting for group in groups for setting in group)])
         for number, part in enumerate(parts(groups, int(min(room / self.gigabytes, 100)))):
@@ -126,8 +125,8 @@ class Timed(Section):
         header = ("setting", f"{self.metric}, {self.unit}", "min–max", "× plain", "× plain compiled", "error")
         made = {self.name: markdown((*header, "first call"), (self._line(one, compiled) for one in order))}
         if self.stages:
-            header = ("setting", *(f"{stage}, ms" for stage in self.stages.values()))
-            made["stages"] = markdown(header, map(self._stages, found.values()))
+            names = ("setting", *(f"{stage}, ms" for stage in self.stages.values()))
+            made["stages"] = markdown(names, map(self._stages, found.values()))
         return made
 
     def _stages(self, one: Measured) -> list[str]:

@@ -26,7 +26,7 @@ from bench.settings import Setting
 from fluxrun.errors import one_line
 
 IMPORT_S = 120.0
-"""Seconds a worker may take to import its libraries."""
+"""The longest a worker may import."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,8 @@ class Job:
 
 
 Task = Callable[[Job], Iterator[Row]]
-"""A generator: it yields once the pipeline is built, again after the first calls, and then after every turn.
-
-A turn's ``samples`` are lists of numbers by a key that ends in their unit; what else it yields belongs to the row.
-"""
+"""Yields what belongs to the row once the pipeline is built, after the first calls, and then after every turn: there
+with ``samples``, lists of numbers by a key that ends in their unit."""
 
 
 class Worker:
@@ -81,7 +79,7 @@ class Worker:
 
     def _keep(self, answer: Row) -> None:
         """Samples are added; else what the row knows stays, as the first calls of a later pass are no first calls."""
-        latest = {key: answer[key] for key in ("options", "turns") if key in answer}
+        latest: Row = {key: answer[key] for key in ("options", "turns") if key in answer}
         if "samples" in answer:
             self.row["status"] = "measured"
         for key, values in answer.pop("samples", {}).items():

@@ -76,9 +76,8 @@ class Memory(Section):
         for name, limit, told in (one for one in LIMITED if run.keep.has(f"{one[0]} {one[1]}")):
             about, given = by_name(run.models, name, limit, told)
             row = run.add({**about, "overrides": given, "status": "not measured", "error": None})
-            task, number = by_fluxrun if told else by_offloading, len(run.rows)
-            job = Job(Setting(name), task, given, run.work / str(number), run.logs / f"memory_{number}.log")
-            worker = Worker(job, row)
+            task, number = by_fluxrun if told else by_offloading, f"memory_{len(run.rows)}"
+            worker = Worker(Job(Setting(name), task, given, run.work / number, run.logs / f"{number}.log"), row)
             if run.left <= 0:
                 worker.give_up("out of time", "not measured")
             worker.begin("draw")
@@ -88,16 +87,14 @@ class Memory(Section):
 
     def entries(self, one: Measured) -> Iterator[Row]:
         label, limit = one.row["setting"].partition(" ")[0], f"under {one.row['budget_gb']:g} GB"
-        yield one.entry(label, f"peak memory {limit}", "GB", self.peak_gb(one))
-        yield one.entry(label, f"image of {one.row['steps']} steps {limit}", "s", self.image_s(one))
+        peak, image = self._figures(one)
+        yield one.entry(label, f"peak memory {limit}", "GB", peak)
+        yield one.entry(label, f"image of {one.row['steps']} steps {limit}", "s", image)
 
-    def peak_gb(self, one: Measured) -> float:
-        """2**30 bytes."""
-        return round(one.row["memory"]["peak_allocated_bytes"] / 2**30, 2)
-
-    def image_s(self, one: Measured) -> float:
-        """A run's last image: text, steps and decode."""
-        return round(sum(one.timings.text_encode_s) + one.timings.denoise_s[-1] + one.timings.decode_s[-1], 3)
+    def _figures(self, one: Measured) -> tuple[float, float]:
+        """Peak in 2**30 bytes; seconds of the last image: text, steps and decode."""
+        last = sum(one.timings.text_encode_s) + one.timings.denoise_s[-1] + one.timings.decode_s[-1]
+        return round(one.row["memory"]["peak_allocated_bytes"] / 2**30, 2), round(last, 3)
 
     def tables(self, rows: Sequence[Measured]) -> dict[str, str]:
         found = newest(rows, self.name, failed=True).values()
@@ -110,8 +107,8 @@ class Memory(Section):
         if not one.done:
             return [*about, "–", "–", "–", "–", f"{row['status']}: {row['error']}"]
         step = f"{one.timings.steady_step_s.median:.3f} s" if one.timings.steady_step_s else "–"
-        figures = [f"{self.peak_gb(one):.1f} GB", step, f"{self.image_s(one):.2f} s", f"{row['steps']} steps"]
-        return [*about, row["options"]["memory"]["effective"], *figures]
+        (peak, image), placement = self._figures(one), row["options"]["memory"]["effective"]
+        return [*about, placement, f"{peak:.1f} GB", step, f"{image:.2f} s", f"{row['steps']} steps"]
 
 
 MEMORY = Memory(

@@ -69,14 +69,10 @@ def files(job: Job) -> Iterator[Row]:
             for number, prompt in enumerate(PROMPTS):
                 subject.image(prompt=prompt, **text_arguments(subject.plan)).save(folder / f"{number}.png")
             return {}
-        (folder / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
+        prompts = folder / "prompts.txt"
+        prompts.write_text("\n".join(PROMPTS), encoding="utf-8")
         # resident, whatever memory the settings measured beside this one leave free.
-        given = [
-            *job.overrides,
-            *job.setting.overrides.split(),
-            "memory=resident",
-            f"prompts_file={folder / 'prompts.txt'}",
-        ]
+        given = [*job.overrides, *job.setting.overrides.split(), "memory=resident", f"prompts_file={prompts}"]
         return run(compose(given), folder / "run", pool=pool).model_dump(mode="json", include={"options"})
 
     def seconds() -> tuple[float, Row]:

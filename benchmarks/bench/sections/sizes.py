@@ -20,7 +20,7 @@ def each_size(job: Job) -> Iterator[Row]:
     from bench.subject import Subject
 
     subject, known, turns = Subject(job), dict[str, float](), list[Row]()
-    yield {}
+    yield {"build_peak_gb": subject.peak_gb()}
     yield {}
     for size in TINY_PX if TINY[0] in job.overrides else SIZES_PX:
         steps = partial(subject.step_ms, height=size[0], width=size[1])
@@ -59,8 +59,8 @@ class Sizes(Timed):
         height, width = turn["size"]
         made = {key.replace("_", " "): n for key, n in turn["counts"].items() if n and key in COUNTED}
         counted = ", ".join(f"{key} {n:g}" for key, n in made.items()) or "nothing new"
-        numbers = [f"{median(turn['step_ms']):.4g}", f"{turn['first_call_s']:.1f} s", counted]
-        return [f"`{one.row['setting']}`", f"{width}×{height}", *numbers]
+        ms, first = f"{median(turn['step_ms']):.4g}", f"{turn['first_call_s']:.1f} s"
+        return [f"`{one.row['setting']}`", f"{width}×{height}", ms, first, counted]
 
 
 SIZES = Sizes(
