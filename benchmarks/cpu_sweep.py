@@ -4,16 +4,13 @@
     python benchmarks/cpu_sweep.py OUT --parts kill,sweep    # only some of it
 
 ``kill``: a 2x3x2 sweep is killed (SIGKILL) in the middle and resumed: every job once, none lost.
-``sweep``: the same sweep undisturbed; its total against loading once and the jobs, and against a process per job.
-Half of its jobs are invalid (``steps=0``), and one of the others asks for two options that do not go together, with
-``strict=true``, which allows no fallback.
+``sweep``: the same undisturbed, against loading once and the jobs, and against a process per job. Half of its jobs are
+invalid (``steps=0``), and one asks for two options that do not go together, with ``strict=true``.
 ``tune``: ``fluxrun tune``, and a run with the preset it wrote.
 
 The kill comes first, so that the other sweeps find the same compiled kernels in the cache, whichever runs first.
 Worth keeping from OUT: cpu_sweep.json; sweep.json, sweep.csv and report.html of sweep/ and tune/; preset/.
 """
-
-from __future__ import annotations
 
 import subprocess
 import time
@@ -21,16 +18,15 @@ from functools import partial
 from pathlib import Path
 
 import psutil
+
 from bench.command import FLUXRUN, environment
 from bench.sweeps import Found, fluxrun, main, statuses, swept, totals, tune
-
 from fluxrun.record.folder import read_record
 
 REPEATS = "measure.repeats=4"
 GRID = ("compile=none,regional,default", "cache=none,fixed", "steps=2,0", "cache.force=true", "strict=true", REPEATS)
 """Twelve jobs: six with steps=0, and of the others compile=default with cache=fixed, which strict=true refuses."""
 EXPECTED = {"completed": 5, "failed": 7}
-PATIENCE_S = 300
 
 
 def kill(out: Path, model: str) -> Found:
@@ -45,15 +41,12 @@ def kill(out: Path, model: str) -> Found:
     stopped = swept(folder)
     resumed = fluxrun(*grid, f"sweep.resume={folder}")
     after, runs = swept(folder), _runs(folder, "completed")
-    kept = {name: run for name, run in before.items() if runs.get(name) == run}
-    once = sorted(int(job.job) for job in after.jobs) == list(range(12))
+    once = sorted(int(job.job) for job in after.jobs) == list(range(12)) and before.items() <= runs.items()
     return {
-        "as_it_should_be": once and kept == before and not left and statuses(after) == EXPECTED,
+        "as_it_should_be": once and not left and statuses(after) == EXPECTED,
         "killed_at": {"sweep.json": stopped.status, "jobs": statuses(stopped)},
         "processes_left_behind": len(left),
         "jobs": statuses(after),
-        "every_job_once": once,
-        "completed_before_and_kept": sorted(kept, key=int),
         "completed_before": sorted(before, key=int),
         "unfinished_attempts_set_aside": sorted(path.name for path in (folder / "earlier").iterdir()),
         "resumed": resumed,
@@ -62,7 +55,7 @@ def kill(out: Path, model: str) -> Found:
 
 def _middle(child: subprocess.Popen[bytes], folder: Path) -> dict[str, str]:
     """Until two jobs are completed and a third is running; the completed ones' run ids by folder."""
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and child.poll() is None:
         if len(done := _runs(folder, "completed")) >= 2 and _runs(folder, "running"):
             return done
@@ -83,8 +76,8 @@ def sweep(out: Path, model: str) -> Found:
     alone, each = totals(swept(out / "sweep")), totals(swept(out / "process"))
     return {
         "as_it_should_be": alone["jobs"] == each["jobs"] == EXPECTED and alone["loads"] == 1,
-        "one_process": {**one, **alone},
-        "process_per_job": {**many, **each},
+        "one_process": {**one, "account": alone},
+        "process_per_job": {**many, "account": each},
         "process_per_job_over_one_process": round(many["wall_s"] / one["wall_s"], 2),
     }
 

@@ -10,13 +10,10 @@ tune choose, and does a run with its preset draw as fast?
 Worth keeping from OUT: gpu_sweep.json; sweep.json, sweep.csv and report.html of sweep/ and tune/; preset/.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 
 from bench.sweeps import Found, fluxrun, main, swept, totals, tune
-
 from fluxrun.record.folder import read_record
 
 ALONE = ("attention=sdpa", "compile=regional", "quantization=none")
@@ -35,7 +32,7 @@ def sweep(out: Path, model: str) -> Found:
     same = next((job for job in done.values() if set(ALONE) <= set(job.overrides)), None)
     drawn = [image.sha256 for image in record.images]
     return {
-        "sweep": {**together, **totals(result), "environments": result.environments},
+        "sweep": {**together, "account": totals(result), "environments": result.environments},
         "jobs": {name: job.model_dump(include=SPENT) for name, job in done.items()},
         "alone": {**alone, **record.timings.model_dump(include={"total_s", "steady_step_s"})},
         "in_sweep_step_s": same and same.step_s,

@@ -4,8 +4,6 @@ python benchmarks/shapes_accuracy.py                       # 360 prompts, 3 seed
 python benchmarks/shapes_accuracy.py --per-set 5 --seeds 0 # a quick look
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -13,16 +11,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-import bench
 import torch
 from diffusers import Flux2KleinPipeline
 from PIL.Image import Image
 
+import bench
 from fluxrun.shapes import evaluate
 
-CALL: Any = {"text_encoder_out_layers": (2, 4, 6), "max_sequence_length": 64, "guidance_scale": 1.0}
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BATCH = 8
+SIZE = {"height": 256, "width": 256}
+CALL: Any = {"text_encoder_out_layers": (2, 4, 6), "max_sequence_length": 64, "guidance_scale": 1.0, **SIZE}
+DEVICE, BATCH = "cuda" if torch.cuda.is_available() else "cpu", 8
 
 
 def main() -> None:
@@ -49,15 +47,13 @@ def main() -> None:
         given.output.write_text(json.dumps(reports, indent=1) + "\n")
 
 
-def draw(pipeline: Flux2KleinPipeline, cases: list[evaluate.Case], seed: int, steps: int) -> list[Image]:
+def draw(pipeline: Any, cases: list[evaluate.Case], seed: int, steps: int) -> list[Image]:
     """One image for each prompt, each from its own generator with this seed."""
     images: list[Image] = []
     for start in range(0, len(cases), BATCH):
         prompts = [case.prompt for case in cases[start : start + BATCH]]
         generators = [torch.Generator("cpu").manual_seed(seed) for _ in prompts]
-        images += pipeline(
-            prompt=prompts, generator=generators, height=256, width=256, num_inference_steps=steps, **CALL
-        ).images
+        images += pipeline(prompt=prompts, generator=generators, num_inference_steps=steps, **CALL).images
     return images
 
 

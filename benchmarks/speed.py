@@ -8,11 +8,8 @@
 
 Each section writes OUT/SECTION.json as it goes (raw samples, what was in effect, clocks before and after), so that a
 run that is cut off keeps what it has. Every setting has a process of its own; settings that fit into the GPU's memory
-together are timed in turns (A B C, C B A, …), never at the same time. ``summarize.py`` makes the summary, the tables
-and the plots.
+together are timed in turns (A B C, C B A, …), never at the same time. ``summarize.py`` makes tables and plots of it.
 """
-
-from __future__ import annotations
 
 import argparse
 import os
@@ -33,13 +30,9 @@ def main(line: Sequence[str]) -> int:
     """Run the sections asked for; 1 if a section broke."""
     given = arguments(line)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Workers are killed when they are done: what multiprocessing then says about their semaphores is of no use.
-    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
-    usual, ends = sum(SECTIONS[name].seconds for name in given.only), time.monotonic()
-    budget = given.budget or usual
-    broken = 0
+    usual, ends, broken = sum(SECTIONS[name].seconds for name in given.only), time.monotonic(), 0
     for name in given.only:
-        ends += SECTIONS[name].seconds * budget / usual
+        ends += SECTIONS[name].seconds * (given.budget or usual) / usual
         broken += not measured(given, line, name, ends - time.monotonic())
     print(f"\n{targets_table(summary(read([given.out], tiny=True)))}", flush=True)
     if given.model == "tiny":
@@ -49,7 +42,7 @@ def main(line: Sequence[str]) -> int:
 
 def measured(given: argparse.Namespace, line: Sequence[str], name: str, seconds: float) -> bool:
     """One section; whether it came to its end. What breaks one section does not stop the next."""
-    section, started, command = SECTIONS[name], time.monotonic(), ["python", "benchmarks/speed.py", *line]
+    section, command = SECTIONS[name], ["python", "benchmarks/speed.py", *line]
     print(f"{name}: {section.about}", flush=True)
     with tempfile.TemporaryDirectory(prefix="fluxrun-speed-") as work:
         tiny, keep = given.model == "tiny", Kept(given.keep)
@@ -62,7 +55,6 @@ def measured(given: argparse.Namespace, line: Sequence[str], name: str, seconds:
         finally:
             run.content["after"] = gpu_state()
             run.save()
-    print(f"  ({time.monotonic() - started:.0f} s)", flush=True)
     return True
 
 

@@ -4,7 +4,4 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SEARCHED = [str(ROOT / "src"), str(ROOT / "benchmarks")]
-"""Where this checkout's modules are: on the search path here, and of every process that is started."""
-
-sys.path[:0] = [folder for folder in SEARCHED if folder not in sys.path]
+sys.path.insert(0, str(ROOT / "src"))

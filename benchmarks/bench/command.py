@@ -1,7 +1,5 @@
 """``fluxrun`` commands in processes of their own, and what their records say."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
@@ -11,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from bench import SEARCHED
 from bench.results import Row
 from fluxrun.record.folder import read_record
 
@@ -19,10 +16,9 @@ FLUXRUN = (sys.executable, "-m", "fluxrun")
 
 
 def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """A process's environment: this checkout's modules, and its own place for compiled code."""
+    """A process's environment: modules from where they come from here, and its own place for compiled code."""
     inherited = {key: value for key, value in os.environ.items() if key != "TORCHINDUCTOR_CACHE_DIR"}
-    path = os.pathsep.join([*SEARCHED, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**inherited, "PYTHONPATH": path, **(more or {})}
+    return {**inherited, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **(more or {})}
 
 
 def run(command: Sequence[str], out: Path, seconds: float, log: Path, more: Mapping[str, str] | None = None) -> Row:
@@ -50,6 +46,5 @@ def _recorded(out: Path, log: Path) -> Row:
         return {"status": "failed", "error": f"no record: {' '.join(last)[:300]}"}
     record = read_record(out)
     kept = record.model_dump(mode="json", include={"options", "notes", "timings", "memory"})
-    if record.status == "completed":
-        return kept | {"status": "measured", "error": None}
-    return kept | {"status": "failed", "error": record.error and record.error.message}
+    status = "measured" if record.status == "completed" else "failed"
+    return kept | {"status": status, "error": record.error and record.error.message}

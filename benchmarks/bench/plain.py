@@ -3,8 +3,6 @@
 Only the numbers in the weights come from fluxrun (``random_source``), so that both sides compute the same thing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -19,9 +17,8 @@ from fluxrun.weights.random_weights import random_source
 def plain_pipeline(plan: Plan, device: str, *, text_encoder: bool) -> Any:
     """A diffusers pipeline of the plan's architecture and dtype with random weights on ``device``."""
     model, make = plan.model, random_source(plan.model, plan.dtype, device, None)
-    names = ["text_encoder", "tokenizer"] if text_encoder else []
-    parts = dict.fromkeys(("text_encoder", "tokenizer"))
-    parts |= {name: make(name) for name in (*names, "transformer", "vae", "scheduler")}
+    parts = {name: make(name) if text_encoder else None for name in ("text_encoder", "tokenizer")}
+    parts |= {name: make(name) for name in ("transformer", "vae", "scheduler")}
     for part in parts.values():
         if isinstance(part, nn.Module):
             part.eval().requires_grad_(False)
@@ -54,7 +51,7 @@ def flux_fast(pipeline: Any) -> None:
 
 
 def flux_fast_fp8(pipeline: Any) -> None:
-    """The same with torchao's dynamic float8 in the blocks; torchao's own inductor settings take minutes: left out."""
+    """The same with torchao's dynamic float8 in the blocks, without its own inductor settings, which take minutes."""
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
     def in_block(module: nn.Module, name: str) -> bool:

@@ -1,9 +1,7 @@
 """The plots of docs/performance.md: SVG, light, legible on a phone."""
 
-from __future__ import annotations
-
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,7 @@ STYLE: Any = {
 STEPS = {"klein": ("FLUX.2 klein-4B", 51.0, 31.0), "dev": ("FLUX.2 dev (32B)", 410.0, 233.0)}
 """Title, and a step's floor in ms with every part at its measured ceiling: bf16, and fp8 linears."""
 STAGES = (("text_s", "text encoder", GREEN), ("denoise_s", "4 steps", BLUE), ("decode_s", "decode", ORANGE))
-Rows = Mapping[str, Measured]
+Rows = dict[str, Measured]
 
 
 def links(rows: Sequence[Measured]) -> dict[str, str]:
@@ -61,7 +59,6 @@ def write(rows: Sequence[Measured], folder: Path) -> list[Path]:
 
 
 def _steps(axis: Any, rows: Rows, section: str) -> None:
-    """One step as bars, with the floor of each number format."""
     title, *floors = STEPS[section]
     shown = [name for name in SHOWN if name in rows]
     values = [statistics.median(rows[name].samples("step_ms")) for name in shown]
@@ -76,7 +73,6 @@ def _steps(axis: Any, rows: Rows, section: str) -> None:
 
 
 def _image(axis: Any, rows: Rows, section: str) -> None:
-    """Stacked by stage; the number and its mark are the whole in one go, without clocks between."""
     shown = [name for name in SHOWN if name in rows]
     left = [0.0] * len(shown)
     for key, label, colour in STAGES:
@@ -91,7 +87,6 @@ def _image(axis: Any, rows: Rows, section: str) -> None:
 
 
 def _sizes(axis: Any, rows: Rows, section: str) -> None:
-    """A step at each picture size, in the order of its area."""
     sizes = sorted(
         {tuple(turn["size"]) for one in rows.values() for turn in one.row["turns"]}, key=lambda s: s[0] * s[1]
     )

@@ -30,10 +30,8 @@ class Measured:
     @property
     def name(self) -> str:
         """What the row is about, within its section."""
-        row = self.row
-        return (
-            row["what"] if "what" in row else f"{row['setting']} {row.get('state') or row.get('budget_gb', '')}".strip()
-        )
+        which = self.row.get("state") or self.row.get("budget_gb", "")
+        return str(self.row.get("what") or f"{self.row['setting']} {which}".strip())
 
     @property
     def shown(self) -> str:
@@ -47,14 +45,10 @@ class Measured:
 
     def plain(self) -> Measured | None:
         """Plain diffusers in the same run, side by side where that was so."""
-        found = [one for r in self.content["rows"] if (one := Measured(r, self.content)).done and one.is_plain]
+        every = [Measured(row, self.content) for row in self.content["rows"] if row.get("setting") == REFERENCE]
+        found = [one for one in every if one.done]
         beside = [one for one in found if one.row.get("group") == self.row.get("group")]
         return next(iter(beside or found), None)
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is what the others are compared with."""
-        return bool(self.row.get("setting") == REFERENCE)
 
     def samples(self, key: str) -> list[float]:
         """All samples of a key, turn after turn."""
@@ -103,6 +97,5 @@ def fallen_back(row: Row) -> str:
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table, or that nothing was measured."""
     body = [f"| {' | '.join(row)} |" for row in rows]
-    return (
-        "\n".join([f"| {' | '.join(header)} |", "|" + "---|" * len(header), *body]) if body else "*Not measured yet.*"
-    )
+    head = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    return "\n".join([*head, *body]) if body else "*Not measured yet.*"

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench.results import Measured, Row
+from bench.results import Measured, Row, fallen_back
 from bench.settings import MODELS, TINY_MODELS, Kept
 from fluxrun.atomic import write_atomically
 from fluxrun.hardware.detection import detect
@@ -57,9 +57,7 @@ class Run:
     ) -> None:
         self.section, self.keep, self.tiny = section, keep, tiny
         self.models = TINY_MODELS if tiny else MODELS
-        self.work = work
-        """A temporary folder, for what the settings are compared with."""
-        self.logs = out / "logs"
+        self.work, self.logs = work, out / "logs"
         self.logs.mkdir(parents=True, exist_ok=True)
         self.rows: list[Row] = []
         self._file = out / f"{section.name}.json"
@@ -91,6 +89,12 @@ class Run:
         self.save()
         return row
 
+    def row(self, setting: str, group: int, about: Row) -> Row:
+        """A setting's row within its group, which a later pass adds to."""
+        same = (row for row in self.rows if (row["setting"], row["group"]) == (setting, group))
+        unmeasured: Row = {"status": "not measured", "error": None, "samples": {}}
+        return next(same, None) or self.add({"setting": setting, "group": group, **about, **unmeasured})
+
     def say(self, row: Row) -> None:
         """One line on the screen: a row's figures as the summary has them, or why there are none."""
         one = Measured(row, self.content)
@@ -98,7 +102,7 @@ class Run:
         parts = [f"{e['metric']} {e['value']} {e['unit']}".strip() for e in entries]
         if row.get("error"):
             parts.append(f"{row['status']}: {row['error']}")
-        print(f"  {row.get('setting', ''):22} {', '.join(parts)}", flush=True)
+        print(f"  {row.get('setting', '') + fallen_back(row):22} {', '.join(parts)}", flush=True)
 
 
 def gpu_state() -> dict[str, Any]:
@@ -107,6 +111,6 @@ def gpu_state() -> dict[str, Any]:
     command = ["nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
+        return {"at": now, **dict(zip(GPU_FIELDS, done.stdout.splitlines()[0].split(", "), strict=True))}
+    except (OSError, subprocess.SubprocessError, LookupError, ValueError) as error:
         return {"at": now, "gpu": None, "why": f"{type(error).__name__}: {error}"[:200]}
-    return {"at": now, **dict(zip(GPU_FIELDS, done.stdout.splitlines()[0].split(", "), strict=True))}

@@ -1,12 +1,11 @@
 """One pipeline to be measured, plain or fluxrun's: one way to call both, and fluxrun's own Stopwatch for both."""
 
-from __future__ import annotations
-
 import functools
 import math
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 import torch
 
@@ -34,7 +33,7 @@ class Subject:
         # memory=staged builds without the text encoder, which nobody asks to encode here; resident keeps all of it
         # whatever memory the settings measured beside this one leave free.
         placement = "memory=resident" if text_encoder else "memory=staged"
-        prepared = prepare(compose([*job.overrides, *job.setting.overrides, placement]))
+        prepared = prepare(compose([*job.overrides, *job.setting.overrides.split(), placement]))
         self.job, self.plan = job, prepared.plan
         self.device = self.plan.machine.device
         # Not fluxrun.build, which would keep the text encoder.
@@ -94,20 +93,11 @@ class Subject:
 
     def first_step(self) -> torch.Tensor:
         """What the transformer makes of the first step, as the pipeline hands it to its scheduler."""
-        outputs: list[torch.Tensor] = []
         scheduler = self.pipeline.scheduler
-        step = scheduler.step
-
-        def keep(output: torch.Tensor, *given: Any, **named: Any) -> Any:
-            outputs.append(output.clone())
-            return step(output, *given, **named)
-
-        scheduler.step = keep
-        try:
-            self.step_ms()
-        finally:
-            del scheduler.step
-        return outputs[0]
+        with patch.object(scheduler, "step", wraps=scheduler.step) as step:
+            self.step_ms(num_inference_steps=1)
+        output: torch.Tensor = step.call_args.args[0]
+        return output
 
     def timed(self, call: Callable[[], T]) -> tuple[float, T]:
         """Seconds of ``call`` by the clock on the wall, the device idle at both ends, and what it returns."""
@@ -130,7 +120,7 @@ class Subject:
 
     def error(self, output: Any) -> Row:
         """Relative L2 against what plain diffusers, which comes first, computed from the same inputs."""
-        output, file = output.float().cpu(), self.job.reference
+        output, file = output.float().cpu(), self.job.work / "plain.pt"
         if self.job.setting.name == REFERENCE:
             torch.save(output, file)
         expected = torch.load(file) if file.exists() else torch.tensor(math.nan)

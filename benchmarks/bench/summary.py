@@ -1,7 +1,5 @@
 """From the sections' results to the summary, judged against the targets, and to the tables of docs/performance.md."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 
@@ -11,7 +9,7 @@ from bench.sections import SECTIONS
 from bench.timed import ERROR
 
 FIRST = SECTIONS["first_image"].metric
-TARGETS = (
+TARGETS: tuple[tuple[str, str, str, float], ...] = (
     ("dev", "h100_lossless", "", 0.425),
     ("dev", "h100_lossless", ERROR, 0.03),
     ("dev", "h100_fast", "", 0.260),
@@ -48,10 +46,9 @@ def _judged(name: str, setting: str, metric: str, target: float, entries: Sequen
     about = (section.label, setting, metric or section.metric)
     if (found := next((row for row in entries if _identity(row) == about), None)) is not None:
         return {**found, "target": target, "met": found["value"] <= target}
-    missing = dict(zip(("model", "setting", "metric"), about, strict=True))
-    unit = "" if metric == ERROR else section.unit
-    nothing = {"unit": unit, "value": None, "plain_diffusers": None, "target": target, "met": None}
-    return {**missing, **nothing, "command": f"python benchmarks/speed.py OUT --only {name}"}
+    keys = "model", "setting", "metric", "unit", "value", "plain_diffusers", "target", "met", "command"
+    command, unit = f"python benchmarks/speed.py OUT --only {name}", "" if metric == ERROR else section.unit
+    return dict(zip(keys, (*about, unit, None, None, target, None, command), strict=True))
 
 
 def document(text: str, rows: Sequence[Measured]) -> str:

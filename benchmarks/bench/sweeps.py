@@ -1,7 +1,5 @@
 """What the two sweep benchmarks share: their command line, ``fluxrun`` commands timed, the sweeps' own account."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import shlex
@@ -30,7 +28,7 @@ def main(about: str, result: str, model: str, parts: Mapping[str, Callable[[Path
         parser.error(f"--parts {', '.join(sorted(unknown))}: of {', '.join(parts)}")
     given.out.mkdir(parents=True, exist_ok=True)
     found: Found = {}
-    for name in (name for name in parts if name in given.parts.split(",")):
+    for name in given.parts.split(","):
         found[name] = parts[name](given.out, f"model={given.model}")
         (given.out / result).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(found, indent=1))

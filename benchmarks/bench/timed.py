@@ -1,17 +1,15 @@
 """A section whose settings take turns: side by side, A B C, C B A, or one by one where memory holds only one."""
 
-from __future__ import annotations
-
 import math
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from bench.results import Measured, Row, markdown, median, newest
 from bench.section import Run, Section
-from bench.settings import Setting
+from bench.settings import REFERENCE, Setting
 from bench.worker import Job, Task, Worker
 from fluxrun.hardware.detection import detect
 
@@ -39,54 +37,47 @@ class Timed(Section):
     rounds: int = 5
     passes: int = 2
     """One after the other: A B C, and then C B A while there is time."""
-    extensible: bool = False
-    """Whether settings that ``--keep`` adds are measured, too."""
     errs: bool = False
     """Whether its error is a row of the summary."""
-    stages: Mapping[str, str] = field(default_factory=dict)
+    stages: Mapping[str, str] | None = None
     """For a second table: samples in seconds, and what they are called."""
 
     def measure(self, run: Run) -> None:
         """Groups side by side as far as they fit; what fits only alone, one by one."""
         first, *rest = self.groups
-        groups = [(*first, *(run.keep.added if self.extensible else ())), *rest]
-        groups = [tuple(setting for setting in group if run.keep.has(setting.name)) for group in groups]
+        groups = [[one for one in group if run.keep.has(one.name)] for group in ((*first, *run.keep.added), *rest)]
         groups = [group for group in groups if len(group) > 1] or groups[:1]
-        gpu = detect().gpu
-        room = gpu.free_bytes / 2**30 if gpu else math.inf
+        room = gpu.free_bytes / 2**30 if (gpu := detect().gpu) else math.inf
         if self.gigabytes is None or room < 2 * self.gigabytes:
             return self._one_by_one(run, [*dict.fromkeys(setting for group in groups for setting in group)])
         for number, part in enumerate(parts(groups, int(min(room / self.gigabytes, 100)))):
-            with self._workers(run, part, self._rows(run, part, number)) as workers:
+            with self._workers(run, part, number) as workers:
                 self._take_turns(run, workers)
 
     def _one_by_one(self, run: Run, settings: Sequence[Setting]) -> None:
         """A later pass is a new process whose samples join those of the first; it finds compiled code."""
-        rows, taken = self._rows(run, settings, 0), 0.0
+        taken = 0.0
         for _ in range(self.passes):
             if run.left < 0.55 * taken:  # what was compiled in the first pass takes no time in the second
                 return
             started = time.monotonic()
-            with self._workers(run, settings, rows) as workers:
+            with self._workers(run, settings, 0) as workers:
                 for worker in workers:
                     self._take_turns(run, [worker])
                     worker.end()
             taken = max(taken, time.monotonic() - started)
-            settings = [setting for setting in reversed(settings) if not rows[setting.name]["error"]]
-
-    def _rows(self, run: Run, settings: Iterable[Setting], group: int) -> dict[str, Row]:
-        blank = {"group": group, "status": "not measured", "error": None}
-        about = {one.name: {"recipe": one.recipe, "overrides": list(one.overrides), "samples": {}} for one in settings}
-        return {name: run.add({"setting": name, **told, **blank}) for name, told in about.items()}
+            settings = [worker.setting for worker in reversed(workers) if not worker.row["error"]]
 
     @contextmanager
-    def _workers(self, run: Run, settings: Iterable[Setting], rows: dict[str, Row]) -> Iterator[list[Worker]]:
+    def _workers(self, run: Run, settings: Iterable[Setting], group: int) -> Iterator[list[Worker]]:
         """A worker per setting; all import at the same time."""
-        overrides, reference = (*run.models[self.model], *self.overrides), run.work / "plain.pt"
-        logs = {setting: run.logs / f"{self.name}_{setting.name}.log" for setting in settings}
-        jobs = [Job(setting, self.task, overrides, reference, log) for setting, log in logs.items()]
-        workers = [Worker(job, rows[job.setting.name]) for job in jobs]
+        workers: list[Worker] = []
+        overrides = (*run.models[self.model], *self.overrides)
         try:
+            for one in settings:
+                about = {"recipe": one.recipe, "overrides": [] if one.recipe else [*overrides, *one.overrides.split()]}
+                job = Job(one, self.task, overrides, run.work, run.logs / f"{self.name}_{one.name}.log")
+                workers.append(Worker(job, run.row(one.name, group, about)))
             yield workers
         finally:
             for worker in workers:
@@ -104,19 +95,18 @@ class Timed(Section):
             worker.begin("warm")
             worker.wait(min(WARM_S, run.left))
             run.save()
-        turns = {worker.setting.name: self.turns(run, worker.setting) for worker in workers if worker.alive}
-        for number in range(max(turns.values(), default=0)):
+        for number in range(self.turns(run)):
             for worker in workers if number % 2 == 0 else reversed(workers):
-                if number < turns.get(worker.setting.name, 0) and (run.left > 0 or number == 0):
+                if run.left > 0 or number == 0:
                     worker.begin("turn")
                     worker.wait(TURN_S)
             run.note_state()
         for worker in workers:
             run.say(worker.row)
 
-    def turns(self, run: Run, setting: Setting) -> int:
-        """How many a setting takes; in a dry run enough for both orders."""
-        return setting.turns or (2 if run.tiny else self.rounds)
+    def turns(self, run: Run) -> int:
+        """How many each setting takes; in a dry run enough for both orders."""
+        return 2 if run.tiny else self.rounds
 
     def entries(self, one: Measured) -> Iterator[Row]:
         """The median beside plain diffusers', and the error where that is asked for."""
@@ -124,7 +114,7 @@ class Timed(Section):
         beside = median(plain.samples(self.key), self.scale) if plain else None
         yield one.entry(self.label, self.metric, self.unit, median(one.samples(self.key), self.scale), beside)
         error = one.row.get("rel_l2")
-        if self.errs and error is not None and not one.is_plain:
+        if self.errs and error is not None and one.row["setting"] != REFERENCE:
             yield one.entry(self.label, ERROR, "", float(f"{error:.3g}"), 0.0)
 
     def tables(self, rows: Sequence[Measured]) -> dict[str, str]:
@@ -135,12 +125,12 @@ class Timed(Section):
         header = ("setting", f"{self.metric}, {self.unit}", "min–max", "× plain", "× plain compiled", "error")
         made = {self.name: markdown((*header, "first call"), (self._line(one, compiled) for one in order))}
         if self.stages:
-            header = ("setting", *(f"{stage}, ms" for stage in self.stages.values()))
-            made["stages"] = markdown(header, map(self._stages, found.values()))
+            names = ("setting", *(f"{stage}, ms" for stage in self.stages.values()))
+            made["stages"] = markdown(names, map(self._stages, found.values()))
         return made
 
     def _stages(self, one: Measured) -> list[str]:
-        return [f"`{one.row['setting']}`", *(f"{median(one.samples(key), 1e3):.4g}" for key in self.stages)]
+        return [f"`{one.row['setting']}`", *(f"{median(one.samples(key), 1e3):.4g}" for key in self.stages or ())]
 
     def _line(self, one: Measured, compiled: float | None) -> list[str]:
         values = [value * self.scale for value in one.samples(self.key)]

@@ -26,7 +26,7 @@ from bench.settings import Setting
 from fluxrun.errors import one_line
 
 IMPORT_S = 120.0
-"""Seconds a worker may take to import its libraries."""
+"""The longest a worker may import."""
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,14 @@ class Job:
     task: Task
     overrides: tuple[str, ...]
     """The model and the size, as fluxrun overrides."""
-    reference: Path
-    """Where plain diffusers leaves its output, for the others' errors."""
+    work: Path
+    """A folder for what it leaves: plain diffusers its output, for the others' errors; a run its record."""
     log: Path
 
 
 Task = Callable[[Job], Iterator[Row]]
-"""A generator: it yields once the pipeline is built, again after the first calls, and then after every turn.
-
-A turn's ``samples`` are lists of numbers by a key that ends in their unit; what else it yields belongs to the row.
-"""
+"""Yields what belongs to the row once the pipeline is built, after the first calls, and then after every turn: there
+with ``samples``, lists of numbers by a key that ends in their unit."""
 
 
 class Worker:
@@ -76,20 +74,16 @@ class Worker:
             self._keep(asked.result(max(seconds, 0.1)))
         except TimeoutError:
             self.give_up(f"no answer within {max(seconds, 0):.0f} s")
-        except BrokenProcessPool:
-            self.give_up("its process died")
         except Exception as error:  # whatever a setting's library throws is its result
             self.give_up(one_line(error))
 
     def _keep(self, answer: Row) -> None:
         """Samples are added; else what the row knows stays, as the first calls of a later pass are no first calls."""
-        if "samples" in answer or "turn" in answer:
+        latest: Row = {key: answer[key] for key in ("options", "turns") if key in answer}
+        if "samples" in answer:
             self.row["status"] = "measured"
         for key, values in answer.pop("samples", {}).items():
             self.row["samples"].setdefault(key, []).append(values)
-        if "turn" in answer:
-            self.row.setdefault("turns", []).append(answer.pop("turn"))
-        latest = {"options": answer["options"]} if "options" in answer else {}
         self.row |= {**answer, **self.row, **latest}
 
     def give_up(self, why: str, status: str = "failed") -> None:
@@ -106,8 +100,6 @@ class Worker:
             os.kill(self._pid.result(IMPORT_S), signal.SIGKILL)
         self._process.shutdown(wait=True, cancel_futures=True)
 
-
-# --- inside the process ---------------------------------------------------------------------------------------------
 
 _task: list[Iterator[Row]] = []
 """The one task of a worker's process."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from itertools import chain
 
 import pytest
+
 from bench.sections import SECTIONS
 from bench.sections.memory import LIMITED, by_name
-from bench.settings import FAST, MODELS, PLAIN, TINY_MODELS, Kept, Setting, fluxrun
+from bench.settings import FAST, MODELS, PLAIN, TINY_MODELS, Kept, Setting
 from bench.timed import Timed, parts
-
 from fluxrun.config.composition import compose
 
 TIMED = [section for section in SECTIONS.values() if isinstance(section, Timed)]
@@ -18,7 +18,7 @@ EVERY = {setting.name: setting for section in TIMED for setting in chain(*sectio
 
 @pytest.mark.parametrize("setting", [s for s in EVERY.values() if s.recipe is None], ids=lambda s: s.name)
 def test_every_setting_composes(setting: Setting) -> None:
-    assert compose([*MODELS["klein_4b"], *setting.overrides, "memory=staged"]).options()
+    assert compose([*MODELS["klein_4b"], *setting.overrides.split(), "memory=staged"]).options()
 
 
 def test_every_recipe_exists() -> None:
@@ -43,7 +43,7 @@ def test_the_order_of_measuring_begins_with_what_plain_diffusers_is_compared_in(
 
 
 def test_groups_are_split_where_memory_is_short() -> None:
-    one, two, three = fluxrun("one"), fluxrun("two"), fluxrun("three")
+    one, two, three = Setting("one"), Setting("two"), Setting("three")
     group = (PLAIN, one, two, three)
     assert list(parts([group], 100)) == [list(group)]
     assert list(parts([group], 3)) == [[PLAIN, one, two], [PLAIN, three]]
@@ -54,6 +54,6 @@ def test_what_is_kept_is_named_or_new() -> None:
     everything, kept = Kept(), Kept(["h100_fast,dev fp8 group 24", "mine: quantization=fp8 compile=default"])
     assert everything.has("anything")
     assert everything.added == []
-    assert kept.added == [fluxrun("mine", "quantization=fp8", "compile=default")]
+    assert kept.added == [Setting("mine", "quantization=fp8 compile=default")]
     assert all(kept.has(name) for name in (FAST.name, "mine", PLAIN.name, "dev fp8, group 24"))
     assert not kept.has("h100_lossless")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 import summarize
 from bench.results import fallen_back, read
 from bench.summary import document, summary, tables
@@ -157,7 +158,7 @@ def test_main_writes_summary_tables_and_plots(tmp_path: Path, monkeypatch: pytes
     docs.parent.mkdir()
     docs.write_text(f"By hand.\n{markers}Also by hand.\n")
     monkeypatch.setattr(sys, "argv", ["summarize.py", "--results", str(results), "--docs", str(docs)])
-    assert summarize.main() == 0
+    summarize.main()
     text = docs.read_text()
     assert text.startswith("By hand.\n")
     assert text.endswith("Also by hand.\n")

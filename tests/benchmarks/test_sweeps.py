@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import cpu_sweep
 import pytest
+
+import cpu_sweep
 from bench.sweeps import Found, main, statuses, swept, totals
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"

@@ -1,7 +1,5 @@
 """A new process's first image, by the ordinary ``fluxrun`` command."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,15 +7,15 @@ from pathlib import Path
 from bench import command
 from bench.results import Measured, Row, markdown, newest
 from bench.section import Run, Section
-from bench.settings import FAST, LOSSLESS, fluxrun
+from bench.settings import FAST, LOSSLESS, NEUTRAL
 
 
 class FirstImage(Section):
     """A new process's first image per setting: nothing compiled before (``cold``), and the same again (``warm``)."""
 
     def measure(self, run: Run) -> None:
-        for setting in (one for one in (LOSSLESS, FAST, fluxrun("neutral")) if run.keep.has(one.name)):
-            arguments, log = [*run.models["klein_4b"], *setting.overrides], run.logs / "first_image.log"
+        for setting in (one for one in (LOSSLESS, FAST, NEUTRAL) if run.keep.has(one.name)):
+            arguments, log = [*run.models["klein_4b"], *setting.overrides.split()], run.logs / "first_image.log"
             with tempfile.TemporaryDirectory(prefix="fluxrun-speed-") as folder:
                 caches = {"FLUXRUN_CACHE_DIR": f"{folder}/cache", "TRITON_CACHE_DIR": f"{folder}/triton"}
                 for state in ("cold", "warm"):

@@ -1,10 +1,7 @@
 """Models under a limit on the GPU's memory, by where their weights lie."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 
 from bench.results import Measured, Row, markdown, newest
 from bench.section import Run, Section
@@ -12,27 +9,25 @@ from bench.settings import Models, Setting
 from bench.worker import Job, Worker
 
 PLAIN_OFFLOAD = "plain diffusers' model offload"
-LIMITED: tuple[tuple[str, int, tuple[str, ...]], ...] = (
-    ("klein-9B bf16, auto", 24, ("memory=auto",)),
-    ("dev fp8, preset rtx4090_24gb", 24, ("+preset=rtx4090_24gb",)),
-    ("dev bf16, staged", 80, ("memory=staged", "kernels=fused")),
-    (f"klein-9B bf16, {PLAIN_OFFLOAD}", 24, ()),
-    ("dev fp8, group", 24, ("memory=group", "quantization=fp8")),
-    ("klein-9B bf16, group", 12, ("memory=group",)),
-    ("klein-9B bf16, auto", 12, ("memory=auto", "kernels=fused")),
-    ("klein-4B bf16, auto", 12, ("memory=auto",)),
-    ("klein-9B bf16, staged", 24, ("memory=staged",)),
-    ("klein-9B bf16, balanced", 24, ("memory=balanced",)),
-    ("klein-9B bf16, group", 24, ("memory=group",)),
-    ("dev bf16, auto", 48, ("memory=auto", "kernels=fused")),
-    ("dev bf16, balanced", 80, ("memory=balanced",)),
-    (f"dev bf16, {PLAIN_OFFLOAD}", 80, ()),
+LIMITED = (
+    ("klein-9B bf16, auto", 24, "memory=auto"),
+    ("dev fp8, preset rtx4090_24gb", 24, "+preset=rtx4090_24gb"),
+    ("dev bf16, staged", 80, "memory=staged kernels=fused"),
+    (f"klein-9B bf16, {PLAIN_OFFLOAD}", 24, ""),
+    ("dev fp8, group", 24, "memory=group quantization=fp8"),
+    ("klein-9B bf16, group", 12, "memory=group"),
+    ("klein-9B bf16, auto", 12, "memory=auto kernels=fused"),
+    ("klein-4B bf16, auto", 12, "memory=auto"),
+    ("klein-9B bf16, staged", 24, "memory=staged"),
+    ("klein-9B bf16, balanced", 24, "memory=balanced"),
+    ("klein-9B bf16, group", 24, "memory=group"),
+    ("dev bf16, auto", 48, "memory=auto kernels=fused"),
+    ("dev bf16, balanced", 80, "memory=balanced"),
+    (f"dev bf16, {PLAIN_OFFLOAD}", 80, ""),
 )
 """What begins with the model's name; the limit in GB; what fluxrun is told."""
-LONGEST_S = 300.0
-"""For one of them: plain diffusers copies dev's weights to and fro for every image."""
-SHORT_S = 30.0
-"""Plain diffusers' image that takes less is drawn once more: the first one also pays for what is set up once."""
+LONGEST_S, SHORT_S = 300.0, 30.0
+"""The most for one of them, and plain diffusers' image that is short enough to draw a second, which then counts."""
 
 
 def by_fluxrun(job: Job) -> Iterator[Row]:
@@ -40,7 +35,7 @@ def by_fluxrun(job: Job) -> Iterator[Row]:
     from bench.subject import compose
     from fluxrun.runner import run
 
-    record = run(compose([*job.overrides, "measure.repeats=2"]), job.reference)
+    record = run(compose([*job.overrides, "measure.repeats=2"]), job.work)
     yield {"samples": {}, **record.model_dump(mode="json", include={"options", "notes", "timings", "memory"})}
 
 
@@ -55,23 +50,23 @@ def by_offloading(job: Job) -> Iterator[Row]:
     pipeline = plain_pipeline(plan, "cpu", text_encoder=True)
     if torch.cuda.is_available():
         pipeline.enable_model_cpu_offload()
-    times = [time.perf_counter()]
-    while len(times) == 1 or (len(times) == 2 and times[1] - times[0] < SHORT_S):
+    images: list[float] = []
+    while len(images) < (2 if sum(images) < SHORT_S else 1):
+        started = time.perf_counter()
         pipeline(prompt=PROMPT, **arguments(plan), **text_arguments(plan))
-        times.append(time.perf_counter())
-    images = [after - before for before, after in pairwise(times)]
+        images.append(time.perf_counter() - started)
     options = {"memory": {"requested": "model offload", "effective": "diffusers' model offload"}}
     memory = {"peak_allocated_bytes": peak_bytes(plan.machine.device)}
     timings = {"denoise_s": images, "decode_s": [0.0] * len(images)}
     yield {"samples": {}, "options": options, "memory": memory, "timings": timings}
 
 
-def by_name(models: Models, name: str, limit: int, told: tuple[str, ...]) -> tuple[Row, tuple[str, ...]]:
+def by_name(models: Models, name: str, limit: int, told: str) -> tuple[Row, tuple[str, ...]]:
     """A row's own keys, and all that its process is told."""
     model = name.split(maxsplit=1)[0].lower().replace("-", "_")
     steps = 8 if model == "dev" else 4
     about = {"setting": name, "model": model, "budget_gb": limit, "steps": steps}
-    return about, (*models[model], f"steps={steps}", *told, f"memory.budget_gb={limit}")
+    return about, (*models[model], f"steps={steps}", *told.split(), f"memory.budget_gb={limit}")
 
 
 class Memory(Section):
@@ -81,9 +76,8 @@ class Memory(Section):
         for name, limit, told in (one for one in LIMITED if run.keep.has(f"{one[0]} {one[1]}")):
             about, given = by_name(run.models, name, limit, told)
             row = run.add({**about, "overrides": given, "status": "not measured", "error": None})
-            task, number = by_fluxrun if told else by_offloading, len(run.rows)
-            job = Job(Setting(name), task, given, run.work / str(number), run.logs / f"memory_{number}.log")
-            worker = Worker(job, row)
+            task, number = by_fluxrun if told else by_offloading, f"memory_{len(run.rows)}"
+            worker = Worker(Job(Setting(name), task, given, run.work / number, run.logs / f"{number}.log"), row)
             if run.left <= 0:
                 worker.give_up("out of time", "not measured")
             worker.begin("draw")
@@ -93,16 +87,14 @@ class Memory(Section):
 
     def entries(self, one: Measured) -> Iterator[Row]:
         label, limit = one.row["setting"].partition(" ")[0], f"under {one.row['budget_gb']:g} GB"
-        yield one.entry(label, f"peak memory {limit}", "GB", self.peak_gb(one))
-        yield one.entry(label, f"image of {one.row['steps']} steps {limit}", "s", self.image_s(one))
+        peak, image = self._figures(one)
+        yield one.entry(label, f"peak memory {limit}", "GB", peak)
+        yield one.entry(label, f"image of {one.row['steps']} steps {limit}", "s", image)
 
-    def peak_gb(self, one: Measured) -> float:
-        """Peak memory of a run in GB (2**30 bytes)."""
-        return round(one.row["memory"]["peak_allocated_bytes"] / 2**30, 2)
-
-    def image_s(self, one: Measured) -> float:
-        """Seconds of a run's last image: text, steps and decode."""
-        return round(sum(one.timings.text_encode_s) + one.timings.denoise_s[-1] + one.timings.decode_s[-1], 3)
+    def _figures(self, one: Measured) -> tuple[float, float]:
+        """Peak in 2**30 bytes; seconds of the last image: text, steps and decode."""
+        last = sum(one.timings.text_encode_s) + one.timings.denoise_s[-1] + one.timings.decode_s[-1]
+        return round(one.row["memory"]["peak_allocated_bytes"] / 2**30, 2), round(last, 3)
 
     def tables(self, rows: Sequence[Measured]) -> dict[str, str]:
         found = newest(rows, self.name, failed=True).values()
@@ -115,8 +107,8 @@ class Memory(Section):
         if not one.done:
             return [*about, "–", "–", "–", "–", f"{row['status']}: {row['error']}"]
         step = f"{one.timings.steady_step_s.median:.3f} s" if one.timings.steady_step_s else "–"
-        figures = [f"{self.peak_gb(one):.1f} GB", step, f"{self.image_s(one):.2f} s", f"{row['steps']} steps"]
-        return [*about, row["options"]["memory"]["effective"], *figures]
+        (peak, image), placement = self._figures(one), row["options"]["memory"]["effective"]
+        return [*about, placement, f"{peak:.1f} GB", step, f"{image:.2f} s", f"{row['steps']} steps"]
 
 
 MEMORY = Memory(

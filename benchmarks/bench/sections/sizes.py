@@ -1,13 +1,11 @@
 """Picture sizes one after the other in one process: what a step takes, what is compiled or captured again."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from functools import partial
 
 from bench.results import Measured, Row, markdown, median, newest
 from bench.section import Run
-from bench.settings import FAST, TINY, Setting, fluxrun
+from bench.settings import FAST, REGIONAL, TINY
 from bench.timed import Timed
 from bench.worker import Job
 
@@ -21,8 +19,8 @@ def each_size(job: Job) -> Iterator[Row]:
     """A turn for each size."""
     from bench.subject import Subject
 
-    subject, known = Subject(job), dict[str, float]()
-    yield {}
+    subject, known, turns = Subject(job), dict[str, float](), list[Row]()
+    yield {"build_peak_gb": subject.peak_gb()}
     yield {}
     for size in TINY_PX if TINY[0] in job.overrides else SIZES_PX:
         steps = partial(subject.step_ms, height=size[0], width=size[1])
@@ -31,7 +29,8 @@ def each_size(job: Job) -> Iterator[Row]:
         facts = subject.facts()
         before, known = known, _counts(facts["options"]["compile"]["facts"])
         counts = {key: value - before.get(key, 0) for key, value in known.items()}
-        yield {"turn": {**about, "counts": counts, "peak_gb": facts.pop("peak_gb")}, **facts}
+        turns.append({**about, "counts": counts, "peak_gb": facts.pop("peak_gb")})
+        yield {"samples": {}, "turns": turns, **facts}
 
 
 def _counts(facts: Row) -> dict[str, float]:
@@ -43,7 +42,7 @@ def _counts(facts: Row) -> dict[str, float]:
 class Sizes(Timed):
     """Settings one at a time, a line for each size."""
 
-    def turns(self, run: Run, setting: Setting) -> int:
+    def turns(self, run: Run) -> int:
         return len(TINY_PX if run.tiny else SIZES_PX)
 
     def entries(self, one: Measured) -> Iterator[Row]:
@@ -60,12 +59,12 @@ class Sizes(Timed):
         height, width = turn["size"]
         made = {key.replace("_", " "): n for key, n in turn["counts"].items() if n and key in COUNTED}
         counted = ", ".join(f"{key} {n:g}" for key, n in made.items()) or "nothing new"
-        numbers = [f"{median(turn['step_ms']):.4g}", f"{turn['first_call_s']:.1f} s", counted]
-        return [f"`{one.row['setting']}`", f"{width}×{height}", *numbers]
+        ms, first = f"{median(turn['step_ms']):.4g}", f"{turn['first_call_s']:.1f} s"
+        return [f"`{one.row['setting']}`", f"{width}×{height}", ms, first, counted]
 
 
 SIZES = Sizes(
     name="sizes", about="klein-4B at several sizes in one process each", seconds=100,
     key="step_ms", unit="ms", metric="denoising step", task=each_size, overrides=("steps=4",),
-    gigabytes=None, passes=1, groups=((FAST, fluxrun("regional", "compile=regional")),),
+    gigabytes=None, passes=1, groups=((FAST, REGIONAL),),
 )  # fmt: skip

@@ -1,12 +1,10 @@
 """klein-4B's and dev's denoising steps, and the VAE's decode."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 
 from bench.results import Row
-from bench.settings import FAST, LOSSLESS, PLAIN, PRESETS, fluxrun, plain
+from bench.settings import FAST, LOSSLESS, NEUTRAL, PLAIN, PLAIN_REGIONAL, PRESETS, REGIONAL, Setting
 from bench.timed import Timed
 from bench.worker import Job
 
@@ -50,24 +48,24 @@ def decoding(job: Job) -> Iterator[Row]:
 
 KLEIN = Timed(
     name="klein", about="klein-4B, one step: groups of settings side by side", seconds=150,
-    key="step_ms", unit="ms", metric="denoising step", task=steps, overrides=("steps=4",), extensible=True, errs=True,
+    key="step_ms", unit="ms", metric="denoising step", task=steps, overrides=("steps=4",), errs=True,
     groups=(
-        (PLAIN, plain("regional"), fluxrun("neutral"), LOSSLESS, FAST, plain("flux_fast")),
+        (PLAIN, PLAIN_REGIONAL, NEUTRAL, LOSSLESS, FAST, Setting("plain_flux_fast", recipe="flux_fast")),
         (
             PLAIN,
-            fluxrun("cudagraphs", "compile=cudagraphs"),
-            fluxrun("fused", "kernels=fused"),
-            fluxrun("fused_cudagraphs", "kernels=fused", "compile=cudagraphs"),
-            fluxrun("regional_cuda_graph", "compile=regional", "compile.cuda_graph=true"),
-            fluxrun("fp8_regional", "quantization=fp8", "compile=regional"),
-            fluxrun("fp8_fused_cudagraphs", "quantization=fp8", "kernels=fused", "compile=cudagraphs"),
+            Setting("cudagraphs", "compile=cudagraphs"),
+            Setting("fused", "kernels=fused"),
+            Setting("fused_cudagraphs", "kernels=fused compile=cudagraphs"),
+            Setting("regional_cuda_graph", "compile=regional compile.cuda_graph=true"),
+            Setting("fp8_regional", "quantization=fp8 compile=regional"),
+            Setting("fp8_fused_cudagraphs", "quantization=fp8 kernels=fused compile=cudagraphs"),
         ),
         (
             PLAIN,
-            fluxrun("regional", "compile=regional"),
-            plain("flux_fast_fp8"),
-            plain("cache_dit"),
-            fluxrun("whole_graph", "compile=default"),
+            REGIONAL,
+            Setting("plain_flux_fast_fp8", recipe="flux_fast_fp8"),
+            Setting("plain_cache_dit", recipe="cache_dit"),
+            Setting("whole_graph", "compile=default"),
         ),
     ),
 )  # fmt: skip
@@ -75,19 +73,18 @@ KLEIN = Timed(
 DEV = Timed(
     name="dev", about="dev, one step: one setting at a time, then the same in the opposite order", seconds=190,
     label="dev", model="dev", key="step_ms", scale=1e-3, metric="denoising step", task=steps, overrides=("steps=5",),
-    gigabytes=None, rounds=1, extensible=True, errs=True, groups=(PRESETS,),
+    gigabytes=None, rounds=1, errs=True, groups=(PRESETS,),
 )  # fmt: skip
 
-_COMPILED = ("compile=regional", "compile.targets=[vae_decoder]", "vae.channels_last=true")
+_COMPILED = "compile=regional compile.targets=[vae_decoder] vae.channels_last=true"
+COMPILED = (
+    Setting("plain_vae_compiled", recipe="vae_compiled"),
+    Setting("vae_compile", _COMPILED),
+    Setting("vae_compile_cuda_graph", f"{_COMPILED} compile.cuda_graph=true"),
+)
 
 VAE = Timed(
     name="vae", about="VAE decode", label="VAE", seconds=90,
     key="decode_ms", unit="ms", metric="VAE decode 1024x1024", task=decoding,
-    groups=(
-        (
-            *(PLAIN, LOSSLESS, FAST, fluxrun("neutral"), plain("vae_compiled")),
-            fluxrun("vae_compile", *_COMPILED),
-            fluxrun("vae_compile_cuda_graph", *_COMPILED, "compile.cuda_graph=true"),
-        ),
-    ),
+    groups=((PLAIN, LOSSLESS, FAST, NEUTRAL, *COMPILED),),
 )  # fmt: skip
