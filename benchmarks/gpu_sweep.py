@@ -30,13 +30,12 @@ def sweep(out: Path, model: str) -> Found:
     result, record = swept(out / "sweep"), read_record(out / "alone")
     done = {" ".join(job.overrides): job for job in result.jobs if job.status == "completed"}
     same = next((job for job in done.values() if set(ALONE) <= set(job.overrides)), None)
-    drawn = [image.sha256 for image in record.images]
     return {
         "sweep": {**together, "account": totals(result), "environments": result.environments},
         "jobs": {name: job.model_dump(include=SPENT) for name, job in done.items()},
         "alone": {**alone, **record.timings.model_dump(include={"total_s", "steady_step_s"})},
         "in_sweep_step_s": same and same.step_s,
-        "same_pixels": same is not None and drawn != [] and drawn == [image.sha256 for image in same.images],
+        "same_pixels": same is not None and [i.sha256 for i in record.images] == [i.sha256 for i in same.images],
     }
 
 

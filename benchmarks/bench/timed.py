@@ -109,7 +109,6 @@ class Timed(Section):
         return 2 if run.tiny else self.rounds
 
     def entries(self, one: Measured) -> Iterator[Row]:
-        """The median beside plain diffusers', and the error where that is asked for."""
         plain = one.plain()
         beside = median(plain.samples(self.key), self.scale) if plain else None
         yield one.entry(self.label, self.metric, self.unit, median(one.samples(self.key), self.scale), beside)
@@ -118,7 +117,6 @@ class Timed(Section):
             yield one.entry(self.label, ERROR, "", float(f"{error:.3g}"), 0.0)
 
     def tables(self, rows: Sequence[Measured]) -> dict[str, str]:
-        """Every setting, the slowest first."""
         found = newest(rows, self.name)
         compiled = self._faster(found.get("plain_regional"))
         order = sorted(found.values(), key=lambda one: -statistics.median(one.samples(self.key)))

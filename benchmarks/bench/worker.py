@@ -62,8 +62,10 @@ class Worker:
     def begin(self, name: str) -> None:
         """Once it has imported, let it go on without waiting, so that several build at the same time."""
         self.wait(IMPORT_S)
-        if self.alive:
-            self._asked = self._process.submit(_answer, name)
+        try:
+            self._asked = self._process.submit(_answer, name) if self.alive else None
+        except BrokenProcessPool as error:  # it died while it had nothing to do
+            self.give_up(one_line(error))
 
     def wait(self, seconds: float) -> None:
         """Add the answer to the row; an error, or no answer in time, ends the process."""
@@ -96,7 +98,7 @@ class Worker:
     def end(self) -> None:
         """Kill it: there is nothing to say goodbye for, and the next one waits for its memory; twice is fine."""
         self.alive = False
-        with suppress(ProcessLookupError, BrokenProcessPool):
+        with suppress(ProcessLookupError, BrokenProcessPool, TimeoutError):
             os.kill(self._pid.result(IMPORT_S), signal.SIGKILL)
         self._process.shutdown(wait=True, cancel_futures=True)
 

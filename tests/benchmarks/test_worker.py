@@ -45,3 +45,18 @@ def test_what_works_is_measured_and_what_does_not_is_ended(tmp_path: Path) -> No
     assert works.row["status"] == "measured"
     assert "StopIteration" in works.row["error"]
     assert not psutil.pid_exists(works.row["pid"])
+
+
+@pytest.mark.slow
+def test_one_that_dies_while_others_take_their_turns_is_a_result_too(tmp_path: Path) -> None:
+    one = worker(tasks.works, tmp_path)
+    one.begin("build")
+    one.wait(60)
+    process = psutil.Process(one.row["pid"])
+    process.kill()
+    process.wait(60)
+    one.begin("warm")
+    one.wait(60)
+    assert one.row["status"] == "failed"
+    assert "process pool" in one.row["error"]
+    one.end()
