@@ -103,8 +103,10 @@ def test_a_step_caches_pipeline_has_its_contexts() -> None:
 
 def uses(tree: ast.Module) -> Iterator[str]:
     """Private names of others that a module uses: imported, as an attribute, in getattr or by a text."""
-    own = set(_own_names(tree))
+    own, for_types = set(_own_names(tree)), set(_for_types_only(tree))
     for node in ast.walk(tree):
+        if node in for_types:  # mypy holds these against the library
+            continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if _private(alias.name))
         elif isinstance(node, ast.ImportFrom) and node.module and not node.module.startswith(("fluxrun", "__")):
@@ -116,6 +118,13 @@ def uses(tree: ast.Module) -> Iterator[str]:
             if isinstance(name, ast.Constant) and _private(str(name.value)):
                 yield str(name.value)
     yield from (name for text in _texts(tree) for name in re.findall(rf"{LIBRARIES}(?:\.\w+)+", text) if _private(name))
+
+
+def _for_types_only(tree: ast.Module) -> Iterator[ast.AST]:
+    """Imports that are not made when the module runs."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            yield from node.body
 
 
 def _private(name: str) -> bool:

@@ -120,12 +120,12 @@ def small_transformer(pipeline: str):
 def test_fp8_attention(random):
     pytest.importorskip("cudnn")
     from fluxrun.kernels.transformer import triton_ops
-    from fluxrun.kernels.transformer.fp8_attention import Fp8Attention
+    from fluxrun.kernels.transformer.fp8_attention import CudnnFp8Attention
 
     norms, tokens = (random(SIZE), random(SIZE)), 301
     projected = random(BATCH * tokens, 3 * WIDTH) * 5
     rotary = (torch.ones(tokens, SIZE, device="cuda"), torch.zeros(tokens, SIZE, device="cuda"))
-    attend = Fp8Attention(norms[:1], norms[1:])
+    attend = CudnnFp8Attention(norms[:1], norms[1:])
     scales = attend.scales([projected[:, 2 * WIDTH :]])
     assert torch.allclose(scales.descales[2] * 448, projected[:, 2 * WIDTH :].float().abs().max())
     plain, small = (
