@@ -19,8 +19,8 @@ test-fast: $(VENV)/.installed
 	$(BIN)/pytest -q -n 2 --dist worksteal -m "not slow"
 
 lint: $(VENV)/.installed
-	$(BIN)/ruff check src tests benchmarks training
-	$(BIN)/ruff format --check src tests benchmarks training
+	$(BIN)/ruff check src tests benchmarks training scripts docs
+	$(BIN)/ruff format --check src tests benchmarks training scripts docs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
