@@ -263,8 +263,8 @@ def test_constant_is_what_the_bytes_say():
 def test_channels_last_and_no_latents():
     image, _, _ = sound()
     found = extremes(None, image.to(memory_format=torch.channels_last))
-    assert torch.equal(found[:, 2::2], image.amin(dim=(2, 3)))
-    assert torch.equal(found[:, 3::2], image.amax(dim=(2, 3)))
+    assert torch.equal(found[:, 2:5], image.amin(dim=(2, 3)))
+    assert torch.equal(found[:, 5:], image.amax(dim=(2, 3)))
 
 
 # --- nothing ranks it -----------------------------------------------------------------------------------------------
