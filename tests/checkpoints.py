@@ -74,3 +74,18 @@ def write_weights(place: Path, stem: str, variant: str | None, shards: int = 1) 
         (place / file).write_bytes(safetensors_bytes(f"{place.name} {file}"))
     weights = {f"w{n}": file for n, file in enumerate(files)}
     (place / f"{stem}.safetensors.index{dot}.json").write_text(json.dumps({"weight_map": weights}))
+
+
+def spoiled_folder(folder: Path, component: str, value: float = float("nan"), only: str = "") -> Path:
+    """A copy of the tiny checkpoint: all of a component's weights whose name has ``only`` in it are ``value``."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny_folder(), folder)
+    for path in (folder / component).glob("*.safetensors"):
+        weights = load_file(path)
+        spoiled = {
+            name: torch.full_like(w, value) for name, w in weights.items() if only in name and w.is_floating_point()
+        }
+        save_file({**weights, **spoiled}, path, metadata={"format": "pt"})
+    return folder

@@ -44,6 +44,10 @@ class OutOfMemory(FluxrunError):
     """The run does not fit; the message names the options that would."""
 
 
+class NotFinite(FluxrunError):
+    """Pictures were drawn from values that are no numbers (NaN, infinite), and no option was shown to be to blame."""
+
+
 class Interrupted(FluxrunError):
     """The user (SIGINT, 130) or the system (SIGTERM, 143) asked the run to stop."""
 

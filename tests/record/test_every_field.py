@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from helpers import draw
+from checkpoints import spoiled_folder
+from helpers import SMALL, draw
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
@@ -76,9 +77,12 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[RunRecord], li
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["fluxrun", "--multirun"])
         assert dispatch(["--multirun", *sweep, f"hydra.sweep.dir={folder / 'sweep'}"]) == 1, "steps=0 fails"
+    spoiled_folder(folder / "model", "vae")
+    local = ["model=local", f"model.path={folder / 'model'}", "model.text_encoder_out_layers=[1,2,3]", *SMALL[1:]]
+    assert dispatch(["--multirun", *local, f"hydra.sweep.dir={folder / 'spoiled'}"]) == 1, "black pictures"
     records = [read_record(path.parent) for path in folder.rglob("run.json")]
-    result = Result.model_validate_json((folder / "sweep" / "sweep.json").read_text())
-    return records, result.jobs
+    results = [Result.model_validate_json((folder / name / "sweep.json").read_text()) for name in ("sweep", "spoiled")]
+    return records, [row for result in results for row in result.jobs]
 
 
 @pytest.mark.parametrize("model", [RunRecord, Row], ids=lambda model: model.__name__)

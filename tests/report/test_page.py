@@ -102,3 +102,29 @@ def test_a_browser_shows_the_page_without_a_complaint(swept: Path, tmp_path: Pat
     )  # fmt: skip
     assert shot.exists(), done.stderr
     assert "CONSOLE" not in done.stderr, done.stderr
+
+
+def test_pictures_that_are_gone_are_named_and_the_rest_is_reported(
+    swept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "copied"
+    shutil.copytree(swept, folder)
+    jobs = sorted(path.parent.parent for path in folder.glob("*/images/*.png"))
+    shutil.rmtree(jobs[0] / "images")
+    next(jobs[1].glob("images/*")).write_bytes(b"\x89PNG torn")
+    torn = next(jobs[2].glob("images/*"))
+    torn.write_bytes(torn.read_bytes()[:-2000])  # its size can be read, its pixels cannot
+    assert dispatch(["report", str(folder)]) == 0
+    page = (folder / "report.html").read_text()
+    for text in (page, capsys.readouterr().err):
+        assert "2 picture(s) of job" in text
+        assert "cannot be read, and are not compared or shown" in text
+        assert "No such file" in text
+    assert page.count('<img src="data:image/webp') == 3
+    monkeypatch.setattr("sys.argv", ["fluxrun"])
+    grid = [o for o in SMALL if not o.startswith("steps")]
+    grid += ["attention=sdpa,math,xformers", "steps=2", "seed=0,1,2", f"prompt={PROMPT}"]
+    assert dispatch(["--multirun", *grid, f"sweep.resume={folder}"]) == 0, "six jobs are there, three are new"
+    said = capsys.readouterr().err
+    assert "9 completed" in said
+    assert "2 picture(s) of job" in said

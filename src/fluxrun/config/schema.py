@@ -62,7 +62,7 @@ class RunConfig(BaseModel):
     """Images per prompt."""
     steps: Open[int | None] = Field(None, ge=1)
     """Denoising steps."""
-    guidance: Open[float | None] = Field(None, ge=0)
+    guidance: Open[float | None] = Field(None, ge=0, allow_inf_nan=False)
     """Guidance scale; refused for distilled models, which have none."""
     height: Open[int | None] = Field(None, ge=16, multiple_of=16)
     """Picture height in pixels, a multiple of 16."""

@@ -13,9 +13,11 @@ import torch
 from PIL.Image import Image
 
 from fluxrun.config.prompts import Job, texts_of
+from fluxrun.drawing.inspection import Finding, Inspection
 from fluxrun.drawing.saving import Saver
 from fluxrun.drawing.stopwatch import Stopwatch
-from fluxrun.errors import Interrupted
+from fluxrun.errors import Interrupted, NotFinite
+from fluxrun.pipeline.neutral_trials import find_culprit, has_suspects
 from fluxrun.pipeline.session import Session
 from fluxrun.process.device import peak_bytes, reset_peak, used_bytes
 from fluxrun.record.folder import RunFolder
@@ -32,6 +34,17 @@ class Drawn:
     step_s: list[float]
     denoise_s: float
     decode_s: float
+    findings: list[Finding]
+
+    @property
+    def finite(self) -> bool:
+        """Whether all of its pictures are made of numbers."""
+        return all(finding.finite for finding in self.findings)
+
+    @property
+    def spoiled_at(self) -> str:
+        """The stage in which values that are no numbers came first; empty where all are."""
+        return next((finding.stage for finding in self.findings if not finding.finite), "")
 
 
 class Generation:
@@ -48,6 +61,10 @@ class Generation:
         self.stage = "load"
         self._fresh = True
         """Whether the next pipeline call is the first after a build: it may compile, and it may fall back."""
+        self._nobody_to_blame = self.config.strict
+        """Whether no option is, or may be, looked for any more when a picture is not finite."""
+        self._spoiled_at = ""
+        """The stage in which values that are no numbers first came, in a picture that stayed like that."""
 
     # -- the loop -----------------------------------------------------------------------------------------------
 
@@ -69,6 +86,7 @@ class Generation:
                 self._draw_and_save(batch, f"image {number}/{len(batches)}", saver)
                 self._forget(batch)
             self.stage = "save"
+        self._fail_for_pictures_that_are_not_finite()
 
     def _saver(self) -> Saver:
         """Where pictures go: beside drawing if that leaves the CPU idle, and no repeats are to be timed undisturbed."""
@@ -80,10 +98,13 @@ class Generation:
             self.session.interrupts.check()
             drawn = self._draw_or_fall_back(batch, text if repeat == 0 else f"{text}, repeat {repeat + 1}")
             self._record(drawn)
+            self._spoiled_at = self._spoiled_at or drawn.spoiled_at
             if repeat == 0:
                 self.stage = "save"
-                for image, job in zip(drawn.images, batch, strict=True):
-                    saver.save(image, job, f"denoise {drawn.denoise_s:.2f} s, decode {drawn.decode_s:.2f} s")
+                about = f"denoise {drawn.denoise_s:.2f} s, decode {drawn.decode_s:.2f} s"
+                for image, job, finding in zip(drawn.images, batch, drawn.findings, strict=True):
+                    _warn_of_a_constant(finding, text)
+                    saver.save(image, job, about, finding)
         self._summarise()
 
     def _forget(self, batch: Sequence[Job]) -> None:
@@ -98,13 +119,52 @@ class Generation:
             try:
                 drawn = self._draw(batch, text)
                 self._fresh = False
-                return drawn
             except (Interrupted, KeyboardInterrupt):
                 raise
             except Exception as error:
                 if not first:
                     raise
                 self._rebuild(error)
+            else:
+                return drawn if drawn.finite else self._without_culprit(drawn, batch, text)
+
+    def _without_culprit(self, drawn: Drawn, batch: Sequence[Job], text: str) -> Drawn:
+        """A picture that is not finite, drawn again without the option that makes it so, if there is such a one."""
+        log.warning("%s: the picture is not finite (NaN or infinite), first in %s", text, drawn.spoiled_at)
+        if self._nobody_to_blame or not has_suspects(self.session):
+            return drawn
+        found = find_culprit(
+            self.session,
+            lambda how: self._draw_once(batch, f"{text}, {how}"),
+            lambda again: again.finite,
+            "the picture is not finite",
+        )
+        if found is not None:
+            return found
+        self._nobody_to_blame = True
+        self._rebuild(None)  # as it was asked for: what is recorded of the options is of this picture, too
+        return self._draw_once(batch, text)
+
+    def _draw_once(self, batch: Sequence[Job], text: str) -> Drawn:
+        """The first call of a fresh build; whatever it raises is the caller's."""
+        self._fresh = True
+        drawn = self._draw(batch, text)
+        self._fresh = False
+        return drawn
+
+    def _fail_for_pictures_that_are_not_finite(self) -> None:
+        """Raise NotFinite if a picture stayed like that. All of them are drawn and saved: the next one may be sound."""
+        if not self._spoiled_at:
+            return
+        self.stage = self._spoiled_at
+        images = self.folder.record.images
+        spoiled = sum(not image.finite for image in images)
+        cause = (
+            "strict=true allows no fallback, so no other option was tried"
+            if self.config.strict
+            else "no option is to blame, so it is the weights or the input"
+        )
+        raise NotFinite(f"{spoiled} of {len(images)} picture(s) not finite (NaN or infinite): {cause}")
 
     def _rebuild(self, error: BaseException | None) -> None:
         failed_at, self.stage = self.stage, "load"
@@ -124,15 +184,23 @@ class Generation:
 
     def _draw(self, batch: Sequence[Job], text: str) -> Drawn:
         pipeline, compiles = self.session.pipeline, self._fresh and self.session.compiles
+        inspection = Inspection()
         self.stage = "text_encode"
         arguments = self._arguments(batch)
         self.stage = "denoise"
         with self.session.reporter.steps(text, arguments["num_inference_steps"]) as display:
             watch = Stopwatch(self.device, display, self._after_step, self._after_denoising, compiles=compiles)
-            with self._interruptible(compiles), watch.timing(pipeline):
-                images = pipeline(**arguments, callback_on_step_end=watch.step).images
+
+            def after_step(pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+                inspection.step(values)
+                return watch.step(pipeline, step, timestep, values)
+
+            with self._interruptible(compiles), watch.timing(pipeline), inspection.of(pipeline):
+                images = pipeline(**arguments, callback_on_step_end=after_step).images
         self._note_memory("decode")
-        return Drawn(images, watch.step_seconds(), watch.denoise_s, watch.decode_s)
+        embeddings = [value for name, value in arguments.items() if name.endswith("prompt_embeds")]
+        findings = inspection.findings(images, embeddings)
+        return Drawn(images, watch.step_seconds(), watch.denoise_s, watch.decode_s, findings)
 
     def _after_step(self) -> None:
         assert self.session.context is not None
@@ -224,3 +292,8 @@ class Generation:
         used = peak_bytes(self.device)
         self.memory.by_stage[stage] = max(used, self.memory.by_stage.get(stage, 0))
         self.memory.peak_allocated_bytes = max(used, self.memory.peak_allocated_bytes)
+
+
+def _warn_of_a_constant(finding: Finding, text: str) -> None:
+    if finding.constant and finding.finite:
+        log.warning("%s: all pixels have one colour", text)

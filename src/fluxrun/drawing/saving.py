@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from fluxrun.config.prompts import Job
+from fluxrun.drawing.inspection import SOUND, Finding
 from fluxrun.errors import one_line
 from fluxrun.record.folder import RunFolder
 
@@ -52,16 +53,18 @@ class Saver:
         if problems and error is None:
             raise problems[0]
 
-    def save(self, image: Image, job: Job, about: str) -> None:
-        """Write a picture, now or soon; ``about`` is said of it then.
+    def save(self, image: Image, job: Job, about: str, finding: Finding = SOUND) -> None:
+        """Write a picture, now or soon; ``about`` is said of it then, and ``finding`` is in its record.
 
         Raises OSError when this one or an earlier one cannot be written.
         """
-        self._waiting.append(self._thread.submit(self._write, self._number, image, job, about))
+        self._waiting.append(self._thread.submit(self._write, self._number, image, job, about, finding))
         self._number += 1
         while self._waiting and (len(self._waiting) > self._most or self._waiting[0].done()):
             self._waiting.popleft().result()
 
-    def _write(self, number: int, image: Image, job: Job, about: str) -> None:
-        path = self._folder.save(number, image, job.prompt, job.seed, self._format)
+    def _write(self, number: int, image: Image, job: Job, about: str, finding: Finding) -> None:
+        path = self._folder.save(
+            number, image, job.prompt, job.seed, self._format, finite=finding.finite, constant=finding.constant
+        )
         log.info("saved %s (seed %d, %s)", path, job.seed, about)

@@ -69,7 +69,7 @@ class Flux2Model(Option):
     steps: Open[int | None] = Field(default=4, ge=1)
     """Denoising steps when the run does not say; None goes by whether the checkpoint is distilled."""
 
-    guidance: Open[float | None] = Field(default=None, ge=0)
+    guidance: Open[float | None] = Field(default=None, ge=0, allow_inf_nan=False)
     """Guidance scale when the run does not say; None goes by whether the checkpoint is distilled."""
 
     height: Open[int] = Field(default=1024, ge=16, multiple_of=16)

@@ -82,6 +82,12 @@ class PromptEncoder:
             for text in texts:
                 self._known.pop(text, None)
 
+    def forget_not_finite(self) -> None:
+        """Drop embeddings with values that are no numbers: under other options the text encoder may do better."""
+        for known in (self._known, self._loader.store.embeddings):
+            for key in [key for key, embeds in known.items() if not torch.isfinite(embeds).all()]:
+                del known[key]
+
     # -- one text -----------------------------------------------------------------------------------------------------
 
     @property

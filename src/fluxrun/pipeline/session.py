@@ -145,7 +145,7 @@ class Session:
         """Build until it works: every failure at ``apply`` takes that option's fallback and starts afresh."""
         while True:
             try:
-                self._assemble()
+                self.assemble_once()
                 self._on_change()
                 return
             except OptionFailed as failed:
@@ -165,7 +165,12 @@ class Session:
         self._fall_back(group, "first_call", error)
         self.assemble()
 
-    def _assemble(self) -> None:
+    def note_change(self) -> None:
+        """Tell the run's record that the choices are others now."""
+        self._on_change()
+
+    def assemble_once(self) -> None:
+        """Build with the options as they are chosen. Raises OptionFailed for the first that fails at ``apply``."""
         from fluxrun.weights.shells import shell
 
         memory, device = self.plan.memory, self.plan.machine.device
@@ -230,9 +235,9 @@ class Session:
             raise refused from error
         fallbacks.settle(self.plan)
         fallbacks.announce(self.plan, said, "".join(traceback.format_exception(error)).rstrip())
-        self._let_go(error)
+        self.let_go(error)
 
-    def _let_go(self, error: BaseException) -> None:
+    def let_go(self, error: BaseException) -> None:
         """Free the failed pipeline's memory before another one is built.
 
         The error's frames still hold all they were working on; the traceback is in the log, nobody needs them now.

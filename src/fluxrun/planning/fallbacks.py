@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
+from fluxrun.config.catalog import neutral_options
 from fluxrun.errors import ConfigError, OptionUnavailable, OutOfMemory
 from fluxrun.formatting import GIB
 from fluxrun.options.base import Option
@@ -42,6 +44,32 @@ def fall_back(plan: Plan, group: str, stage: Stage, reason: str, error_type: str
         raise OptionUnavailable(f"{group}={failed.name}: {reason}", stage=stage)
     option = plan.catalog.load(group, failed.fallback, like=failed)
     _give_way(plan, group, Fallback(option=failed.name, stage=stage, reason=reason, error_type=error_type), option)
+
+
+def give_way_to_neutral(plan: Plan, group: str, reason: str) -> None:
+    """Let an option give way to its group's neutral one, which a drawing is to show, or has shown, to do better.
+
+    Raises OptionUnavailable or ConfigError where the other options do not go with it.
+    """
+    failed = plan.choices[group].option
+    option = plan.catalog.load(group, neutral_options()[group], like=failed)
+    _give_way(plan, group, Fallback(option=failed.name, stage="first_call", reason=reason), option)
+    settle(plan)
+
+
+def remembered(plan: Plan) -> Callable[[], None]:
+    """What puts the plan's choices and notes back as they are now."""
+    choices = {
+        group: replace(choice, fallbacks=list(choice.fallbacks), facts=dict(choice.facts))
+        for group, choice in plan.choices.items()
+    }
+    notes = list(plan.notes)
+
+    def put_back() -> None:
+        plan.choices.update(choices)
+        plan.notes[:] = notes
+
+    return put_back
 
 
 def settle(plan: Plan) -> None:
@@ -132,6 +160,11 @@ def _advice(plan: Plan, rungs: Sequence[str]) -> str:
 def suspects(plan: Plan) -> list[str]:
     """Groups whose option can fall back, the likeliest culprit first."""
     return [group for group in BLAME_ORDER if plan.choices[group].option.fallback != "error"]
+
+
+def not_neutral(plan: Plan) -> list[str]:
+    """The suspects whose option is not their group's neutral one."""
+    return [group for group in suspects(plan) if plan.choices[group].effective != neutral_options()[group]]
 
 
 def known(plan: Plan) -> dict[str, int]:

@@ -75,7 +75,9 @@ class RunFolder:
         }
         self.record.notes = list(notes)
 
-    def save(self, number: int, image: Image, prompt: str, seed: int, output_format: str) -> Path:
+    def save(
+        self, number: int, image: Image, prompt: str, seed: int, output_format: str, *, finite: bool, constant: bool
+    ) -> Path:
         """Save the run's picture ``number`` with its metadata, and add it to the record; returns its path.
 
         Not on the main thread: there a signal's ``abandon`` waits for the picture that is being written.
@@ -84,13 +86,16 @@ class RunFolder:
             if self._closed:
                 raise Interrupted("the run has ended")
             started = time.perf_counter()
-            path, saved = self._save(number, image, prompt, seed, output_format)
+            path, saved = self._save(number, image, prompt, seed, output_format, {} if finite else {"finite": False})
+            saved.finite, saved.constant = finite, constant
             self.record.timings.save_s.append(time.perf_counter() - started)
             self.record.images.append(saved)
             self.write()
         return path
 
-    def _save(self, number: int, image: Image, prompt: str, seed: int, output_format: str) -> tuple[Path, ImageRecord]:
+    def _save(
+        self, number: int, image: Image, prompt: str, seed: int, output_format: str, marks: dict[str, bool]
+    ) -> tuple[Path, ImageRecord]:
         path = self.path / "images" / f"{number:03d}_seed{seed}.{'jpg' if output_format == 'jpeg' else output_format}"
         metadata = {
             "prompt": prompt,
@@ -98,6 +103,7 @@ class RunFolder:
             "run_id": self.record.run_id,
             "config": self.record.config,
             "environment": self.record.environment,
+            **marks,
         }
         save_image(image, path, metadata, output_format)
         return path, ImageRecord(

@@ -108,6 +108,10 @@ class SavedImage(RecordModel):
     prompt: str
     seed: int
     sha256: str
+    finite: bool = True
+    """Whether its latents and pixels were numbers; where not (NaN, infinite), the run failed and nothing ranks it."""
+    constant: bool = False
+    """Whether all of its pixels have one colour."""
 
 
 class ImageRecord(SavedImage):

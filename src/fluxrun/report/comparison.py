@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fluxrun.report.fidelity import SHAPES, distance, missing, shows_prompt
+from fluxrun.report.fidelity import SHAPES, distance, missing, shows_prompt, unreadable
 from fluxrun.report.rows import ALL_THE_SAME, BASELINE_ELSEWHERE, Row, Setting, config_value, distinctive
 
 
@@ -17,7 +17,7 @@ def compare(rows: Sequence[Row], root: Path, baseline: str = "auto") -> list[str
 
     Returns what could not be compared, and why.
     """
-    problems = [] if (reason := missing()) is None else [f"no PSNR and SSIM: {reason}"]
+    reason = missing()
     candidates = baseline_rows(rows, baseline)
     for row in rows:
         row.is_baseline = row in candidates
@@ -26,10 +26,19 @@ def compare(rows: Sequence[Row], root: Path, baseline: str = "auto") -> list[str
         if base is None:
             continue
         row.speedup = _ratio(base.image_s, row.image_s)
-        if not problems:
+        if reason is None:
             _measure_pictures(row, candidates, root)
     _break_even(rows, candidates)
-    return problems
+    return [*([f"no PSNR and SSIM: {reason}"] if reason else []), *_lost_pictures(rows, root)]
+
+
+def _lost_pictures(rows: Sequence[Row], root: Path) -> list[str]:
+    """One line for all pictures whose files are gone or are no images."""
+    lost = [(row.job, why) for row in rows for image in row.images if (why := unreadable(root / image.path))]
+    if not lost:
+        return []
+    jobs = ", ".join(dict.fromkeys(job for job, _ in lost))
+    return [f"{len(lost)} picture(s) of job {jobs} cannot be read, and are not compared or shown (first {lost[0][1]})"]
 
 
 def worst_psnr(row: Row, rows: Sequence[Row], root: Path, baseline: str = "auto") -> float | None:
@@ -88,13 +97,13 @@ def _pictured(row: Row) -> set[tuple[str, int]]:
 
 def _measure_pictures(row: Row, candidates: Sequence[Row], root: Path) -> None:
     """Each picture's distance from a baseline's picture of the same prompt and seed."""
-    for image in row.images:
+    for image in (image for image in row.images if image.finite):
         others = [
             other
             for candidate in candidates
             if _context(candidate) == _context(row) or not candidate.neutral(but="memory")
             for other in candidate.images
-            if (other.prompt, other.seed) == (image.prompt, image.seed)
+            if other.finite and (other.prompt, other.seed) == (image.prompt, image.seed)
         ]
         found = distance(root / image.path, root / others[0].path) if others else None
         if found is not None:
@@ -106,7 +115,7 @@ def _measure_pictures(row: Row, candidates: Sequence[Row], root: Path) -> None:
 def _judge_prompts(row: Row, root: Path) -> None:
     if row.model != SHAPES:
         return
-    for image in row.images:
+    for image in (image for image in row.images if image.finite):
         image.shows_prompt = shows_prompt(root / image.path, image.prompt)
     judged = [image.shows_prompt for image in row.images if image.shows_prompt is not None]
     row.accuracy = sum(judged) / len(judged) if judged else None

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from fluxrun.errors import one_line
+
+log = logging.getLogger("fluxrun.sweep")
+
+UNREADABLE = (OSError, SyntaxError, ValueError)
+"""What Pillow raises for a file that is gone, is no image, or is torn."""
 
 EXTRA = "pip install 'fluxrun[report]'"
 
@@ -30,13 +38,24 @@ def missing() -> str | None:
     return None if importlib.util.find_spec("skimage") else f"scikit-image is not installed ({EXTRA})"
 
 
+def unreadable(path: Path) -> str | None:
+    """Why an image file cannot be shown or compared, or None; its pixels are not looked at."""
+    from PIL import Image
+
+    try:
+        Image.open(path).close()
+    except UNREADABLE as error:
+        return f"{path}: {getattr(error, 'strerror', None) or one_line(error)}"
+    return None
+
+
 @functools.lru_cache(maxsize=4096)
 def distance(first: Path, second: Path) -> Distance | None:
-    """The distance between two image files; None when their sizes differ. Needs scikit-image."""
+    """The distance between two image files; None when their sizes differ, or one is gone. Needs scikit-image."""
     from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
     a, b = _pixels(first), _pixels(second)
-    if a.shape != b.shape:
+    if a is None or b is None or a.shape != b.shape:
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # equal pictures: the division by zero is the answer
@@ -45,17 +64,26 @@ def distance(first: Path, second: Path) -> Distance | None:
 
 
 def shows_prompt(path: Path, prompt: str) -> bool | None:
-    """Whether a picture of the shapes world shows all that its prompt asks for; None when the prompt is not of it."""
+    """Whether a picture of the shapes world shows all that its prompt asks for.
+
+    None when the prompt is not of that world, or the picture is gone.
+    """
     from fluxrun.shapes.captions import parse
     from fluxrun.shapes.checker import score
 
-    scene = parse(prompt)
-    return None if scene is None else bool(score(scene, _pixels(path))["all"])
+    if (scene := parse(prompt)) is None or (pixels := _pixels(path)) is None:
+        return None
+    return bool(score(scene, pixels)["all"])
 
 
 def _pixels(path: Path) -> Any:
+    """RGB values of an image file; None, with a line in the log, where it cannot be read to its end."""
     import numpy as np
     from PIL import Image
 
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except UNREADABLE as error:
+        log.info("%s cannot be read: %s", path, one_line(error))
+        return None

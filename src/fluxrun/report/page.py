@@ -16,6 +16,7 @@ from fluxrun.atomic import write_atomically
 from fluxrun.config.catalog import is_neutral_option
 from fluxrun.formatting import decibels, seconds
 from fluxrun.paths import PACKAGE
+from fluxrun.report.fidelity import UNREADABLE
 from fluxrun.report.plots import first_against_later, speed_against_fidelity
 from fluxrun.report.rows import Picture, Result, Row, Setting, label
 from fluxrun.report.table import GIB, effective, explained
@@ -101,22 +102,28 @@ def galleries(result: Result, root: Path) -> list[Gallery]:
     left = MOST_PICTURES
     for row in sorted(result.jobs, key=lambda row: not row.is_baseline):
         for picture in row.images[:left]:
-            gallery = found.setdefault((picture.prompt, picture.seed), Gallery(picture.prompt, picture.seed))
             uri = _thumbnail(root / picture.path)
+            if uri is None:
+                continue
+            gallery = found.setdefault((picture.prompt, picture.seed), Gallery(picture.prompt, picture.seed))
             caption = captions.get(row.job, row.job)
             gallery.shown.append(Shown(numbers.get(row.job), caption, uri, picture.path, picture, row.is_baseline))
         left = max(0, left - len(row.images))
     return sorted(found.values(), key=lambda gallery: (gallery.prompt, gallery.seed))
 
 
-def _thumbnail(path: Path) -> str:
+def _thumbnail(path: Path) -> str | None:
+    """A small picture as a data URI; None for a file that cannot be read, which the page's problems name."""
     from PIL import Image
 
-    with Image.open(path) as image:
-        small = image.convert("RGB")
-        small.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS), Image.Resampling.LANCZOS)
-        data = io.BytesIO()
-        small.save(data, format="WEBP", quality=88)
+    try:
+        with Image.open(path) as image:
+            small = image.convert("RGB")
+    except UNREADABLE:
+        return None
+    small.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS), Image.Resampling.LANCZOS)
+    data = io.BytesIO()
+    small.save(data, format="WEBP", quality=88)
     return "data:image/webp;base64," + base64.b64encode(data.getvalue()).decode()
 
 

@@ -212,11 +212,12 @@ def read_row(folder: Path, root: Path) -> Row:
         continued=bool(timings.step_s) and timings.load_s == 0 and timings.apply_s == 0,
         notes=record.notes,
         images=[
-            Picture(path=_relative(folder / i.path, root), prompt=i.prompt, seed=i.seed, sha256=i.sha256)
+            Picture(**i.model_dump(exclude={"path", "width", "height"}), path=_relative(folder / i.path, root))
             for i in record.images
         ],
     )
-    _speeds(row, record)
+    if all(image.finite for image in record.images):  # how soon a black picture comes is no speed
+        _speeds(row, record)
     return row
 
 

@@ -204,7 +204,8 @@ def _remarks(result: Result) -> list[str]:
 
 def explained(reason: str) -> str:
     """A failure's reason without the name of an error that explains itself."""
-    return reason.removeprefix("ConfigError: ").removeprefix("OptionUnavailable: ")
+    name, _, rest = reason.partition(": ")
+    return rest if name in ("ConfigError", "OptionUnavailable", "NotFinite") else reason
 
 
 def _listed(jobs: Iterable[str]) -> str:
