@@ -1,4 +1,4 @@
-"""What looking at a picture's values costs on a GPU: ``python benchmarks/picture_check.py`` prints one JSON line a case.
+"""What looking at a picture's values costs on a GPU: ``python benchmarks/picture_check.py`` prints JSON, a line a case.
 
 ``gpu_ms`` is what the kernels take, ``all_ms`` the same with launching, waiting and reading, which a run does not do:
 it reads when the pixels have come to the CPU anyway.

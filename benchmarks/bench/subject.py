@@ -72,7 +72,7 @@ class Subject:
                 images = pipeline(**given, callback_on_step_end=watch.step).images
         finally:
             del pipeline.progress_bar
-        return Drawn(images, watch.step_seconds(), watch.denoise_s, watch.decode_s)
+        return Drawn(images, watch.step_seconds(), watch.denoise_s, watch.decode_s, findings=[])
 
     def step_ms(self, **given: Any) -> list[float]:
         """Milliseconds of each step, nothing decoded."""

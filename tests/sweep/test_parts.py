@@ -253,7 +253,7 @@ def test_a_job_that_fails_half_way_leaves_nothing_to_the_next(tmp_path: Path, mo
     alone = hashes(draw(tmp_path / "alone"))
     with SessionPool() as pool:
         with monkeypatch.context() as patch:
-            patch.setattr(generate.RunFolder, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+            patch.setattr(generate.RunFolder, "save", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
             with pytest.raises(OSError, match="disk full"):
                 draw(tmp_path / "failed", "attention=math", pool=pool)
         assert read_record(tmp_path / "failed").status == "failed"
