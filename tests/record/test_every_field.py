@@ -21,6 +21,8 @@ from fluxrun.report.rows import Result, Row
 for package in ("skimage", "scipy"):
     pytest.importorskip(package, reason="the extras 'report' and 'eval'")
 
+pytestmark = pytest.mark.slow
+
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 ONLY_ON_A_GPU = ("gpu", "gpu_memory_bytes", "driver", "cuda")
