@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 
 import pytest
@@ -306,7 +305,8 @@ def test_a_sweep_with_such_a_job_goes_on_and_fails(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("guidance", ["inf", "nan", ".inf", "-inf"])
-def test_a_guidance_that_is_no_number_is_refused(guidance):
+def test_a_guidance_that_is_no_number_is_refused(guidance, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="guidance"):
         dispatch(["model=tiny", "model.distilled=false", f"guidance={guidance}"])
-    assert not os.path.exists("outputs")
+    assert list(tmp_path.iterdir()) == []
