@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,7 +25,7 @@ GPU_FIELDS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Section:
+class Section(ABC):
     """One section. A new one is a subclass, or a ``Timed`` with a task of its own, and a name in ``SECTIONS``."""
 
     name: str
@@ -36,17 +37,17 @@ class Section:
     unit: str = "s"
     metric: str = ""
 
+    @abstractmethod
     def measure(self, run: Run) -> None:
         """Measure, and give ``run`` each row as soon as there is something in it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def entries(self, one: Measured) -> Iterator[Row]:
         """A row's rows in the summary; ``one`` was measured."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tables(self, rows: Sequence[Measured]) -> dict[str, str]:
         """Markdown by the name of its marker."""
-        raise NotImplementedError
 
 
 class Run:

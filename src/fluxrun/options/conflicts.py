@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 from fluxrun.options.attention import AttentionOption
-from fluxrun.options.base import Option
+from fluxrun.options.base import O, Option
 from fluxrun.options.cache import CacheOption
 from fluxrun.options.compile import CompileOption, Target
 from fluxrun.options.groups import TABLE
@@ -18,7 +17,6 @@ from fluxrun.options.quantization import QuantizationOption
 from fluxrun.options.vae import VaeOption
 
 Options = Mapping[str, Option]
-O = TypeVar("O", bound=Option)  # noqa: E741 - as in "option"
 
 
 @dataclass(frozen=True)

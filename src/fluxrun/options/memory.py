@@ -22,12 +22,9 @@ KNOBS_OF = {"group": ("group_level", "blocks_per_group", "use_stream"), "block_s
 """Knobs that only one option uses; ``auto`` hands them on."""
 
 
-DECODER_ALLOCATIONS_FAILED = "decoder_allocations_failed"
-"""Context counter: workspaces that the decoder's convolutions asked for and did not get."""
-
 OTHER_ALGORITHMS = (
     "the VAE's decoder found no room for the workspace of cuDNN's first choice of algorithm: pixels may differ by some "
-    "levels from memory=resident's, in this process from now on (a larger memory.budget_gb, or vae=tiled)"
+    "levels from memory=resident's, in this process from now on (a larger memory.budget_gb leaves it room)"
 )
 
 
@@ -248,10 +245,10 @@ class Group(Offload):
 
 def short_of_room(context: Context) -> Facts:
     """How often the decoder had to do without the workspace it asked for; then the user is told what that means."""
-    failed = context.counters[DECODER_ALLOCATIONS_FAILED]
+    failed = context.counters["decoder_allocations_failed"]
     if failed:
         context.note(OTHER_ALGORITHMS)
-    return {DECODER_ALLOCATIONS_FAILED: failed} if failed else {}
+    return {"decoder_allocations_failed": failed} if failed else {}
 
 
 def _number(device: str) -> int:
