@@ -48,7 +48,7 @@ class Interrupts:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested is not None:
             try:
-                self._on_second()
+                self._end_at_once()
                 end_children()
             finally:  # whatever goes wrong in here: the second signal ends the process
                 os._exit(EXIT_CODES[signal.Signals(number)])
@@ -56,6 +56,13 @@ class Interrupts:
         self._on_first()
         if self._immediate:
             raise KeyboardInterrupt
+
+    def _end_at_once(self) -> None:
+        """What is to be done before the process ends: for this run or job, then for the sweep around it."""
+        self._on_second()
+        around = getattr(self._before.get(signal.SIGINT), "__self__", None)
+        if isinstance(around, Interrupts):
+            around._end_at_once()
 
     @contextlib.contextmanager
     def immediate(self) -> Iterator[None]:
