@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from contextlib import suppress
@@ -29,14 +30,20 @@ class Reserve:
         self._bytes = 0
 
     def hold(self, size: int) -> None:
-        """Keep at least so many bytes; on a disk that is full already, what there was before."""
+        """Keep at least so many bytes. Raises OSError on a disk that has no room left; what was held before stays."""
         if size <= self._bytes:
             return
-        try:
-            self._path.write_bytes(os.urandom(2 * size))  # zeros would take no room on a disk that compresses
-            self._bytes = 2 * size
-        except OSError:
-            self.give_up()
+        missing = 2 * size - self._bytes  # twice, so that it does not grow with every picture
+        with self._path.open("ab", buffering=0) as file:
+            try:
+                # Zeros would take no room on a disk that compresses.
+                written = file.write(os.urandom(missing))
+            except OSError:
+                file.truncate(self._bytes)
+                raise
+            self._bytes += written
+        if self._bytes < size:  # the last of the room: a write stops short before it fails
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
 
     def give_up(self) -> None:
         """Remove the file, also one that a process which is gone has left."""

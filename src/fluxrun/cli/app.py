@@ -45,7 +45,7 @@ log = logging.getLogger("fluxrun")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of ``fluxrun``; ends the process with the exit code of DESIGN (0, 1, 2, 130, 143)."""
+    """Entry point of ``fluxrun``; ends the process with the exit code of DESIGN (0, 1, 2, 129, 130, 143)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     with lasting("stderr"):
         try:
@@ -57,6 +57,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             code = 1
         except FluxrunError as error:
             code = _say(str(error), error.exit_code, error)
+        except OSError as error:
+            if error.filename is not None:
+                raise
+            drop(sys.stdout)
+            code = _say(f"cannot write to standard output: {error.strerror}", 1, error)
         code = _flushed(code)
     sys.exit(code)
 
@@ -191,6 +196,6 @@ def _log_refusal(error: BaseException) -> None:
     path = cache_dir() / "refused.log"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        path.write_text(utf8("".join(traceback.format_exception(error))), encoding="utf-8")
     except OSError as problem:
         log.debug("could not write %s: %s", path, one_line(problem))

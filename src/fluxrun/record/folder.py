@@ -74,8 +74,11 @@ class RunFolder:
             images.mkdir(parents=True)
             try:
                 refuse_used(self.path)
+                # Without room for the record that says how it ended, it does not begin.
+                self._reserve.hold(len(json_text(self.record)) + SPARE_BYTES)
                 self.write()
             except BaseException:
+                self._reserve.give_up()
                 images.rmdir()
                 raise
         except FileExistsError as error:
@@ -88,7 +91,8 @@ class RunFolder:
         with self._writing:
             text = json_text(self.record)
             write_atomically(self.path / "run.json", text)
-            self._reserve.hold(len(text) + SPARE_BYTES)
+            with suppress(OSError):  # it is large enough for this record, and the next picture will not fit either
+                self._reserve.hold(len(text) + SPARE_BYTES)
 
     def note_options(self, options: dict[str, OptionRecord], notes: Sequence[str]) -> None:
         """Take over what became of each option group, and what the user was told."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -118,8 +119,9 @@ class Sweep:
     def _abandon(self) -> None:
         """At a second signal: what is done so far, and what of the job that was running is on disk."""
         self.reserve.give_up()
-        running = [self._row(job, self.folder / str(job.number)) for job in self.grid or () if self._is_begun(job)]
-        self._progress("interrupted").write(self.folder, [*self.rows.values(), *running])
+        begun = [job for job in self.grid or () if self._is_begun(job)]
+        self.rows |= {str(job.number): self._row(job, self.folder / str(job.number)) for job in begun}
+        self._progress("interrupted").write(self.folder, list(self.rows.values()))
 
     def _is_begun(self, job: GridJob) -> bool:
         return str(job.number) not in self.rows and (self.folder / str(job.number) / "run.json").exists()
@@ -140,11 +142,14 @@ class Sweep:
     def _save_progress(self) -> None:
         """sweep.json as it stands; what a full disk does not take now, it may take later."""
         progress = self._progress("running")
+        path = self.folder / "sweep.json"
         try:
-            progress.write(self.folder, [*self.rows.values()])
-            self.reserve.hold(max(LEAST_RESERVE_BYTES, (self.folder / "sweep.json").stat().st_size))
+            progress.write(self.folder, list(self.rows.values()))
         except OSError as error:
-            log.warning("cannot write %s: %s", self.folder / "sweep.json", one_line(error))
+            log.warning("cannot write %s: %s", path, one_line(error))
+            return
+        with suppress(OSError):  # what is held already stays
+            self.reserve.hold(max(LEAST_RESERVE_BYTES, path.stat().st_size))
 
     def _progress(self, status: str) -> SweepProgress:
         pending = [pending_row(job) for job in self.grid or () if str(job.number) not in self.rows]
