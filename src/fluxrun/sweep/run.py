@@ -120,7 +120,7 @@ class Sweep:
         """At a second signal: what is done so far, and what of the job that was running is on disk."""
         self.reserve.give_up()
         begun = [job for job in self.grid or () if self._is_begun(job)]
-        self.rows |= {str(job.number): self._row(job, self.folder / str(job.number)) for job in begun}
+        self.rows |= {str(job.number): self._row(self.folder / str(job.number)) for job in begun}
         self._progress("interrupted").write(self.folder, list(self.rows.values()))
 
     def _is_begun(self, job: GridJob) -> bool:
@@ -238,7 +238,7 @@ class Sweep:
 
     def _note(self, job: GridJob, folder: Path) -> Row:
         """Take over a job's record: into the live table, and into sweep.json, so that a kill loses one job at most."""
-        row = self._row(job, folder)
+        row = self._row(folder)
         if row.status == "completed":
             self.completed[job.config_hash] = folder
         name = folder.name if job.number < 0 else str(job.number)
@@ -247,7 +247,7 @@ class Sweep:
         self._save_progress()
         return row
 
-    def _row(self, job: GridJob, folder: Path) -> Row:
+    def _row(self, folder: Path) -> Row:
         """A job's row from its record, or from what kept it from having one."""
         return self.unrecorded[folder.name] if folder.name in self.unrecorded else read_row(folder, self.folder)
 
