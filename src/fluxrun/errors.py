@@ -49,7 +49,7 @@ class NotFinite(FluxrunError):
 
 
 class Interrupted(FluxrunError):
-    """The user (SIGINT, 130) or the system (SIGTERM, 143) asked the run to stop."""
+    """The user (SIGINT, 130), the system (SIGTERM, 143) or a closed terminal (SIGHUP, 129) asked the run to stop."""
 
     exit_code = 130
 

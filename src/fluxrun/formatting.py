@@ -43,3 +43,8 @@ def seconds(value: float | None) -> str:
 def decibels(value: float | None) -> str:
     """PSNR; equal pictures have no finite one."""
     return "–" if value is None else "equal" if math.isinf(value) else f"{value:.1f} dB"
+
+
+def utf8(text: str) -> str:
+    """The text with what UTF-8 cannot hold (bytes of a path in another encoding) as escapes: ``\\udcff``."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from fluxrun.config.schema import RunConfig
-from fluxrun.errors import ConfigError, FluxrunError, exit_code_of, one_line
+from fluxrun.errors import ConfigError, FluxrunError, one_line
 from fluxrun.hardware.machine import Machine
 from fluxrun.pipeline.session import Session
 from fluxrun.pipeline.session_pool import SessionPool
@@ -133,7 +133,7 @@ def _finish(folder: RunFolder, started: float, error: BaseException | None, stag
     if error is None:
         log.info("%d image(s) in %s (%.1f s)", len(folder.record.images), folder.path, folder.record.timings.total_s)
         return
-    if exit_code_of(error) in (130, 143):
+    if status_of(error) == "interrupted":
         log.warning("%s after %d image(s); record and images are in %s", error, len(folder.record.images), folder.path)
     else:
         text = str(error) if isinstance(error, FluxrunError) else f"{type(error).__name__}: {one_line(error)}"

@@ -17,9 +17,10 @@ from hydra.types import RunMode
 from fluxrun.cli.arguments import flags_parser
 from fluxrun.config.composition import CONFIG_NAME, compose_node, config_dirs, hydra_errors, hydra_for, quote_raw_text
 from fluxrun.errors import ConfigError, FluxrunError, one_line
-from fluxrun.formatting import nearest
+from fluxrun.formatting import nearest, utf8
 from fluxrun.paths import cache_dir
 from fluxrun.process.console import console
+from fluxrun.streams import drop, lasting
 from fluxrun.trust import TRUST_VARIABLE
 from fluxrun.version import __version__
 
@@ -44,18 +45,36 @@ log = logging.getLogger("fluxrun")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of ``fluxrun``; ends the process with the exit code of DESIGN (0, 1, 2, 130, 143)."""
+    """Entry point of ``fluxrun``; ends the process with the exit code of DESIGN (0, 1, 2, 129, 130, 143)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        code = dispatch(arguments)
-    except KeyboardInterrupt:
-        code = _say("interrupted", 130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
-    except FluxrunError as error:
-        code = _say(str(error), error.exit_code, error)
+    with lasting("stderr"):
+        try:
+            code = dispatch(arguments)
+        except KeyboardInterrupt:
+            code = _say("interrupted", 130)
+        except BrokenPipeError:
+            drop(sys.stdout)
+            code = 1
+        except FluxrunError as error:
+            code = _say(str(error), error.exit_code, error)
+        except OSError as error:
+            if error.filename is not None:
+                raise
+            drop(sys.stdout)
+            code = _say(f"cannot write to standard output: {error.strerror}", 1, error)
+        code = _flushed(code)
     sys.exit(code)
+
+
+def _flushed(code: int) -> int:
+    """The exit code once all of standard output is out: a table that nobody got is no success."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        drop(sys.stdout)
+        return code or _say(f"cannot write to standard output: {error.strerror}", 1)
+    return code
 
 
 def dispatch(arguments: list[str]) -> int:
@@ -67,6 +86,7 @@ def dispatch(arguments: list[str]) -> int:
     if arguments[:1] == ["--version"]:
         print(f"fluxrun {__version__}")
         return 0
+    _refuse_other_encodings(arguments)
     first = arguments[0] if arguments else ""
     if first in SUBCOMMANDS:
         command: Callable[[list[str]], int] = import_module(SUBCOMMANDS[first]).command
@@ -74,6 +94,16 @@ def dispatch(arguments: list[str]) -> int:
     if first and not first.startswith("-") and "=" not in first and not first.startswith(("+", "~")):
         raise ConfigError(f"unknown command {first!r}: {nearest(first, list(SUBCOMMANDS))}, or overrides (key=value)")
     return run_app([quote_raw_text(a) for a in arguments], typed)
+
+
+def _refuse_other_encodings(arguments: Sequence[str]) -> None:
+    """Records, logs and pictures hold their texts and paths as UTF-8."""
+    try:
+        texts = [*arguments, os.getcwd()]
+    except FileNotFoundError:  # the working directory is gone
+        texts = list(arguments)
+    if wrong := next((text for text in texts if text != utf8(text)), None):
+        raise ConfigError(f"{utf8(wrong)} is not UTF-8: give the file or folder another name, or a link with one")
 
 
 # --- the Hydra app ------------------------------------------------------------------------------------------------
@@ -166,6 +196,6 @@ def _log_refusal(error: BaseException) -> None:
     path = cache_dir() / "refused.log"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        path.write_text(utf8("".join(traceback.format_exception(error))), encoding="utf-8")
     except OSError as problem:
         log.debug("could not write %s: %s", path, one_line(problem))

@@ -10,13 +10,16 @@ from typing import Any
 
 from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig
 
 from fluxrun.config.composition import CONFIG_NAME, hydra_errors, to_data
 from fluxrun.config.schema import RunConfig
-from fluxrun.errors import ConfigError, FluxrunError, exit_code_of
+from fluxrun.errors import ConfigError, FluxrunError, Interrupted, exit_code_of, one_line
 from fluxrun.planning.prepare import prepare
+from fluxrun.record.folder import claimed
 from fluxrun.runner import run
+from fluxrun.streams import lasting
 
 log = logging.getLogger("fluxrun")
 
@@ -28,16 +31,13 @@ def draw_run(
     if stray := next((o for o in overrides if o.lstrip("+~").startswith("sweep.")), None):
         raise ConfigError(f"{stray}: the sweep keys belong to a sweep; add --multirun, or +sweep=NAME")
     prepare(RunConfig.from_dict(to_data(node), dirs))
-    _refuse_used_folder(node)
-    job = functools.partial(_job, dirs=dirs, command=command)
-    with hydra_errors(overrides, dirs):
-        return int(app.run(CONFIG_NAME, job, [*overrides, "hydra.mode=RUN"]).return_value)
-
-
-def _refuse_used_folder(node: DictConfig) -> None:
     folder = Path(str(node.hydra.run.dir))
-    if (folder / "run.json").exists():
-        raise ConfigError(f"{folder} already holds a run: choose another hydra.run.dir, or remove it")
+    # Composed once more, the folder would be that of another moment.
+    rest = [o for o in overrides if not o.startswith("hydra.run.dir=")]
+    pinned = f"hydra.run.dir={QuotedString(str(folder), Quote.single).with_quotes()}"
+    job = functools.partial(_job, dirs=dirs, command=command)
+    with lasting("stdout"), claimed(folder), hydra_errors(overrides, dirs):
+        return int(app.run(CONFIG_NAME, job, [*rest, pinned, "hydra.mode=RUN"]).return_value)
 
 
 def _job(node: DictConfig, dirs: tuple[Path, ...], command: Sequence[str]) -> int:
@@ -50,10 +50,12 @@ def _job(node: DictConfig, dirs: tuple[Path, ...], command: Sequence[str]) -> in
         return 130
     except FluxrunError as error:
         log.debug("refused", exc_info=error)
-        if error.exit_code not in (130, 143) and not (folder / "run.json").exists():
+        if not isinstance(error, Interrupted) and not (folder / "run.json").exists():
             log.error("%s", error)
         return error.exit_code
     except Exception as error:  # already one line on screen and a traceback in the log
         log.debug("failed", exc_info=error)
+        if not (folder / "run.json").exists():
+            log.error("%s: %s", type(error).__name__, one_line(error))
         return exit_code_of(error)
     return 0

@@ -14,6 +14,7 @@ from fluxrun.cli.rerun import output_dir
 from fluxrun.config.composition import compose
 from fluxrun.errors import ConfigError
 from fluxrun.process.console import log_to
+from fluxrun.record.folder import claimed
 from fluxrun.record.schema import RunRecord
 from fluxrun.runner import run
 
@@ -34,15 +35,17 @@ def command(arguments: Sequence[str]) -> int:
     own = [o for o in overrides if not o.startswith("hydra.run.dir=")]
     folder = output_dir([o for o in overrides if o.startswith("hydra.run.dir=")])
     config = compose(own)  # refused before anything is written
-    log_to(folder)
-    cases = [case for name in harness.SETS for case in harness.prompts(name, options.per_set)]
-    asked = [(case, seed) for seed in options.seeds for case in cases]
-    lines = [json.dumps({"prompt": case.prompt, "seed": seed}) for case, seed in asked]
-    prompts = folder / "prompts.jsonl"
-    prompts.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    # Only what to draw is replaced: the composed options stay exactly as they were asked for.
-    source = {**config.source, "prompts_file": str(prompts), "num_images": 1}
-    record = run(type(config).from_dict(source, config.config_dirs), folder, command=["fluxrun", "eval", *arguments])
+    with claimed(folder):
+        log_to(folder)
+        cases = [case for name in harness.SETS for case in harness.prompts(name, options.per_set)]
+        asked = [(case, seed) for seed in options.seeds for case in cases]
+        lines = [json.dumps({"prompt": case.prompt, "seed": seed}) for case, seed in asked]
+        prompts = folder / "prompts.jsonl"
+        prompts.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        # Only what to draw is replaced: the composed options stay exactly as they were asked for.
+        source = {**config.source, "prompts_file": str(prompts), "num_images": 1}
+        config = type(config).from_dict(source, config.config_dirs)
+        record = run(config, folder, command=["fluxrun", "eval", *arguments])
     report = _judge(record, folder, asked)
     write_atomically(folder / "accuracy.json", json.dumps({"overrides": own, **report}, indent=1))
     for name, accuracy in report["accuracy"].items():

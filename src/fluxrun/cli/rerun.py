@@ -16,7 +16,7 @@ from fluxrun.errors import ConfigError, exit_code_of
 from fluxrun.options.base import option_class
 from fluxrun.planning.prepare import prepare
 from fluxrun.process.console import log_to
-from fluxrun.record.folder import read_record
+from fluxrun.record.folder import claimed, read_record
 from fluxrun.record.picture import pixel_hash, read_metadata
 from fluxrun.record.schema import RunRecord
 from fluxrun.runner import run
@@ -43,11 +43,12 @@ def rerun(target: str, overrides: Sequence[str] = ()) -> int:
     config, hashes = from_folder(path) if path.is_dir() else from_image(path)
     folder = output_dir(overrides)
     prepare(config)
-    log_to(folder)
-    try:
-        record = run(config, folder, command=["fluxrun", "rerun", target, *overrides])
-    except Exception as error:  # already one line on screen and a traceback in the log
-        return exit_code_of(error)
+    with claimed(folder):
+        log_to(folder)
+        try:
+            record = run(config, folder, command=["fluxrun", "rerun", target, *overrides])
+        except Exception as error:  # already one line on screen and a traceback in the log
+            return exit_code_of(error)
     return 0 if _compare(record, hashes) else 1
 
 

@@ -119,9 +119,10 @@ def hydra_errors(overrides: Sequence[str], dirs: tuple[Path, ...]) -> Iterator[N
     except COMPOSE_ERRORS as error:
         raise ConfigError(explain_composition(error, overrides, dirs)) from error
     except OSError as error:
-        if error.filename is None:  # a broken pipe
+        if isinstance(error, BrokenPipeError):
             raise
-        raise ConfigError(f"cannot write to the output folder {error.filename}: {error.strerror}") from error
+        where = f" to the output folder {error.filename}" if error.filename else ""  # a full disk names no file
+        raise ConfigError(f"cannot write{where}: {error.strerror}") from error
 
 
 def check_composed_files(hydra: Hydra, overrides: Sequence[str], dirs: tuple[Path, ...], mode: RunMode) -> None:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import logging
 import logging.config
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from fluxrun.errors import ConfigError
+from fluxrun.errors import ConfigError, one_line
+from fluxrun.streams import LastingConsole
 
 log = logging.getLogger("fluxrun")
 
-console = Console(stderr=True)
+console = LastingConsole()
 """The one console: log lines and the live display share it, so that neither tears the other."""
 
 PLAIN_STEP_SECONDS = 5.0
@@ -40,6 +41,30 @@ class ConsoleHandler(logging.Handler):
             "error: " if record.levelno >= logging.ERROR else "warning: " if record.levelno >= logging.WARNING else ""
         )
         console.print(prefix + record.getMessage(), style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+class LogFile(logging.FileHandler):
+    """A run's log file. What it cannot take (the disk is full, the folder is gone) is said once and left out."""
+
+    def __init__(self, filename: str | Path) -> None:
+        super().__init__(filename, encoding="utf-8", errors="backslashreplace", delay=True)
+        self._said = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError as error:  # it could not even be opened
+            self._say(error)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Called by ``emit`` for what goes wrong while it writes; logging's own prints a traceback each time."""
+        self._say(sys.exc_info()[1])
+
+    def _say(self, error: BaseException | None) -> None:
+        if not self._said and error is not None:
+            self._said = True
+            text = f"warning: {self.baseFilename} cannot be written: {one_line(error)}"
+            console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 class Reporter:
@@ -151,7 +176,7 @@ def log_to(folder: Path) -> None:
         raise ConfigError(f"{folder} already holds a run: choose another hydra.run.dir, or remove it")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(folder / "fluxrun.log")
+        file = LogFile(folder / "fluxrun.log")
     except OSError as error:
         raise ConfigError(f"cannot write to the output folder {folder}: {error.strerror}") from error
     file.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] %(message)s"))

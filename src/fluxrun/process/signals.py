@@ -1,4 +1,4 @@
-"""Ctrl+C and SIGTERM: the first stops at the next step, the second at once; no child process stays behind."""
+"""Ctrl+C, SIGTERM, a closed terminal: the first stops at the next step, the second at once; no child stays behind."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from fluxrun.errors import Interrupted
 Handler = Callable[[int, FrameType | None], Any] | int | None
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+if os.name == "posix":
+    EXIT_CODES[signal.SIGHUP] = 129
 
 
 class Interrupts:
-    """Handles SIGINT and SIGTERM while a run is on.
+    """Handles SIGINT, SIGTERM and SIGHUP (the terminal was closed) while a run is on; nohup's SIGHUP stays ignored.
 
     While loading and compiling (``immediate``) the first signal raises KeyboardInterrupt right there: a flag would
     wait out a whole compile. Otherwise it sets a flag that the denoising loop looks at after every step.
@@ -36,7 +38,8 @@ class Interrupts:
     def __enter__(self) -> Interrupts:
         # Only the main thread may set handlers; elsewhere (a notebook's worker) the caller's stay in place.
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in EXIT_CODES}
+            wanted = [number for number in EXIT_CODES if signal.getsignal(number) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._handle) for number in wanted}
         return self
 
     def __exit__(
@@ -48,7 +51,7 @@ class Interrupts:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested is not None:
             try:
-                self._on_second()
+                self._end_at_once()
                 end_children()
             finally:  # whatever goes wrong in here: the second signal ends the process
                 os._exit(EXIT_CODES[signal.Signals(number)])
@@ -56,6 +59,13 @@ class Interrupts:
         self._on_first()
         if self._immediate:
             raise KeyboardInterrupt
+
+    def _end_at_once(self) -> None:
+        """What is to be done before the process ends: for this run or job, then for the sweep around it."""
+        self._on_second()
+        around = getattr(self._before.get(signal.SIGINT), "__self__", None)
+        if isinstance(around, Interrupts):
+            around._end_at_once()
 
     @contextlib.contextmanager
     def immediate(self) -> Iterator[None]:

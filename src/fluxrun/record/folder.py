@@ -9,20 +9,34 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxrun.atomic import write_atomically
+from pydantic_core import PydanticSerializationError
+
+from fluxrun.atomic import Reserve, write_atomically
 from fluxrun.errors import ConfigError, Interrupted, one_line
+from fluxrun.formatting import utf8
 from fluxrun.record.picture import pixel_hash, save_image
-from fluxrun.record.schema import ErrorRecord, ImageRecord, OptionRecord, RunRecord, Status
+from fluxrun.record.schema import ErrorRecord, ImageRecord, OptionRecord, RecordModel, RunRecord, Status
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 log = logging.getLogger("fluxrun.record")
+
+RESERVE = ".reserve"
+"""The file that keeps room for the last record; its size grows with the record's."""
+
+SPARE_BYTES = 8 * 1024
+"""What the last record may be longer than the one before it: its error, and the picture that was added."""
+
+LOCK = ".lock"
+
+USED = "{} already holds a run: choose another hydra.run.dir, or remove it"
 
 PATIENCE_S = 2.0
 """What a second signal waits at most for the picture that is being written; as a rule a tenth of that."""
@@ -50,23 +64,35 @@ class RunFolder:
         self._writing = threading.RLock()
         """Held while run.json is replaced: an older text must not come after a newer one."""
         self._closed = False
+        self._reserve = Reserve(path / RESERVE)
         self._claim()
 
     def _claim(self) -> None:
+        images = self.path / "images"
         try:
-            # The folder for the images first: somebody else's is then refused before anything is written.
-            (self.path / "images").mkdir(parents=True)
-            with open(self.path / "run.json", "x", encoding="utf-8") as file:
-                file.write(self.record.model_dump_json(indent=1))
+            # Only one process can make the folder for the images; somebody else's is refused, with nothing written.
+            images.mkdir(parents=True)
+            try:
+                refuse_used(self.path)
+                # Without room for the record that says how it ended, it does not begin.
+                self._reserve.hold(len(json_text(self.record)) + SPARE_BYTES)
+                self.write()
+            except BaseException:
+                self._reserve.give_up()
+                images.rmdir()
+                raise
         except FileExistsError as error:
-            raise ConfigError(f"{self.path} already holds a run: choose another hydra.run.dir, or remove it") from error
+            raise ConfigError(USED.format(self.path)) from error
         except OSError as error:
-            raise ConfigError(f"cannot write to the output folder {self.path}: {error.strerror or error}") from error
+            raise _cannot_write(self.path, error) from error
 
     def write(self) -> None:
-        """Write run.json as it stands."""
+        """Write run.json as it stands, and keep room for as much again."""
         with self._writing:
-            write_atomically(self.path / "run.json", self.record.model_dump_json(indent=1))
+            text = json_text(self.record)
+            write_atomically(self.path / "run.json", text)
+            with suppress(OSError):  # it is large enough for this record, and the next picture will not fit either
+                self._reserve.hold(len(text) + SPARE_BYTES)
 
     def note_options(self, options: dict[str, OptionRecord], notes: Sequence[str]) -> None:
         """Take over what became of each option group, and what the user was told."""
@@ -121,7 +147,8 @@ class RunFolder:
         self.record.finished_at = _now()
         if error is not None:
             self.record.error = ErrorRecord(type=type(error).__name__, message=one_line(error), stage=stage)
-        self.write()
+        with self._writing:
+            _write_last(self.path, self.record, self._reserve)
 
     def abandon(self, error: BaseException, stage: str) -> None:
         """Close the record from within a signal handler: the picture being written is finished, if that is soon."""
@@ -129,7 +156,7 @@ class RunFolder:
         if self._saving.acquire(timeout=PATIENCE_S):
             self._saving.release()
         self.finish("interrupted", error, stage)
-        for unfinished in (*self.path.glob(".run.json.*"), *self.path.glob("images/.*.part")):
+        for unfinished in (*self.path.glob(".run.json.*"), *self.path.glob("images/.*.part"), self.path / LOCK):
             unfinished.unlink(missing_ok=True)
 
 
@@ -150,8 +177,64 @@ def write_failure(folder: Path, data: dict[str, Any], error: BaseException) -> b
         )
     record.status, record.finished_at = status_of(error), _now()
     record.error = ErrorRecord(type=type(error).__name__, message=one_line(error), stage="prepare")
-    write_atomically(path, record.model_dump_json(indent=1))
+    _write_last(folder, record, Reserve(folder / RESERVE))
     return True
+
+
+def _write_last(folder: Path, record: RunRecord, reserve: Reserve) -> None:
+    """The record as it stays. On a full disk the reserve makes room for it; in any case it is not needed any more."""
+    text = json_text(record)
+    try:
+        write_atomically(folder / "run.json", text)
+    except OSError:
+        reserve.give_up()
+        write_atomically(folder / "run.json", text)
+    finally:
+        reserve.give_up()
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keep a folder for one run of this process, from before anything is written there: log, config, record.
+
+    However the process ends, the system lets go of it. Raises ConfigError when it holds a run, or is kept by another.
+    """
+    from filelock import FileLock, Timeout  # 25 ms, which `fluxrun plan` has no use for
+
+    refuse_used(folder)
+    lock = FileLock(folder / LOCK)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ConfigError(f"another run is being drawn into {folder}: choose another hydra.run.dir") from error
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    try:
+        refuse_used(folder)  # by one that has ended since
+        yield
+    finally:
+        with suppress(OSError):  # who comes next finds run.json
+            (folder / LOCK).unlink(missing_ok=True)
+        lock.release()
+
+
+def refuse_used(folder: Path) -> None:
+    """Raise ConfigError when a folder holds a run."""
+    if (folder / "run.json").exists():
+        raise ConfigError(USED.format(folder))
+
+
+def _cannot_write(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"cannot write to the output folder {folder}: {error.strerror or error}")
+
+
+def json_text(record: RecordModel) -> str:
+    """A record as JSON. What is no UTF-8 (a link that leads to such a path) is written as ``\\udcff``."""
+    try:
+        return record.model_dump_json(indent=1)
+    except PydanticSerializationError:
+        return type(record).model_validate(plain(record.model_dump())).model_dump_json(indent=1)
 
 
 def read_record(folder: Path) -> RunRecord:
@@ -173,12 +256,14 @@ def data_hash(data: dict[str, Any]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON can hold it: paths and other objects as text, tuples as lists."""
+    """A value as JSON can hold it: paths and other objects as text (in UTF-8), tuples as lists."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
-    return value if isinstance(value, (str, int, float, bool)) or value is None else str(value)
+    if isinstance(value, (int, float, bool)) or value is None:
+        return value
+    return utf8(str(value))
 
 
 def status_of(error: BaseException) -> Status:

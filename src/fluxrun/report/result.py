@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import import_module
@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fluxrun.atomic import write_atomically
-from fluxrun.errors import ConfigError, one_line
+from fluxrun.errors import ConfigError, FluxrunError, one_line
 from fluxrun.record.folder import read_record
 from fluxrun.report.comparison import compare, settings
 from fluxrun.report.rows import (
@@ -67,8 +67,10 @@ class SweepProgress:
 def finish(folder: Path, progress: SweepProgress, baseline: str) -> Result:
     """Compare all jobs of a sweep's folder, write its files, show its table."""
     result = complete(progress.result(folder, _all_rows(folder, progress.pending, baseline)), folder, baseline)
-    write_files(folder, result, folder)
-    show_result(result, folder)
+    try:
+        write_files(folder, result, folder)
+    finally:  # the screen has the table, whatever the disk takes
+        show_result(result, folder)
     return result
 
 
@@ -116,15 +118,31 @@ def complete(result: Result, root: Path, baseline: str) -> Result:
 
 
 def write_files(folder: Path, result: Result, root: Path) -> None:
-    """sweep.json and sweep.csv always; report.html where its libraries are."""
-    _write(folder, result)
-    write_atomically(folder / "sweep.csv", to_csv(result.jobs))
+    """sweep.json and sweep.csv always; report.html where its libraries are.
+
+    Raises FluxrunError naming what could not be written, when all that can be is.
+    """
+    problems = _attempt(folder / "sweep.json", lambda: _write(folder, result))
+    problems += _attempt(folder / "sweep.csv", lambda: write_atomically(folder / "sweep.csv", to_csv(result.jobs)))
     if reason := missing_libraries():
         log.warning("no report.html: %s (pip install 'fluxrun[report]')", reason)
-        return
-    from fluxrun.report.page import write_report
+    else:
+        from fluxrun.report.page import write_report
 
-    write_report(result, root, folder / "report.html")
+        path = folder / "report.html"
+        problems += _attempt(path, lambda: write_report(result, root, path))
+    if problems:
+        raise FluxrunError(problems[0])
+
+
+def _attempt(path: Path, write: Callable[[], None]) -> list[str]:
+    """What went wrong with writing a file, said at once: another one may still fit on the disk."""
+    try:
+        write()
+    except OSError as error:
+        log.error("cannot write %s: %s", path, one_line(error))
+        return [f"cannot write {path}: {one_line(error)}"]
+    return []
 
 
 def missing_libraries() -> str | None:
@@ -172,7 +190,7 @@ def _environments(rows: Sequence[Row], root: Path) -> list[dict[str, Any]]:
     """The different machines and versions of all jobs; a commit made meanwhile is no other machine."""
     found: dict[str, dict[str, Any]] = {}
     for row in rows:
-        if row.status == "pending" or not row.config:  # without a config its record could not be read either
+        if not (root / row.folder / "run.json").is_file() or not row.config:  # not begun, never recorded, or unreadable
             continue
         environment = read_record(root / row.folder).environment
         if environment:

@@ -6,6 +6,7 @@ the folder, and ends at once when the input closes, because then its parent is g
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -17,11 +18,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from fluxrun.config.schema import RunConfig
-from fluxrun.errors import FluxrunError, exit_code_of
+from fluxrun.errors import FluxrunError, Interrupted, exit_code_of
 from fluxrun.process.console import console, log_to
 from fluxrun.process.signals import Interrupts, end_children
-from fluxrun.record.folder import read_record, write_failure
+from fluxrun.record.folder import PATIENCE_S, read_record, write_failure
 from fluxrun.runner import run
 
 
@@ -36,12 +39,16 @@ def run_in_child(data: dict[str, Any], dirs: tuple[Path, ...], folder: Path, com
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
+        errors="backslashreplace",
         start_new_session=True,  # a Ctrl+C reaches it through us, once
     )
     assert child.stdin is not None
     assert child.stdout is not None
-    interrupts = Interrupts(on_first=lambda: child.send_signal(signal.SIGINT))
+    interrupts = Interrupts(
+        on_first=lambda: child.send_signal(signal.SIGINT),
+        on_second=lambda: _end_at_once(child.pid, folder, data, interrupts.error()),
+    )
     with interrupts, child:
         child.stdin.write(json.dumps({"data": data, "dirs": [str(d) for d in dirs], "command": list(command)}) + "\n")
         child.stdin.flush()
@@ -52,6 +59,18 @@ def run_in_child(data: dict[str, Any], dirs: tuple[Path, ...], folder: Path, com
     interrupts.check()
     if child.returncode:
         raise _failure(child.returncode, folder)
+
+
+def _end_at_once(pid: int, folder: Path, data: dict[str, Any], error: Interrupted) -> None:
+    """Let the child close its record, as a run does at a second signal; close it here if it does not come to that."""
+    with contextlib.suppress(psutil.Error, OSError):
+        child = psutil.Process(pid)
+        child.send_signal(signal.SIGINT)
+        child.wait(PATIENCE_S + 1)
+    with contextlib.suppress(psutil.Error):
+        psutil.Process(pid).kill()
+    if (folder / "run.json").exists():
+        write_failure(folder, data, error)
 
 
 def _failure(code: int, folder: Path) -> FluxrunError:

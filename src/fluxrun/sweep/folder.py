@@ -25,12 +25,11 @@ def locked(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _acquired(folder):
-            yield
+        lock = _acquired(folder)
     except OSError as error:
-        if error.filename and str(folder) in str(error.filename):
-            raise ConfigError(f"cannot write to the output folder {folder}: {error.strerror}") from error
-        raise
+        raise ConfigError(f"cannot write to the output folder {folder}: {error.strerror}") from error
+    with lock:
+        yield
 
 
 def _acquired(folder: Path) -> AbstractContextManager[object]:

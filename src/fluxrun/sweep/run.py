@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,15 +21,17 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from fluxrun.atomic import Reserve
 from fluxrun.config.composition import CONFIG_NAME, hydra_errors, shown, to_data
 from fluxrun.config.schema import RunConfig, SweepConfig, sweep_config
-from fluxrun.errors import ConfigError, Interrupted, exit_code_of, one_line
+from fluxrun.errors import ConfigError, FluxrunError, Interrupted, exit_code_of, one_line
 from fluxrun.pipeline.session_pool import SessionPool
 from fluxrun.process.signals import Interrupts
-from fluxrun.record.folder import data_hash, write_failure
+from fluxrun.record.folder import RESERVE, data_hash, write_failure
 from fluxrun.report.result import SweepProgress, finish
 from fluxrun.report.rows import GridJob, Result, Row, read_row
 from fluxrun.runner import run
+from fluxrun.streams import lasting
 from fluxrun.sweep.baseline import describes, missing
 from fluxrun.sweep.child import run_in_child
 from fluxrun.sweep.folder import arrange, baseline_folder, locked
@@ -37,6 +40,9 @@ from fluxrun.sweep.live import SweepView
 from fluxrun.sweep.objective import objective
 
 log = logging.getLogger("fluxrun.sweep")
+
+LEAST_RESERVE_BYTES = 32 * 1024
+"""Kept in hand for the last sweep.json and sweep.csv; more where sweep.json is larger."""
 
 
 @dataclass
@@ -59,6 +65,8 @@ class Sweep:
     """Folders of completed runs by config hash, baselines' among them."""
     earlier: list[Row] = field(default_factory=list)
     """The rows of what was completed before this sweep began."""
+    unrecorded: dict[str, Row] = field(default_factory=dict)
+    """Jobs that failed on a disk that did not take their record, by folder."""
     no_baseline: set[str] = field(default_factory=set)
     """Baselines that failed, by config hash: they are not tried again for every job."""
     started: float = field(default_factory=time.perf_counter)
@@ -66,21 +74,23 @@ class Sweep:
     interrupted: KeyboardInterrupt | Interrupted | None = None
     """What ended a job, and the sweep with it."""
 
+    def __post_init__(self) -> None:
+        self.reserve = Reserve(self.folder / RESERVE)
+
     # -- the whole ----------------------------------------------------------------------------------------------
 
     def run(self, hydra: Hydra) -> int:
         """Run every job through Hydra, whatever ends it leave a true table; returns the exit code."""
         task = SweepTask(self.dirs, self.command, self)
         ended: BaseException | None = None
-        with locked(self.folder):
+        with lasting("stdout"), locked(self.folder):
             self.completed = arrange(self.folder, [job.config_hash for job in self.grid or ()])
             self.view = SweepView(self._labels())
             self._take_over()
             try:
                 # Between two jobs a signal ends the sweep at once; a job handles its own.
-                explained = hydra_errors(self.overrides, self.dirs)
-                with Interrupts() as interrupts, interrupts.immediate(), self.view, explained:
-                    hydra.multirun(CONFIG_NAME, task, list(self.overrides))
+                with Interrupts(on_second=self._abandon) as interrupts, interrupts.immediate(), self.view:
+                    self._launch(hydra, task)
             except (KeyboardInterrupt, Interrupted) as error:
                 ended = interrupts.error() if interrupts.requested else self.interrupted or error
             finally:
@@ -88,8 +98,38 @@ class Sweep:
                 result = self._finish(ended)
         return _exit_code(result, ended)
 
+    def _launch(self, hydra: Hydra, task: SweepTask) -> None:
+        """Every job, in the folder that Hydra makes for it; where it cannot, in one of our own, so that each is tried.
+
+        Hydra writes a job's config before it calls the job: a full disk would end all of them there.
+        """
+        try:
+            with hydra_errors(self.overrides, self.dirs):
+                hydra.multirun(CONFIG_NAME, task, list(self.overrides))
+        except ConfigError as error:
+            if not isinstance(error.__cause__, OSError):
+                raise
+            if self.grid is None:  # only Hydra's sweeper knows what comes next
+                raise FluxrunError(str(error)) from error
+            log.error("%s; the jobs that are left are tried without Hydra's files", error)
+            for job in self.grid:
+                if str(job.number) not in self.rows:
+                    self._take(job, self.folder / str(job.number))
+
+    def _abandon(self) -> None:
+        """At a second signal: what is done so far, and what of the job that was running is on disk."""
+        self.reserve.give_up()
+        begun = [job for job in self.grid or () if self._is_begun(job)]
+        self.rows |= {str(job.number): self._row(self.folder / str(job.number)) for job in begun}
+        self._progress("interrupted").write(self.folder, list(self.rows.values()))
+
+    def _is_begun(self, job: GridJob) -> bool:
+        return str(job.number) not in self.rows and (self.folder / str(job.number) / "run.json").exists()
+
     def _finish(self, ended: BaseException | None) -> Result:
+        self.reserve.give_up()
         progress = self._progress("interrupted" if ended else "completed")
+        progress.pending += self.unrecorded.values()
         return finish(self.folder, progress, self.config.baseline)
 
     def _take_over(self) -> None:
@@ -97,7 +137,19 @@ class Sweep:
         known = {config_hash: read_row(path, self.folder) for config_hash, path in self.completed.items()}
         self.earlier = list(known.values())
         self.rows = {str(job.number): known[job.config_hash] for job in self.grid or () if job.config_hash in known}
-        self._progress("running").write(self.folder, list(self.rows.values()))
+        self._save_progress()
+
+    def _save_progress(self) -> None:
+        """sweep.json as it stands; what a full disk does not take now, it may take later."""
+        progress = self._progress("running")
+        path = self.folder / "sweep.json"
+        try:
+            progress.write(self.folder, list(self.rows.values()))
+        except OSError as error:
+            log.warning("cannot write %s: %s", path, one_line(error))
+            return
+        with suppress(OSError):  # what is held already stays
+            self.reserve.hold(max(LEAST_RESERVE_BYTES, path.stat().st_size))
 
     def _progress(self, status: str) -> SweepProgress:
         pending = [pending_row(job) for job in self.grid or () if str(job.number) not in self.rows]
@@ -128,12 +180,15 @@ class Sweep:
             data := to_data(node, hydra.runtime.choices),
             data_hash(data),
         )
-        folder = self.completed.get(job.config_hash)
-        if folder is None:
-            folder = Path(hydra.runtime.output_dir)
-            self._draw(job, folder)
-        row = self._note(job, folder)
+        row = self._take(job, Path(hydra.runtime.output_dir))
         return objective(row, [*self.earlier, *self.rows.values()], self.folder, self.config)
+
+    def _take(self, job: GridJob, folder: Path) -> Row:
+        """Draw a job, unless there is a completed one like it; returns its row."""
+        earlier = self.completed.get(job.config_hash)
+        if earlier is None:
+            self._draw(job, folder)
+        return self._note(job, earlier or folder)
 
     def _draw(self, job: GridJob, folder: Path) -> None:
         """Draw a job's pictures; a failure of any kind is in its record, an interrupt ends the sweep."""
@@ -147,8 +202,18 @@ class Sweep:
             self.interrupted = error
             raise KeyboardInterrupt from error  # Hydra would swallow an ordinary exception and go on with the next job
         except (Exception, SystemExit) as error:  # whatever it is, it is this job's alone; the next one runs
+            self._record_failure(job, folder, error)
+
+    def _record_failure(self, job: GridJob, folder: Path, error: BaseException) -> None:
+        """A job's failure in its record, or, where the disk does not take one, in the table alone."""
+        try:
             if write_failure(folder, job.data, error):
                 log.error("%s", one_line(error), exc_info=error)
+        except OSError as problem:
+            log.error("%s (and no record of it: %s)", one_line(error), one_line(problem), exc_info=error)
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            row = pending_row(job).model_copy(update={"status": "failed", "reason": reason})
+            self.unrecorded[folder.name] = row.model_copy(update={"job": folder.name, "folder": folder.name})
 
     def _draw_baselines(self, job: GridJob) -> None:
         """With ``sweep.baseline=neutral`` (or a fidelity bound) the neutral pictures come first, once each."""
@@ -158,7 +223,7 @@ class Sweep:
 
     def _draw_baseline(self, config_hash: str, data: dict[str, Any]) -> None:
         """A baseline that fails is a row of its own, and no job's failure: the others just have no comparison."""
-        folder = baseline_folder(self.folder)
+        folder, job = baseline_folder(self.folder), GridJob(-1, (), data, config_hash)
         self.view.begin(folder.name, f"neutral options, seed={data.get('seed')}")
         try:
             draw(data, self.dirs, folder, self)
@@ -166,22 +231,25 @@ class Sweep:
             raise
         except Exception as error:  # as in _draw, but it concerns no job
             self.no_baseline.add(config_hash)
-            if write_failure(folder, data, error):
-                log.error("%s", one_line(error), exc_info=error)
+            self._record_failure(job, folder, error)
         finally:
             if (folder / "run.json").exists():
-                self._note(GridJob(-1, (), data, config_hash), folder)
+                self._note(job, folder)
 
     def _note(self, job: GridJob, folder: Path) -> Row:
         """Take over a job's record: into the live table, and into sweep.json, so that a kill loses one job at most."""
-        row = read_row(folder, self.folder)
+        row = self._row(folder)
         if row.status == "completed":
             self.completed[job.config_hash] = folder
         name = folder.name if job.number < 0 else str(job.number)
         self.rows[name] = row
         self.view.end(name, row)
-        self._progress("running").write(self.folder, list(self.rows.values()))
+        self._save_progress()
         return row
+
+    def _row(self, folder: Path) -> Row:
+        """A job's row from its record, or from what kept it from having one."""
+        return self.unrecorded[folder.name] if folder.name in self.unrecorded else read_row(folder, self.folder)
 
 
 def draw(data: dict[str, Any], dirs: tuple[Path, ...], folder: Path, sweep: Sweep) -> None:
