@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from fluxrun.formatting import as_message, printable
+
 
 class FluxrunError(Exception):
-    """A failure that is explained in one line on the screen; its traceback goes to the log only."""
+    """A failure that is explained in one line on the screen; its traceback goes to the log only.
+
+    Whatever the message quotes, it is one line without control characters, and not too long.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(as_message(message))
 
 
 class ConfigError(FluxrunError):
@@ -65,7 +73,7 @@ def chain(error: BaseException) -> Iterator[BaseException]:
 def one_line(error: BaseException, limit: int = 400) -> str:
     """The first meaningful line of an error's text, at most ``limit`` characters, never empty."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
+    text = printable(lines[0]) if lines else type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

@@ -10,14 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from fluxrun.errors import ConfigError
+from fluxrun.formatting import printable
+from fluxrun.terminal import make_console
 
 log = logging.getLogger("fluxrun")
 
-console = Console(stderr=True)
+console = make_console(stderr=True)
 """The one console: log lines and the live display share it, so that neither tears the other."""
 
 PLAIN_STEP_SECONDS = 5.0
@@ -40,6 +41,13 @@ class ConsoleHandler(logging.Handler):
             "error: " if record.levelno >= logging.ERROR else "warning: " if record.levelno >= logging.WARNING else ""
         )
         console.print(prefix + record.getMessage(), style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+class LogFormatter(logging.Formatter):
+    """Lines of the log file: control characters escaped, further lines of a message set in from its first."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        return printable(super().formatMessage(record), keep="\n\t").replace("\n", "\n  ")
 
 
 class Reporter:
@@ -154,5 +162,5 @@ def log_to(folder: Path) -> None:
         file = logging.FileHandler(folder / "fluxrun.log")
     except OSError as error:
         raise ConfigError(f"cannot write to the output folder {folder}: {error.strerror}") from error
-    file.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] %(message)s"))
+    file.setFormatter(LogFormatter("[%(asctime)s][%(name)s][%(levelname)s] %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[ConsoleHandler(), file], force=True)
