@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from fluxrun.errors import one_line
-from fluxrun.formatting import gigabytes
+from fluxrun.formatting import gigabytes, shorten
 
 MOST_BYTES = 64 * 2**20
 """A text file may be so long: some hundred thousand prompts, or a record of as many pictures."""
@@ -118,6 +119,14 @@ class _Measured:
             self.nodes += self.sizes.get(event.anchor, 1)
         elif isinstance(event, yaml.ScalarEvent):
             self.nodes += 1
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first thing that is wrong with a file's data, for one line: where, what, and what was got."""
+    problem = error.errors(include_url=False)[0]
+    where = ".".join(map(str, problem["loc"]))
+    got = problem.get("input")
+    return f"{shorten(where) or 'it'}: {problem['msg'].lower()}, got {shorten(repr(got), 60)} ({type(got).__name__})"
 
 
 def _reason(error: BaseException) -> str:

@@ -113,14 +113,25 @@ def _places(data: Any) -> list[tuple[Any, Any]]:
 
 
 @st.composite
+def _a_place(draw: Callable[..., Any], data: Any) -> tuple[Any, Any]:
+    """A (container, key): any one, or one met on a walk from the top, which is more often near to it."""
+    if draw(st.booleans()):
+        return draw(st.sampled_from(_places(data)))
+    while True:
+        container, key = data, draw(st.sampled_from(list(data) if isinstance(data, dict) else range(len(data))))
+        data = container[key]
+        if not isinstance(data, (dict, list)) or not data or draw(st.booleans()):
+            return container, key
+
+
+@st.composite
 def mutated(draw: Callable[..., Any], original: Any) -> Any:
     """``original`` with one to three values replaced, dropped, doubled in depth or put where they do not belong."""
     data = copy.deepcopy(original)
     for _ in range(draw(st.integers(1, 3))):
-        places = _places(data)
-        if not places:
+        if not isinstance(data, (dict, list)) or not data:
             return draw(values)
-        container, key = draw(st.sampled_from(places))
+        container, key = draw(_a_place(data))
         match draw(st.sampled_from(["replace", "replace", "replace", "drop", "nest", "swap", "add"])):
             case "replace":
                 container[key] = draw(values)
@@ -129,8 +140,8 @@ def mutated(draw: Callable[..., Any], original: Any) -> Any:
             case "nest":
                 container[key] = draw(st.sampled_from([[container[key]], {"x": container[key]}]))
             case "swap":
-                other, place = draw(st.sampled_from(places))
-                container[key] = copy.deepcopy(other.get(place) if isinstance(other, dict) else None)
+                other, place = draw(_a_place(data))
+                container[key] = copy.deepcopy(other[place])
             case "add" if isinstance(container, dict):
                 container[draw(odd_texts)] = draw(values)
     return data

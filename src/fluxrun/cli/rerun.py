@@ -14,8 +14,10 @@ from pydantic import BaseModel
 from fluxrun.config.schema import RunConfig, closed_knobs
 from fluxrun.errors import ConfigError, exit_code_of
 from fluxrun.options.base import option_class
+from fluxrun.pictures import open_picture
 from fluxrun.planning.prepare import prepare
 from fluxrun.process.console import log_to
+from fluxrun.reading import Unreadable
 from fluxrun.record.folder import read_record
 from fluxrun.record.picture import pixel_hash, read_metadata
 from fluxrun.record.schema import RunRecord
@@ -61,8 +63,6 @@ def from_folder(folder: Path) -> tuple[RunConfig, list[str]]:
 
 def from_image(path: Path) -> tuple[RunConfig, list[str]]:
     """One image's config: its own prompt and seed, nothing else of its run."""
-    from PIL import Image
-
     if not path.exists():
         raise ConfigError(f"{path}: no such image or run folder")
     metadata = read_metadata(path)
@@ -73,8 +73,15 @@ def from_image(path: Path) -> tuple[RunConfig, list[str]]:
     config |= {**own, "batch_size": 1, "measure": {"warmup": 0, "repeats": 1}}
     if (path.parent.parent / "run.json").is_file():  # the image is where its run left it
         config = with_found_paths(config, read_record(path.parent.parent).cwd)
-    with Image.open(path) as image:
-        return RunConfig.from_dict(config), [pixel_hash(image)]
+    return RunConfig.from_dict(config), [_pixels(path)]
+
+
+def _pixels(path: Path) -> str:
+    try:
+        with open_picture(path) as image:
+            return pixel_hash(image)
+    except Unreadable as error:
+        raise ConfigError(f"{path} {error}") from error
 
 
 def with_found_paths(config: dict[str, Any], cwd: str | None) -> dict[str, Any]:

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict
 
 from fluxrun.config.catalog import is_neutral_option
 from fluxrun.config.composition import shown
 from fluxrun.errors import ConfigError
+from fluxrun.reading import Unreadable, parse_yaml, read_text
 from fluxrun.record.folder import read_record
 from fluxrun.record.schema import Chosen, Fallback, RunRecord, SavedImage, Status
 
@@ -243,8 +243,8 @@ def _speeds(row: Row, record: RunRecord) -> None:
 
 def _overrides(folder: Path) -> list[str]:
     try:
-        content = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
+        content = parse_yaml(read_text(folder / ".hydra" / "overrides.yaml"))
+    except (FileNotFoundError, Unreadable):
         return []
     return shown([str(o) for o in content]) if isinstance(content, list) else []
 

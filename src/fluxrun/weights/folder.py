@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from fluxrun.architectures import HIDDEN_STATES_READ, MODEL_COMPONENTS, PIPELINE_CLASSES, PipelineKind, layers_needed
-from fluxrun.errors import ConfigError, one_line
+from fluxrun.errors import ConfigError
 from fluxrun.options.model import Flux2Model
+from fluxrun.reading import Unreadable, parse_json, read_text
 from fluxrun.weights.location import Located
 
 LIBRARIES = ("diffusers", "transformers")
@@ -79,9 +80,11 @@ def _tensor_sizes(file: Path) -> Iterator[tuple[str, int]]:
 
 def read_json(file: Path) -> dict[str, Any]:
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} cannot be read: {one_line(error)}") from error
+        data = parse_json(read_text(file))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{file}: no such file") from error
+    except Unreadable as error:
+        raise ConfigError(f"{file} {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{file} is not a JSON object")
     return data
