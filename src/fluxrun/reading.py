@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from fluxrun.errors import one_line
+from fluxrun.errors import one_line, python_reason
 from fluxrun.formatting import gigabytes, shorten
 
 MOST_BYTES = 64 * 2**20
@@ -133,9 +132,4 @@ def _reason(error: BaseException) -> str:
     """What a parser did not like, without Python's advice on how to allow it."""
     mark = getattr(error, "problem_mark", None)
     where = f" in line {mark.line + 1}" if mark else ""
-    if isinstance(error, RecursionError):
-        return "it is nested too deep"
-    if "limit (4300 digits)" in str(error) or "int_max_str_digits" in str(error):
-        return "a number of more than 4300 digits"
-    text: Callable[[], str] = lambda: one_line(error, 200)
-    return f"{getattr(error, 'problem', None) or getattr(error, 'msg', None) or text()}{where}"
+    return f"{getattr(error, 'problem', None) or getattr(error, 'msg', None) or python_reason(error)}{where}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from itertools import pairwise
@@ -18,21 +19,20 @@ from omegaconf import DictConfig
 
 from fluxrun.cli.arguments import flags_parser
 from fluxrun.config.composition import (
-    COMPOSE_ERRORS,
     CONFIG_NAME,
     HYDRA_BASE,
     compose_node,
     config_dirs,
-    explain_composition,
     hydra_for,
     quote_raw_text,
+    raise_as_refusal,
     to_run_config,
 )
 from fluxrun.errors import ConfigError, FluxrunError, exit_code_of, one_line
-from fluxrun.formatting import nearest
-from fluxrun.paths import cache_dir, conf_dir
+from fluxrun.formatting import nearest, shorten
+from fluxrun.paths import cache_dir, check_folders, conf_dir, expanded
 from fluxrun.planning.prepare import prepare
-from fluxrun.process.console import console
+from fluxrun.process.console import console, one_line_warning
 from fluxrun.runner import run
 from fluxrun.sweep.run import Sweep, plan_sweep
 from fluxrun.trust import TRUST_VARIABLE
@@ -58,7 +58,9 @@ log = logging.getLogger("fluxrun")
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``fluxrun``; ends the process with the exit code of DESIGN (0, 1, 2, 130, 143)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    warnings.formatwarning = one_line_warning
     try:
+        check_folders()
         code = dispatch(arguments)
     except KeyboardInterrupt:
         code = _say("interrupted", 130)
@@ -67,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         code = 1
     except FluxrunError as error:
         code = _say(str(error), error.exit_code, error)
+    except Exception as error:  # the last resort: a mistake of fluxrun's own is one line as well
+        code = _say(f"{type(error).__name__}: {one_line(error)} (traceback in {_refusals()})", 1, error)
     sys.exit(code)
 
 
@@ -83,7 +87,7 @@ def dispatch(arguments: list[str]) -> int:
         command: Callable[[list[str]], int] = import_module(SUBCOMMANDS[first]).command
         return command(arguments[1:])
     if first and not first.startswith("-") and "=" not in first and not first.startswith(("+", "~")):
-        raise ConfigError(f"unknown command {first!r}: {nearest(first, list(SUBCOMMANDS))}, or overrides (key=value)")
+        raise ConfigError(f"unknown command {shorten(first)!r}: {nearest(first, list(SUBCOMMANDS))}, or overrides (key=value)")
     return run_app([quote_raw_text(a) for a in arguments])
 
 
@@ -96,7 +100,7 @@ def run_app(arguments: list[str]) -> int:
     if options.shell_completion and not options.config_dir:
         arguments = [*arguments, *_config_dir_of_line(os.environ.get("COMP_LINE", "").split())]
     dirs = config_dirs(options.config_dir)
-    _check_flags(options.config_path, options.config_name)
+    _check_flags(options.config_path or options.config_name, options.experimental_rerun)
     if not any(getattr(options, flag) for flag in SHOWING_FLAGS):
         sweep = _refuse_early(options.overrides, dirs, multirun=options.multirun)
         if sweep is not None:
@@ -115,11 +119,13 @@ def _config_dir_of_line(words: list[str]) -> list[str]:
     """``--config-dir`` of the line that is being completed: Hydra's shell script does not hand it on."""
     pairs = pairwise(words)
     folder = next((value for flag, value in pairs if flag in ("--config-dir", "-cd")), "")
-    return ["--config-dir", str(Path(folder).expanduser())] if folder and Path(folder).expanduser().is_dir() else []
+    return ["--config-dir", str(expanded(folder))] if folder and os.path.isdir(expanded(folder)) else []
 
 
-def _check_flags(config_path: str | None, config_name: str | None) -> None:
-    if config_path or config_name:
+def _check_flags(other_config: str | None, pickled: str | None) -> None:
+    if pickled:
+        raise ConfigError("--experimental-rerun is not used: it unpickles a file, which runs code; see fluxrun rerun")
+    if other_config:
         raise ConfigError(
             "--config-path and --config-name are not used: fluxrun has one config; add yours with --config-dir"
         )
@@ -144,7 +150,7 @@ def _refuse_early(overrides: Sequence[str], dirs: tuple[Path, ...], *, multirun:
 
 def _refuse_used_folder(node: DictConfig) -> None:
     folder = Path(str(node.hydra.run.dir))
-    if (folder / "run.json").exists():
+    if os.path.exists(folder / "run.json"):
         raise ConfigError(f"{folder} already holds a run: choose another hydra.run.dir, or remove it")
 
 
@@ -157,10 +163,10 @@ def _run_hydra(
     app = hydra.main(version_base=HYDRA_BASE, config_path=str(conf_dir()), config_name=CONFIG_NAME)(task)
     try:
         app()
-    except COMPOSE_ERRORS as error:
-        raise ConfigError(explain_composition(error, overrides, dirs)) from error
     except OSError as error:
         raise ConfigError(f"cannot write to the output folder {error.filename}: {error.strerror}") from error
+    except Exception as error:
+        raise_as_refusal(error, overrides, dirs)
 
 
 def _job(node: DictConfig, dirs: tuple[Path, ...]) -> int:
@@ -203,11 +209,15 @@ def _say(line: str, code: int, error: BaseException | None = None) -> int:
     return code
 
 
+def _refusals() -> Path:
+    return cache_dir() / "refused.log"
+
+
 def _log_refusal(error: BaseException) -> None:
     """Keep the traceback of the last refusals in the user's cache folder: no run folder exists yet."""
     import traceback
 
-    path = cache_dir() / "refused.log"
+    path = _refusals()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")

@@ -12,6 +12,7 @@ from PIL import Image
 from fluxrun.config.schema import RunConfig
 from fluxrun.errors import ConfigError
 from fluxrun.formatting import shorten
+from fluxrun.paths import expanded
 from fluxrun.pictures import open_picture
 from fluxrun.reading import Unreadable, parse_json, parse_yaml, read_text
 
@@ -69,7 +70,7 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
 
     Raises ConfigError when the file is missing, unreadable, empty or of another shape.
     """
-    path = path.expanduser()
+    path = expanded(path)
     try:
         text = read_text(path)
     except FileNotFoundError as error:
@@ -131,7 +132,7 @@ def load_reference_images(paths: tuple[Path, ...]) -> list[Image.Image]:
     images = []
     for path in paths:
         try:
-            with open_picture(path.expanduser()) as image:
+            with open_picture(expanded(path)) as image:
                 images.append(image.convert("RGB"))
         except FileNotFoundError as error:
             raise ConfigError(f"reference_images: {path}: no such file") from error

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from fluxrun.errors import ConfigError
-from fluxrun.formatting import GIB
+from fluxrun.formatting import GIB, shorten
 from fluxrun.hardware.machine import Machine
 from fluxrun.offload.block_sizes import StackSizes
 from fluxrun.process.device import synchronize
@@ -229,7 +229,7 @@ def load_option(node: Any) -> Option:
     if isinstance(node, Option):
         return node
     if not isinstance(node, dict) or "_target_" not in node:
-        raise ConfigError(f"an option must be a mapping with a _target_, got {node!r}")
+        raise ConfigError(f"an option must be a mapping with a _target_, got {shorten(node)}")
     knobs = dict(node)
     return option_class(str(knobs.pop("_target_")))(**knobs)
 

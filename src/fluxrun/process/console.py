@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import logging.config
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from fluxrun.errors import ConfigError
-from fluxrun.formatting import printable
+from fluxrun.formatting import as_message, printable
 from fluxrun.terminal import make_console
 
 log = logging.getLogger("fluxrun")
@@ -48,6 +49,11 @@ class LogFormatter(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         return printable(super().formatMessage(record), keep="\n\t").replace("\n", "\n  ")
+
+
+def one_line_warning(message: Warning | str, *_: object) -> str:
+    """A library's warning as one printable line, without the line of its source code."""
+    return f"warning: {as_message(str(message))}\n"
 
 
 class Reporter:
@@ -155,7 +161,7 @@ class _PlainSteps(Steps):
 
 def log_to(folder: Path) -> None:
     """The same console and log file that Hydra sets up for an ordinary run."""
-    if (folder / "run.json").exists():
+    if os.path.exists(folder / "run.json"):
         raise ConfigError(f"{folder} already holds a run: choose another hydra.run.dir, or remove it")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -351,7 +351,7 @@ def read_rows(folder: Path, root: Path) -> list[Row]:
 def baseline_elsewhere(baseline: str, root: Path) -> list[Row]:
     """The row of ``sweep.baseline=FOLDER``; none where the baseline is something else."""
     folder = Path(baseline)
-    if not (folder / "run.json").is_file():
+    if not os.path.isfile(folder / "run.json"):
         return []
     return [read_row(folder, root).model_copy(update={"job": BASELINE_ELSEWHERE})]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from fluxrun.architectures import ArchitectureName, architecture, recognised
@@ -78,7 +79,7 @@ def check_layers(model: Flux2Model, located: Located) -> None:
 
 
 def _local(model: Flux2Model, folder: Path) -> Located:
-    if not folder.exists():
+    if not os.path.exists(folder):
         raise ConfigError(f"model.path={folder}: no such folder (a FLUX.2 checkpoint in diffusers layout is expected)")
     check_whole(folder, model.variant, "copy or download the folder again")
     return of_folder(model, folder, kind="folder", source=str(folder.resolve()))
