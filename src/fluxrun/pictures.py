@@ -1,4 +1,4 @@
-"""Picture files that anyone may have made: opened with a limit of pixels, and every way they can be broken as one error."""
+"""Picture files that anyone may have made: opened with a limit of pixels, broken ones as one error."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def open_picture(path: Path) -> Iterator[Image]:
 
     try:
         check_plain(path)
-        # Pillow warns from 89 million pixels on and raises from twice as many; the limit here is the only one that counts.
+        # Pillow warns from 89 million pixels on and raises from twice as many; only the limit here counts.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PillowImage.DecompressionBombWarning)
             with PillowImage.open(path) as picture:

@@ -1,4 +1,4 @@
-"""Text, YAML and JSON from files that anyone may have written: plain files only, of a bounded size, depth and growth."""
+"""Text, YAML and JSON from files that anyone may have written: plain ones only, of a bounded size, depth and growth."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class _Measured:
         elif isinstance(event, yaml.AliasEvent):
             if any(anchor == event.anchor for anchor, _ in self.open):
                 raise Unreadable(f"holds an alias, *{event.anchor}, inside of what it stands for")
-            self.nodes += self.sizes.get(event.anchor, 1)
+            self.nodes += self.sizes.get(str(event.anchor), 1)
         elif isinstance(event, yaml.ScalarEvent):
             self.nodes += 1
 

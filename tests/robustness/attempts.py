@@ -17,6 +17,8 @@ from typing import Any
 from checkpoints import tiny_folder
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
+from robustness import strategies as made
+from robustness.strategies import config_texts, damaged, json_texts
 
 from fluxrun.cli import app, rerun
 from fluxrun.config.composition import compose
@@ -29,8 +31,6 @@ from fluxrun.report.page import write_report
 from fluxrun.report.result import rebuild
 from fluxrun.report.rows import to_csv
 from fluxrun.runner import run
-from robustness import strategies as made
-from robustness.strategies import config_texts, damaged, json_texts
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -51,7 +51,7 @@ class Kind:
 
 
 @contextlib.contextmanager
-def _nothing_drawn() -> Iterator[None]:
+def nothing_drawn() -> Iterator[None]:
     """Runs and sweeps end where they would begin to load: everything before that is real."""
     kept = app.run, app.Sweep.run, dict(os.environ), list(sys.argv), logging.root.handlers[:], os.getcwd()
     app.run = lambda *_, **__: None  # type: ignore[assignment]
@@ -68,7 +68,7 @@ def _nothing_drawn() -> Iterator[None]:
 
 def _command_line(arguments: list[str], folder: Path) -> None:
     os.chdir(folder)
-    with _nothing_drawn(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    with nothing_drawn(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         try:
             app.dispatch(arguments)
         except SystemExit as ended:  # --help and the like
@@ -78,7 +78,16 @@ def _command_line(arguments: list[str], folder: Path) -> None:
 
 def _typed(arguments: list[str]) -> list[str]:
     """Arguments as a shell can hand them over: no NUL, and bytes that are not UTF-8 as Python decodes them."""
-    return [os.fsdecode(a.replace("\0", "").encode("utf-8", "surrogateescape", )) for a in arguments if _encodes(a)]
+    return [
+        os.fsdecode(
+            a.replace("\0", "").encode(
+                "utf-8",
+                "surrogateescape",
+            )
+        )
+        for a in arguments
+        if _encodes(a)
+    ]
 
 
 def _encodes(text: str) -> bool:
@@ -89,7 +98,7 @@ def _encodes(text: str) -> bool:
     return True
 
 
-# --- files --------------------------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
 def _originals(*groups: str) -> list[str]:
@@ -119,11 +128,11 @@ def _prompts_file(case: tuple[str, str | bytes], folder: Path) -> None:
     read_prompts(path)
 
 
-# --- what runs leave behind ---------------------------------------------------------------------------------------------
+# --- what runs leave behind -------------------------------------------------------------------------------------------
 
 
 @functools.cache
-def _finished() -> Path:
+def finished_run() -> Path:
     """A run's folder with one picture, as a finished run leaves it, of a picture that nobody drew."""
     import tempfile
 
@@ -139,7 +148,7 @@ def _finished() -> Path:
 
 
 def _metadata() -> Any:
-    with Image.open(next(_finished().glob("images/*.png"))) as picture:
+    with Image.open(next(finished_run().glob("images/*.png"))) as picture:
         return json.loads(picture.info[METADATA_KEY])
 
 
@@ -167,7 +176,7 @@ def _written(text: str) -> bool:
 
 def _pictures() -> st.SearchStrategy[Any]:
     texts = json_texts(_metadata()).filter(_written)
-    files = [path.read_bytes() for path in _finished().glob("images/*.png")]
+    files = [path.read_bytes() for path in finished_run().glob("images/*.png")]
     return st.one_of(
         st.tuples(st.just("png"), texts),
         st.tuples(st.just("png"), texts),
@@ -178,7 +187,7 @@ def _pictures() -> st.SearchStrategy[Any]:
 
 def _record(case: tuple[str, str | bytes], folder: Path) -> None:
     name, content = case
-    shutil.copytree(_finished(), folder / "0")
+    shutil.copytree(finished_run(), folder / "0")
     data = content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
     (folder / name).write_bytes(data)
     result = rebuild([folder], folder)
@@ -190,8 +199,8 @@ def _record(case: tuple[str, str | bytes], folder: Path) -> None:
 
 
 def _records() -> st.SearchStrategy[Any]:
-    original = (_finished() / "run.json").read_bytes()
-    sweep = json.loads(rebuild([_finished().parent], _finished().parent).model_dump_json())
+    original = (finished_run() / "run.json").read_bytes()
+    sweep = json.loads(rebuild([finished_run().parent], finished_run().parent).model_dump_json())
     overrides = made.config_texts(["- steps=1\n- seed=2\n"])
     return st.one_of(
         st.tuples(st.just("0/run.json"), json_texts(json.loads(original))),
@@ -202,7 +211,7 @@ def _records() -> st.SearchStrategy[Any]:
     )
 
 
-# --- checkpoints --------------------------------------------------------------------------------------------------------
+# --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
 def _linked(folder: Path) -> Path:
@@ -248,7 +257,7 @@ def _checkpoints() -> st.SearchStrategy[Any]:
     return st.one_of(st.sampled_from(texts), st.sampled_from(files)).flatmap(case)
 
 
-# --- all of them ----------------------------------------------------------------------------------------------------------
+# --- all of them ------------------------------------------------------------------------------------------------------
 
 
 def kinds() -> dict[str, Kind]:

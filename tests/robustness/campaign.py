@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
+from robustness.attempts import Kind, kinds
 
 from fluxrun.errors import FluxrunError
-from robustness.attempts import Kind, kinds
 
 LONGEST_MESSAGE = 2000
 
@@ -102,7 +102,7 @@ def _count(tally: Tally, error: BaseException, case: Any, origin: BaseException)
     where = f"{Path(frames[-1].filename).name}:{frames[-1].name}" if frames else "?"
     text = " ".join(str(error).split())[:120]
     key = f"{type(error).__name__} {where} " + (re.sub(r"[\d'\"].*", "", text)[:60])
-    known = tally.failures.setdefault(key, Failure(f"{type(error).__name__}: {ascii(text)}", where, 0, ascii(case)[:SHOWN]))
+    known = tally.failures.setdefault(key, Failure(f"{type(error).__name__}: {text!a}", where, 0, ascii(case)[:SHOWN]))
     known.count += 1
 
 

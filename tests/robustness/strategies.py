@@ -51,7 +51,7 @@ values = st.recursive(
     max_leaves=8,
 )
 
-# --- the command line ---------------------------------------------------------------------------------------------------
+# --- the command line -------------------------------------------------------------------------------------------------
 
 KNOBS = sorted({knob for option in own_options() for knob in option.model_fields})
 
@@ -100,7 +100,7 @@ command_lines = st.tuples(
 ).map(lambda parts: [*parts[0], *parts[1]])
 """Arguments of ``fluxrun``."""
 
-# --- JSON with something changed in it ------------------------------------------------------------------------------------
+# --- JSON with something changed in it --------------------------------------------------------------------------------
 
 
 def _places(data: Any) -> list[tuple[Any, Any]]:
@@ -189,7 +189,7 @@ def damaged(draw: Callable[..., Any], original: bytes) -> bytes:
     return bytes(data)
 
 
-# --- YAML -----------------------------------------------------------------------------------------------------------------
+# --- YAML -------------------------------------------------------------------------------------------------------------
 
 
 def alias_bomb(levels: int = 30) -> str:
@@ -200,7 +200,8 @@ def alias_bomb(levels: int = 30) -> str:
 
 
 RAW_YAML = [
-    "", "- ", "a", "a: b: c", "\t- x", "- *nothing", "&a [*a]", "- &a [*a]", alias_bomb(), "- " + alias_bomb().replace("\n", "\n  "),
+    "", "- ", "a", "a: b: c", "\t- x", "- *nothing", "&a [*a]", "- &a [*a]", alias_bomb(),
+    "- " + alias_bomb().replace("\n", "\n  "),
     "[" * DEPTH + "]" * DEPTH, "- " * DEPTH + "x", "\n".join(" " * n + "a:" for n in range(500)), "{[1]: 2}",
     "- {[1, 2]: 3}", "- 2024-13-45", "- 2024-02-30", "- 2001-01-01", "seed: 2024-99-99", f"seed: {HUGE_INTEGER}",
     f"- {HUGE_INTEGER}", f"- {{prompt: x, seed: {HUGE_INTEGER}}}", "!!python/object/apply:os.getcwd []", "- !!binary x",

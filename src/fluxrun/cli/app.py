@@ -58,7 +58,7 @@ log = logging.getLogger("fluxrun")
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``fluxrun``; ends the process with the exit code of DESIGN (0, 1, 2, 130, 143)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    warnings.formatwarning = one_line_warning
+    warnings.formatwarning = one_line_warning  # type: ignore[assignment]
     try:
         check_folders()
         code = dispatch(arguments)
@@ -87,7 +87,9 @@ def dispatch(arguments: list[str]) -> int:
         command: Callable[[list[str]], int] = import_module(SUBCOMMANDS[first]).command
         return command(arguments[1:])
     if first and not first.startswith("-") and "=" not in first and not first.startswith(("+", "~")):
-        raise ConfigError(f"unknown command {shorten(first)!r}: {nearest(first, list(SUBCOMMANDS))}, or overrides (key=value)")
+        raise ConfigError(
+            f"unknown command {shorten(first)!r}: {nearest(first, list(SUBCOMMANDS))}, or overrides (key=value)"
+        )
     return run_app([quote_raw_text(a) for a in arguments])
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 import logging.config
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,11 +47,11 @@ class ConsoleHandler(logging.Handler):
 class LogFormatter(logging.Formatter):
     """Lines of the log file: control characters escaped, further lines of a message set in from its first."""
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+    def formatMessage(self, record: logging.LogRecord) -> str:
         return printable(super().formatMessage(record), keep="\n\t").replace("\n", "\n  ")
 
 
-def one_line_warning(message: Warning | str, *_: object) -> str:
+def one_line_warning(message: Warning | str, *_: object, **__: object) -> str:
     """A library's warning as one printable line, without the line of its source code."""
     return f"warning: {as_message(str(message))}\n"
 

@@ -69,7 +69,8 @@ def check_layers(model: Flux2Model, located: Located) -> None:
     if located.folder is None:
         return
     config = read_json(located.folder / "text_encoder" / "config.json")
-    layers = config.get("num_hidden_layers") or config.get("text_config", {}).get("num_hidden_layers")
+    own = config.get("text_config")
+    layers = config.get("num_hidden_layers") or (own.get("num_hidden_layers") if isinstance(own, dict) else None)
     last = max(read_layers(model, located.pipeline))
     if layers is not None and last > layers:
         raise ConfigError(

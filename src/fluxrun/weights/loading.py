@@ -19,9 +19,10 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from fluxrun.architectures import HIDDEN_STATES_READ, MODEL_COMPONENTS, PipelineKind
-from fluxrun.errors import ConfigError
+from fluxrun.errors import ConfigError, FluxrunError, python_reason
 from fluxrun.offload.tensors import tensor_bytes
 from fluxrun.options.model import Flux2Model
+from fluxrun.weights.chat_template import check_templates, templates_of
 from fluxrun.weights.find import find_weights
 from fluxrun.weights.folder import component_classes, variant_of
 from fluxrun.weights.hub import download
@@ -80,6 +81,8 @@ def load(
     for name in PARTS[part]:
         progress(f"{'building' if make else 'loading'} {name}")
         parts[name] = make(name) if make else _pretrained(folder, name, dtype, model.variant, needed)  # type: ignore[arg-type]
+        if name == "tokenizer" and folder is not None and model.bundled is None:
+            check_templates(templates_of(parts[name]), folder / name)
         if isinstance(parts[name], nn.Module):
             facts["components"][name] = _settle(parts[name], name, device, quantize)
         if name == "text_encoder" and needed is not None:
@@ -140,50 +143,70 @@ def _pretrained(folder: Path, name: str, dtype: str, variant: str | None, needed
     is what lets each be quantized before the next one needs memory.
     """
     library, class_name = component_classes(folder)[name]
-    cls = getattr(importlib.import_module(library), class_name)
-    if name not in MODEL_COMPONENTS:
-        return cls.from_pretrained(str(folder), subfolder=name, local_files_only=True)
-    # Always said: a folder saved in bfloat16 would otherwise mix a bfloat16 text encoder with a float32 transformer.
-    precision = {"dtype": getattr(torch, dtype)}
-    used = variant_of(folder, name, variant)
-    arguments = {"subfolder": name, "variant": used, "local_files_only": True, **precision}
-    if name == "text_encoder" and needed is not None:
-        return _cut_text_encoder(cls, folder, arguments, needed)
-    with _no_bars():
-        return cls.from_pretrained(str(folder), **arguments)
+    with _quiet(), _refused_as(folder / name):
+        cls = getattr(importlib.import_module(library), class_name)
+        local: dict[str, Any] = {"subfolder": name, "local_files_only": True, "trust_remote_code": False}
+        if name not in MODEL_COMPONENTS:
+            return cls.from_pretrained(str(folder), **local)
+        # Always said: of a folder saved in bfloat16 the text encoder would be bfloat16, the transformer float32.
+        local |= {"dtype": getattr(torch, dtype), "variant": variant_of(folder, name, variant)}
+        if name == "text_encoder" and needed is not None:
+            return _cut_text_encoder(cls, folder, local, needed)
+        module, report = cls.from_pretrained(str(folder), output_loading_info=True, **local)
+        _check_complete(folder / name, report["missing_keys"])
+        return module
 
 
 def _cut_text_encoder(cls: Any, folder: Path, arguments: dict[str, Any], needed: NeededLayers) -> nn.Module:
-    """A text encoder without what is never read; tensors of the layers behind are not read from disk either.
-
-    Raises ConfigError when the checkpoint lacks tensors of what remains: transformers would only warn.
-    """
-    config = needed.cut(cls.config_class.from_pretrained(str(folder), subfolder=arguments["subfolder"]))
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # it would report every layer that was left out
-    try:
-        with _no_bars():
-            encoder, report = cls.from_pretrained(str(folder), config=config, output_loading_info=True, **arguments)
-    finally:
-        transformers_logging.set_verbosity(level)
-    if missing := sorted(key for key in report["missing_keys"] if not key.startswith("lm_head.")):
-        raise ConfigError(f"{folder}/text_encoder lacks {len(missing)} tensors, {missing[0]} for one")
+    """A text encoder without what is never read; tensors of the layers behind are not read from disk either."""
+    place = {"subfolder": arguments["subfolder"], "trust_remote_code": False, "local_files_only": True}
+    config = needed.cut(cls.config_class.from_pretrained(str(folder), **place))
+    encoder, report = cls.from_pretrained(str(folder), config=config, output_loading_info=True, **arguments)
+    _check_complete(
+        folder / arguments["subfolder"], [k for k in report["missing_keys"] if not k.startswith("lm_head.")]
+    )
     needed.trim(encoder)
     return encoder
 
 
+def _check_complete(place: Path, missing: Iterable[str]) -> None:
+    """Raise ConfigError for tensors that no file has: the libraries would make some up, or leave them empty."""
+    if names := sorted(missing):
+        files = ", ".join(sorted(file.name for file in place.glob("*.safetensors"))[:3])
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise ConfigError(f"{place} ({files}) lacks the tensor {names[0]}{more}, which its config.json asks for")
+
+
 @contextmanager
-def _no_bars() -> Iterator[None]:
-    """Switch the libraries' own loading bars off: ``progress`` says what is loaded."""
+def _refused_as(place: Path) -> Iterator[None]:
+    """What a library raises for a component that it cannot load, as a refusal; running out of memory stays itself."""
+    try:
+        yield
+    except (FluxrunError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # they read a stranger's files, and fail in any way they like
+        if "can't allocate memory" in str(error):
+            raise
+        raise ConfigError(f"{place} cannot be loaded: {type(error).__name__}: {python_reason(error)}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No loading bars (``progress`` says what is loaded) and no warnings of the libraries' own.
+
+    They would report every layer that was left out; what is missing is refused.
+    """
     switches = (diffusers_logging, transformers_logging)
-    shown = [switch.is_progress_bar_enabled() for switch in switches]
+    shown = [(switch.is_progress_bar_enabled(), switch.get_verbosity()) for switch in switches]
     for switch in switches:
         switch.disable_progress_bar()
+        switch.set_verbosity_error()
     try:
         yield
     finally:
-        for switch, was in zip(switches, shown, strict=True):
-            if was:
+        for switch, (bar, level) in zip(switches, shown, strict=True):
+            switch.set_verbosity(level)
+            if bar:
                 switch.enable_progress_bar()
 
 
