@@ -63,9 +63,21 @@ def _without_waiting(path: str, flags: int) -> int:
 def parse_json(text: str) -> Any:
     """The value of a JSON text. Raises Unreadable: also for numbers and depths that Python does not read."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise Unreadable(f"is not JSON: {_reason(error)}") from error
+    if text.count("[") + text.count("{") > MOST_DEPTH and _depth(value) > MOST_DEPTH:
+        raise Unreadable(f"is nested more than {MOST_DEPTH} levels deep")
+    return value
+
+
+def _depth(value: Any) -> int:
+    """How many lists and mappings lie inside each other; no deeper than is asked about."""
+    level, depth = [value], 0
+    while (level := [item for item in level if isinstance(item, (list, dict))]) and depth <= MOST_DEPTH:
+        level = [inner for item in level for inner in (item.values() if isinstance(item, dict) else item)]
+        depth += 1
+    return depth
 
 
 def parse_yaml(text: str) -> Any:

@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fluxrun.config.catalog import Catalog
 from fluxrun.config.schema import GROUPS, RunConfig, SweepConfig, closed_knobs
+from fluxrun.config.sources import source_of
 from fluxrun.errors import ConfigError, one_line, python_reason, raised_by_fluxrun
 from fluxrun.formatting import nearest, shorten
 from fluxrun.paths import conf_dir, expanded
@@ -97,7 +98,7 @@ def hydra_for(dirs: tuple[Path, ...]) -> Iterator[Hydra]:
     search_path = create_automatic_config_search_path(None, None, str(dirs[-1]))
     assert isinstance(search_path, ConfigSearchPathImpl)
     for folder in dirs[:-1]:
-        search_path.prepend(provider="command-line", path=f"file://{folder}")
+        search_path.prepend(provider="command-line", path=source_of(folder))
     try:
         yield Hydra.create_main_hydra2(task_name="fluxrun", config_search_path=search_path)
     finally:
