@@ -113,7 +113,7 @@ def _deadline(seconds: float) -> Iterator[None]:
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
-    faulthandler.dump_traceback_later(seconds * 10, exit=True)  # what hangs outside of Python
+    faulthandler.dump_traceback_later(seconds * 10, exit=True, file=sys.__stderr__)  # what hangs outside of Python
     try:
         yield
     finally:

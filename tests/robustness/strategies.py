@@ -93,7 +93,13 @@ _assignments = st.tuples(st.sampled_from(["", "", "", "", "+", "++"]), _keys, _s
     lambda parts: f"{parts[0]}{parts[1]}={parts[2]}"
 )
 
-overrides = st.lists(st.one_of(_assignments, _assignments, _keys.map("~{}".format), odd_texts), min_size=1, max_size=3)
+_known = st.tuples(st.sampled_from(KEYS), _settings).map("=".join)
+"""One key that there is: more of these come through to what checks their value."""
+
+overrides = st.one_of(
+    _known.map(lambda one: [one]),
+    st.lists(st.one_of(_assignments, _assignments, _keys.map("~{}".format), odd_texts), min_size=1, max_size=3),
+)
 
 command_lines = st.tuples(
     st.sampled_from([["plan"], ["plan"], [], ["--multirun"], ["--cfg", "job"], ["--info", "config"]]), overrides
