@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from hypothesis import strategies as st
-
-from fluxrun.errors import ConfigError, FluxrunError
 from robustness.attempts import Kind, kinds
 from robustness.campaign import Tally, attempt, try_kind, unclean
+
+from fluxrun.errors import ConfigError, FluxrunError
 
 SEED = 20250101
 
