@@ -16,6 +16,7 @@ from robustness.attempts import finished_run
 from robustness.campaign import unclean
 from robustness.strategies import DEPTH, HUGE_INTEGER, LONG_NAME, alias_bomb
 
+from fluxrun.cli.app import main
 from fluxrun.config.prompts import read_prompts
 from fluxrun.errors import ConfigError
 from fluxrun.reading import MOST_DEPTH, MOST_NODES, Unreadable, parse_json, parse_yaml, read_text
@@ -177,3 +178,28 @@ def test_a_record_with_something_else_in_it(refusal, here, place, value):
         record["config"]["prompts_file"] = "absent.txt"
         (here / "run" / "run.json").write_text(json.dumps(record))
     refusal("rerun", "run")
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("config", "batch_size"), "two"),
+        (("config", "measure"), [1]),
+        (("config", "steps"), {"a": 1}),
+        (("config", "guidance"), [[]]),
+        (("environment", "ram_bytes"), "much"),
+        (("environment", "device"), [1]),
+    ],
+    ids=str,
+)
+def test_a_report_on_a_record_with_something_else_in_it(here, place, value):
+    """What it asked for may be wrong, what it measured is not: there is a page."""
+    shutil.copytree(finished_run(), here / "sweep" / "0")
+    record = json.loads((here / "sweep" / "0" / "run.json").read_text())
+    record[place[0]][place[1]] = value
+    record["timings"]["step_s"] = []
+    (here / "sweep" / "0" / "run.json").write_text(json.dumps(record))
+    with pytest.raises(SystemExit) as ended:
+        main(["report", "sweep"])
+    assert ended.value.code == 0
+    assert (here / "sweep" / "report.html").exists()

@@ -29,6 +29,7 @@ from fluxrun.terminal import make_console
         (["+sweep=[1]"], "Hydra cannot use +sweep=[1]"),
         (["+config_dirs=[x]"], "unknown key 'config_dirs'"),
         (["+source={a: 1}"], "unknown key 'source'"),
+        (["--multirun", "attention.fallback=interval(0,1)"], "does not support sweep type"),
         (["hydra.verbose=nan"], "Hydra cannot use hydra.verbose=nan"),
         (["hydra.verbose=[1]"], "hydra.verbose=[1]: A logger name must be a string"),
         (["hydra.job_logging.version=x"], "Unsupported version: x"),

@@ -198,7 +198,7 @@ def read_row(folder: Path, root: Path) -> Row:
             group: Chosen(requested=option.requested, effective=option.effective, fallbacks=option.fallbacks)
             for group, option in record.options.items()
         },
-        steps=max(map(len, timings.step_s), default=0) or record.config.get("steps"),
+        steps=max(map(len, timings.step_s), default=0) or _count(record.config.get("steps")) or None,
         size=[record.images[0].height, record.images[0].width] if record.images else [],
         device=str(record.environment.get("device") or ""),
         machine=_machine(record),
@@ -222,8 +222,8 @@ def read_row(folder: Path, root: Path) -> Row:
 
 def _speeds(row: Row, record: RunRecord) -> None:
     """Seconds per step and per image, first and steady; None where the job measured too little to tell."""
-    timings, warmed = record.timings, record.config.get("measure", {}).get("warmup", 0) > 0
-    batch = max(1, min(int(record.config.get("batch_size") or 1), len(record.images)))
+    timings, warmed = record.timings, _count(config_value(record.config, "measure.warmup")) > 0
+    batch = max(1, min(_count(record.config.get("batch_size")), len(record.images)))
     calls = [(denoise + decode) / batch for denoise, decode in zip(timings.denoise_s, timings.decode_s, strict=False)]
     if not calls or row.steps is None:
         return
@@ -239,6 +239,11 @@ def _speeds(row: Row, record: RunRecord) -> None:
         row.first_image_s = calls[0]
     elif timings.first_call_s is not None and steady:
         row.first_image_s = (timings.first_call_s + (row.steps - 1) * steady.median + decode) / batch
+
+
+def _count(value: Any) -> int:
+    """A number in a recorded config, 0 for anything else: the config is as it was asked for, and may be wrong."""
+    return value if isinstance(value, int) else 0
 
 
 def _overrides(folder: Path) -> list[str]:
