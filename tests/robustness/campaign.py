@@ -60,6 +60,7 @@ class Tally:
     refused: int = 0
     failed: int = 0
     slowest_s: float = 0.0
+    slowest: str = ""
     total_s: float = 0.0
     failures: dict[str, Failure] = field(default_factory=dict)
 
@@ -84,7 +85,9 @@ def attempt(kind: Kind, case: Any, tally: Tally) -> None:
         os.chdir(before)
         shutil.rmtree(folder, ignore_errors=True)
         took = time.perf_counter() - started
-        tally.total_s, tally.slowest_s = tally.total_s + took, max(tally.slowest_s, took)
+        tally.total_s += took
+        if took > tally.slowest_s:
+            tally.slowest_s, tally.slowest = took, ascii(case)[:SHOWN]
 
 
 def unclean(text: str) -> str | None:

@@ -52,6 +52,7 @@ INDEX = "transformer/diffusion_pytorch_model.safetensors.index.json"
         ("vae/config.json", lambda data: data.update(block_out_channels=[32] * 5000), "5,000 entries"),
         ("vae/config.json", lambda data: data.update(layers_per_block=10**6), "layers_per_block"),
         ("text_encoder/config.json", lambda data: data.update(num_hidden_layers=10**6), "num_hidden_layers"),
+        ("text_encoder/config.json", lambda data: data.update(num_hidden_layers=[4]), "it is one number"),
         ("text_encoder/config.json", lambda data: HUGE_INTEGER, "more than 4300 digits"),
         ("scheduler/scheduler_config.json", lambda data: data.update(num_train_timesteps=10**12), "at most 1,000,000"),
     ],

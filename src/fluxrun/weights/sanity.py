@@ -15,7 +15,7 @@ from fluxrun.errors import ConfigError
 from fluxrun.formatting import shorten
 from fluxrun.weights.headers import Tensor, is_special
 
-LAYERS = ("num_layers", "num_single_layers", "num_hidden_layers", "layers_per_block")
+LAYERS = ("num_layers", "num_single_layers", "num_hidden_layers")
 """Counts of layers: each has at least one tensor."""
 
 WIDTHS = (
@@ -38,7 +38,9 @@ def check_config(file: Path, config: dict[str, Any], tensors: dict[str, Tensor])
     for key, value in _entries(config):
         if isinstance(value, list) and len(value) > MOST_ENTRIES:
             raise ConfigError(f"{file}: {shorten(key)} has {len(value):,} entries, at most {MOST_ENTRIES:,} are read")
-        if key in LAYERS:
+        if key in LAYERS and isinstance(value, list):
+            raise ConfigError(f"{file}: {key}={shorten(value)} cannot be: it is one number")
+        if key in (*LAYERS, "layers_per_block"):
             _check_numbers(file, key, value, len(tensors), f"its weights have {len(tensors):,} tensors")
         elif key in WIDTHS:
             _check_numbers(file, key, value, elements, "its weights are smaller")
