@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: run test test-fast lint coverage docs lock clean
+.PHONY: run test test-fast robustness lint coverage docs lock clean
 run: $(VENV)/.installed
 	$(BIN)/fluxrun $(ARGS)
 
@@ -17,6 +17,11 @@ test: $(VENV)/.installed lint
 # Unit tests of every package and runs of the tiny model are in it. What it leaves out `make test` runs.
 test-fast: $(VENV)/.installed
 	$(BIN)/pytest -q -n 2 --dist worksteal -m "not slow"
+
+# Thousands of broken command lines, config files, prompts, pictures, records and checkpoints: 2,000 of each kind take
+# about an hour. ARGS="--seed 12 --cases 500 records" repeats a seed or narrows it down.
+robustness: $(VENV)/.installed
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/robustness/campaign.py $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check src tests benchmarks training scripts docs

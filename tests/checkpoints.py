@@ -72,7 +72,7 @@ def write_weights(place: Path, stem: str, variant: str | None, shards: int = 1) 
     files = [f"{stem}{dot}-{n:05}-of-{shards:05}.safetensors" for n in range(1, shards + 1)]
     for file in files:
         (place / file).write_bytes(safetensors_bytes(f"{place.name} {file}"))
-    weights = {f"w{n}": file for n, file in enumerate(files)}
+    weights = {f"{place.name} {file}": file for file in files}
     (place / f"{stem}.safetensors.index{dot}.json").write_text(json.dumps({"weight_map": weights}))
 
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
+
+from fluxrun.formatting import as_message, printable
 
 
 class FluxrunError(Exception):
-    """A failure that is explained in one line on the screen; its traceback goes to the log only."""
+    """A failure that is explained in one line on the screen; its traceback goes to the log only.
+
+    Whatever the message quotes, it is one line without control characters, and not too long.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(as_message(message))
 
 
 class ConfigError(FluxrunError):
@@ -69,8 +78,21 @@ def chain(error: BaseException) -> Iterator[BaseException]:
 def one_line(error: BaseException, limit: int = 400) -> str:
     """The first meaningful line of an error's text, at most ``limit`` characters, never empty."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
+    text = printable(lines[0]) if lines else type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def python_reason(error: BaseException) -> str:
+    """The first line of an error's text, without Python's advice on how to allow a number of any length."""
+    if "set_int_max_str_digits" in str(error):
+        return "a number of more than 4300 digits"
+    return "it is nested too deep" if isinstance(error, RecursionError) else one_line(error)
+
+
+def raised_by_fluxrun(error: BaseException) -> bool:
+    """Whether the line that raised ``error`` is fluxrun's own, not a library's."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return bool(frames) and str(frames[-1][0].f_globals.get("__name__", "")).partition(".")[0] == "fluxrun"
 
 
 def exit_code_of(error: BaseException) -> int:

@@ -4,23 +4,38 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
 GIB = 2**30
 
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that steer a terminal, end a line, turn the direction of reading round, or are no text at all."""
+
 
 def nearest(name: str, known: Sequence[str]) -> str:
     """``did you mean 'x'? allowed: …`` for a name that is not among ``known``."""
-    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(name[:100], known, n=1, cutoff=0.5)
     hint = f"did you mean {matches[0]!r}? " if matches else ""
     return f"{hint}allowed: {', '.join(known)}"
 
 
+def printable(text: str, keep: str = "") -> str:
+    """``text`` with control characters written as escapes (``\\x1b``), but for those in ``keep``."""
+    return CONTROL.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
+
+
 def shorten(value: Any, limit: int = 100) -> str:
     """A value for a message of one line."""
-    text = " ".join(str(value).split())
+    text = printable(" ".join(str(value).split()))
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def as_message(text: str, limit: int = 800) -> str:
+    """A text as one printable line; of one that is too long the middle is left out, as the remedy stands at the end."""
+    text = printable(" ".join(line.strip() for line in text.splitlines() if line.strip()))
+    return text if len(text) <= limit else f"{text[: limit // 2]} … {text[-limit // 2 + 3 :]}"
 
 
 def gigabytes(count: int) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from fluxrun.errors import ConfigError
+
 PACKAGE = Path(__file__).resolve().parent
 
 
@@ -14,10 +16,28 @@ def conf_dir() -> Path:
     return bundled if bundled.is_dir() else PACKAGE.parents[1] / "conf"
 
 
+def check_folders() -> None:
+    """Raise ConfigError for a working directory that was deleted and a cache folder that is none.
+
+    Relative paths mean nothing in such a directory, and libraries fail in odd ways.
+    """
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise ConfigError(f"the working directory cannot be used ({error.strerror}): change to another one") from error
+    if os.path.exists(cache_dir()) and not os.path.isdir(cache_dir()):
+        raise ConfigError(f"the cache folder {cache_dir()} is a file: remove it, or set FLUXRUN_CACHE_DIR to a folder")
+
+
+def expanded(path: Path | str) -> Path:
+    """``path`` with a leading ``~`` replaced; one of a user who is not there stays as it is, and is then not found."""
+    return Path(os.path.expanduser(path))
+
+
 def cache_dir() -> Path:
     """The user's cache folder for probes and compiled kernels; ``FLUXRUN_CACHE_DIR`` overrides it."""
     if override := os.environ.get("FLUXRUN_CACHE_DIR"):
-        return Path(override).expanduser()
+        return expanded(override)
     from platformdirs import user_cache_path
 
     return user_cache_path("fluxrun")

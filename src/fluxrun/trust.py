@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import yaml
 from pydantic import BaseModel
 
 from fluxrun.errors import ConfigError, TrustError
+from fluxrun.reading import Unreadable, parse_yaml, read_text
 
 TRUST_VARIABLE = "FLUXRUN_TRUST_CONFIG"
 OWN_TARGETS = "fluxrun.options."
@@ -116,18 +116,16 @@ def _packed(content: Any, package: str) -> Any:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
+        return read_text(path)
+    except (FileNotFoundError, Unreadable) as error:
+        raise ConfigError(f"{path} {error}") from error
 
 
 def _parse(path: Path, text: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{where} is not valid YAML: {getattr(error, 'problem', error)}") from error
+        return parse_yaml(text)
+    except Unreadable as error:
+        raise ConfigError(f"{path} {error}") from error
 
 
 def _hydra_keys(content: Any) -> list[tuple[str, ...]]:

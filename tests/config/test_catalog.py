@@ -109,7 +109,7 @@ def test_the_trust_rule_applies_to_every_file_that_is_brought_in(own, monkeypatc
 
 BROKEN = {
     "not YAML": ("_target_: [\n", "not valid YAML"),
-    "not text": (b"\xff\xfe\n", "utf-8"),
+    "not text": (b"\xff\xfe\n", "UTF-8"),
     "a list": ("- a\n- b\n", "mapping with a _target_"),
     "no target": ("backend: native\n", "mapping with a _target_"),
     "unknown knob": ("defaults: [sdpa, _self_]\nbakend: x\n", "did you mean 'backend'"),

@@ -104,5 +104,5 @@ def test_reference_images(tmp_path):
     half.write_bytes(good.read_bytes()[:40])
     with pytest.raises(ConfigError, match="cannot be read as an image"):
         load_reference_images((half,))
-    with pytest.raises(ConfigError, match="cannot be read as an image"):
+    with pytest.raises(ConfigError, match="is no plain file"):
         load_reference_images((tmp_path,))

@@ -72,7 +72,7 @@ def test_other_images_are_refused(tmp_path):
     for name in ("plain.png", "plain.jpg"):
         with pytest.raises(ConfigError, match="no fluxrun metadata"):
             read_metadata(tmp_path / name)
-    with pytest.raises(ConfigError, match="cannot read"):
+    with pytest.raises(ConfigError, match="cannot be read as an image"):
         read_metadata(tmp_path / "text.png")
 
 

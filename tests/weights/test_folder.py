@@ -105,7 +105,7 @@ def test_another_pipeline_is_named(tmp_path):
 def test_broken_model_index(tmp_path):
     folder = hollow_folder(tmp_path / "m")
     (folder / "model_index.json").write_text("{")
-    assert "model_index.json cannot be read" in refusal(Flux2Model(path=folder))
+    assert "model_index.json is not JSON" in refusal(Flux2Model(path=folder))
 
 
 def test_code_of_other_libraries_is_refused(tmp_path):

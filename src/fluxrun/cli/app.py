@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -17,9 +18,9 @@ from hydra.types import RunMode
 from fluxrun.cli.arguments import flags_parser
 from fluxrun.config.composition import CONFIG_NAME, compose_node, config_dirs, hydra_errors, hydra_for, quote_raw_text
 from fluxrun.errors import ConfigError, FluxrunError, one_line
-from fluxrun.formatting import nearest, utf8
-from fluxrun.paths import cache_dir
-from fluxrun.process.console import console
+from fluxrun.formatting import nearest, shorten, utf8
+from fluxrun.paths import cache_dir, check_folders
+from fluxrun.process.console import console, one_line_warning
 from fluxrun.streams import drop, lasting
 from fluxrun.trust import TRUST_VARIABLE
 from fluxrun.version import __version__
@@ -47,8 +48,10 @@ log = logging.getLogger("fluxrun")
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``fluxrun``; ends the process with the exit code of DESIGN (0, 1, 2, 129, 130, 143)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    warnings.formatwarning = one_line_warning
     with lasting("stderr"):
         try:
+            check_folders()
             code = dispatch(arguments)
         except KeyboardInterrupt:
             code = _say("interrupted", 130)
@@ -57,13 +60,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             code = 1
         except FluxrunError as error:
             code = _say(str(error), error.exit_code, error)
-        except OSError as error:
-            if error.filename is not None:
-                raise
-            drop(sys.stdout)
-            code = _say(f"cannot write to standard output: {error.strerror}", 1, error)
+        except Exception as error:  # the last resort: a mistake of fluxrun's own is one line as well
+            code = _unexpected(error)
         code = _flushed(code)
     sys.exit(code)
+
+
+def _unexpected(error: Exception) -> int:
+    """Say what nobody foresaw; its traceback is kept."""
+    if isinstance(error, OSError) and error.filename is None:
+        drop(sys.stdout)
+        return _say(f"cannot write to standard output: {error.strerror}", 1, error)
+    return _say(f"{type(error).__name__}: {one_line(error)} (traceback in {_refusals()})", 1, error)
 
 
 def _flushed(code: int) -> int:
@@ -92,17 +100,15 @@ def dispatch(arguments: list[str]) -> int:
         command: Callable[[list[str]], int] = import_module(SUBCOMMANDS[first]).command
         return command(arguments[1:])
     if first and not first.startswith("-") and "=" not in first and not first.startswith(("+", "~")):
-        raise ConfigError(f"unknown command {first!r}: {nearest(first, list(SUBCOMMANDS))}, or overrides (key=value)")
+        raise ConfigError(
+            f"unknown command {shorten(first)!r}: {nearest(first, list(SUBCOMMANDS))}, or overrides (key=value)"
+        )
     return run_app([quote_raw_text(a) for a in arguments], typed)
 
 
 def _refuse_other_encodings(arguments: Sequence[str]) -> None:
     """Records, logs and pictures hold their texts and paths as UTF-8."""
-    try:
-        texts = [*arguments, os.getcwd()]
-    except FileNotFoundError:  # the working directory is gone
-        texts = list(arguments)
-    if wrong := next((text for text in texts if text != utf8(text)), None):
+    if wrong := next((text for text in [*arguments, os.getcwd()] if text != utf8(text)), None):
         raise ConfigError(f"{utf8(wrong)} is not UTF-8: give the file or folder another name, or a link with one")
 
 
@@ -145,7 +151,8 @@ def _show(app: Hydra, options: Namespace, parser: ArgumentParser, dirs: tuple[Pa
     """What Hydra shows of itself and of the config, without running anything."""
     overrides = options.overrides
     if options.shell_completion:
-        app.shell_completion(CONFIG_NAME, overrides)
+        with hydra_errors(overrides, dirs):
+            app.shell_completion(CONFIG_NAME, overrides)
         return 0
     # Hydra runs callbacks even when it only shows a config, so the trust rule comes first here too.
     compose_node(app, overrides, dirs, RunMode.MULTIRUN if options.multirun else RunMode.RUN)
@@ -173,7 +180,7 @@ def _check_flags(options: Namespace) -> None:
             "--config-path and --config-name are not used: fluxrun has one config; add yours with --config-dir"
         )
     if options.experimental_rerun:
-        raise ConfigError("--experimental-rerun is not used: fluxrun rerun IMAGE|RUN_FOLDER draws a run again")
+        raise ConfigError("--experimental-rerun is not used: it unpickles a file, which runs code; see fluxrun rerun")
     if options.resolve and not (options.cfg or options.help):
         raise ConfigError("--resolve only goes with --cfg or --help")
     modes = [f"--{flag.replace('_', '-')}" for flag in ONE_OF if getattr(options, flag)]
@@ -189,11 +196,15 @@ def _say(line: str, code: int, error: BaseException | None = None) -> int:
     return code
 
 
+def _refusals() -> Path:
+    return cache_dir() / "refused.log"
+
+
 def _log_refusal(error: BaseException) -> None:
     """Keep the traceback of the last refusals in the user's cache folder: no run folder exists yet."""
     import traceback
 
-    path = cache_dir() / "refused.log"
+    path = _refusals()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(utf8("".join(traceback.format_exception(error))), encoding="utf-8")

@@ -12,6 +12,19 @@ from hydra._internal.utils import get_args_parser
 from fluxrun.errors import ConfigError
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line instead of a usage of several."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse what was typed; raises ConfigError."""
+        raise ConfigError(f"{message} ({self.prog} --help lists what there is)")
+
+
+def one_line_parser(name: str, about: str | None) -> OneLineParser:
+    """The parser of a subcommand's own flags."""
+    return OneLineParser(prog=f"fluxrun {name}", description=about)
+
+
 def flags_parser(prog: str) -> argparse.ArgumentParser:
     """Hydra's own parser of flags; an unknown one is one line instead of argparse's usage."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxrun.atomic import write_atomically
+from fluxrun.cli.arguments import one_line_parser
 from fluxrun.cli.rerun import output_dir
 from fluxrun.config.composition import compose
 from fluxrun.errors import ConfigError
@@ -55,7 +56,7 @@ def command(arguments: Sequence[str]) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(prog="fluxrun eval", description=command.__doc__)
+    parser = one_line_parser("eval", command.__doc__)
     parser.add_argument("--per-set", type=int, default=120, help="held-out prompts of each kind (single, pair, …)")
     parser.add_argument("--seeds", type=_seeds, default=[0, 1, 2], help="comma-separated seeds")
     options, overrides = parser.parse_known_args(list(arguments))

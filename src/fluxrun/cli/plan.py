@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.table import Table
 
 from fluxrun.cli.arguments import composed_from
@@ -18,8 +17,9 @@ from fluxrun.options.conflicts import find_conflicts
 from fluxrun.options.memory import LADDER
 from fluxrun.planning.plan import Choice, Plan
 from fluxrun.planning.prepare import Prepared, prepare
+from fluxrun.terminal import make_console
 
-out = Console()
+out = make_console()
 
 
 def command(arguments: Sequence[str]) -> int:

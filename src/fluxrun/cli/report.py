@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from fluxrun.cli.arguments import one_line_parser
 from fluxrun.errors import ConfigError
 from fluxrun.report.result import missing_libraries, rebuild, write_files
 from fluxrun.report.table import show_result
@@ -13,7 +14,7 @@ from fluxrun.report.table import show_result
 
 def command(arguments: Sequence[str]) -> int:
     """``fluxrun report FOLDER… [--output FOLDER]``: rebuild table and page of a sweep, or of several as one."""
-    parser = argparse.ArgumentParser(prog="fluxrun report", description=command.__doc__)
+    parser = one_line_parser("report", command.__doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a sweep's folder, or a run's")
     parser.add_argument("--output", type=Path, help="where to write (one sweep: its own folder; several: ./report)")
     given = parser.parse_args(list(arguments))
@@ -30,13 +31,20 @@ def report(folders: Sequence[Path], output: Path | None = None) -> Path:
     without runs.
     """
     for folder in folders:
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise ConfigError(f"{folder}: no such folder")
     target = output or (folders[0] if len(folders) == 1 else Path("report"))
-    if (target / "run.json").is_file():
+    if os.path.isfile(target / "run.json"):
         raise ConfigError(f"{target} is a single run: name where the report goes with --output FOLDER")
-    target.mkdir(parents=True, exist_ok=True)
+    _make(target)
     result = rebuild(folders, target)
     write_files(target, result, target)
     show_result(result, target)
     return target / "report.html"
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output {folder}: cannot write there: {error.strerror}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import logging.config
+import os
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -14,8 +15,11 @@ from pydantic import BaseModel
 from fluxrun.config.schema import RunConfig, closed_knobs
 from fluxrun.errors import ConfigError, exit_code_of
 from fluxrun.options.base import option_class
+from fluxrun.paths import expanded
+from fluxrun.pictures import open_picture
 from fluxrun.planning.prepare import prepare
 from fluxrun.process.console import log_to
+from fluxrun.reading import Unreadable
 from fluxrun.record.folder import claimed, read_record
 from fluxrun.record.picture import pixel_hash, read_metadata
 from fluxrun.record.schema import RunRecord
@@ -39,8 +43,8 @@ def rerun(target: str, overrides: Sequence[str] = ()) -> int:
     The recorded config is under the trust rule like any stranger's file. Raises ConfigError for a target that is
     not one of fluxrun's.
     """
-    path = Path(target).expanduser()
-    config, hashes = from_folder(path) if path.is_dir() else from_image(path)
+    path = expanded(target)
+    config, hashes = from_folder(path) if os.path.isdir(path) else from_image(path)
     folder = output_dir(overrides)
     prepare(config)
     with claimed(folder):
@@ -62,9 +66,7 @@ def from_folder(folder: Path) -> tuple[RunConfig, list[str]]:
 
 def from_image(path: Path) -> tuple[RunConfig, list[str]]:
     """One image's config: its own prompt and seed, nothing else of its run."""
-    from PIL import Image
-
-    if not path.exists():
+    if not os.path.exists(path):
         raise ConfigError(f"{path}: no such image or run folder")
     metadata = read_metadata(path)
     check_knobs(metadata["config"], f"the config in {path}", closed_knobs())
@@ -72,10 +74,17 @@ def from_image(path: Path) -> tuple[RunConfig, list[str]]:
     own = {"prompt": metadata.get("prompt"), "seed": metadata.get("seed"), "prompts_file": None, "num_images": 1}
     # A batch is numerically not the same as one image at a time, but the other images are not known here.
     config |= {**own, "batch_size": 1, "measure": {"warmup": 0, "repeats": 1}}
-    if (path.parent.parent / "run.json").is_file():  # the image is where its run left it
+    if os.path.isfile(path.parent.parent / "run.json"):  # the image is where its run left it
         config = with_found_paths(config, read_record(path.parent.parent).cwd)
-    with Image.open(path) as image:
-        return RunConfig.from_dict(config), [pixel_hash(image)]
+    return RunConfig.from_dict(config), [_pixels(path)]
+
+
+def _pixels(path: Path) -> str:
+    try:
+        with open_picture(path) as image:
+            return pixel_hash(image)
+    except Unreadable as error:
+        raise ConfigError(f"{path} {error}") from error
 
 
 def with_found_paths(config: dict[str, Any], cwd: str | None) -> dict[str, Any]:
@@ -84,9 +93,9 @@ def with_found_paths(config: dict[str, Any], cwd: str | None) -> dict[str, Any]:
     def found(value: Any) -> Any:
         if isinstance(value, list):
             return [found(entry) for entry in value]
-        if not isinstance(value, str) or cwd is None or Path(value).expanduser().exists():
+        if not isinstance(value, str) or cwd is None or os.path.exists(expanded(value)):
             return value
-        return str(Path(cwd) / value) if (Path(cwd) / value).exists() else value
+        return str(Path(cwd) / value) if os.path.exists(Path(cwd) / value) else value
 
     return _with_paths(config, RunConfig, found)
 

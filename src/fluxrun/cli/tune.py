@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from fluxrun.atomic import write_atomically
+from fluxrun.cli.arguments import one_line_parser
 from fluxrun.config.composition import compose
 from fluxrun.config.schema import RunConfig
 from fluxrun.errors import ConfigError, Interrupted
@@ -52,7 +54,7 @@ def command(arguments: Sequence[str]) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(prog="fluxrun tune", description=command.__doc__)
+    parser = one_line_parser("tune", command.__doc__)
     parser.add_argument("--min-psnr", type=float, default=30.0, help="dB that pictures must keep to the neutral ones")
     parser.add_argument("--output", type=Path, help="the preset's YAML file, for example conf/preset/mine.yaml")
     parser.add_argument("--folder", type=Path, help="where the measured runs go (default: outputs/tune/…)")
@@ -82,17 +84,19 @@ def _check_numbers(given: argparse.Namespace) -> None:
 
 
 def _check_folder(folder: Path) -> None:
-    if list(folder.glob("*/run.json")):
+    if os.path.isdir(folder) and list(folder.glob("*/run.json")):
         raise ConfigError(f"--folder {folder}: there are runs in it already; remove it or choose another one")
 
 
 def _check_output(output: Path) -> None:
     if output.suffix != ".yaml":
         raise ConfigError(f"--output {output}: a preset is a .yaml file")
-    if output.exists():
+    if os.path.exists(output):
         raise ConfigError(f"--output {output}: there is such a file; remove it or choose another name")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
+        output.touch()
+        output.unlink()  # not after a quarter of an hour of measuring
     except OSError as error:
         raise ConfigError(f"--output {output}: cannot write there: {error.strerror}") from error
 

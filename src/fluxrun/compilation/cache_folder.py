@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from fluxrun.paths import cache_dir
+from fluxrun.paths import cache_dir, expanded
 
 
 def cache_folder(asked: Path | None) -> Path:
     """Where compiled code is kept between processes: the option's folder, the user's, or fluxrun's own."""
     if asked is not None:
-        return asked.expanduser()
+        return expanded(asked)
     given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     return Path(given) if given else cache_dir() / "inductor"
 

@@ -15,7 +15,7 @@ import torch._dynamo.utils as dynamo_utils
 
 from fluxrun.compilation.artifacts import Artifacts, made_with
 from fluxrun.hardware.machine import Machine
-from fluxrun.paths import cache_dir
+from fluxrun.paths import cache_dir, expanded
 from fluxrun.types import Json
 
 if TYPE_CHECKING:
@@ -112,11 +112,11 @@ class Compiler:
         # torch writes its own default, a temporary folder, into the environment as soon as inductor is imported.
         given = os.environ.get("TORCHINDUCTOR_CACHE_DIR") not in (None, default_cache_dir())
         if folder is not None or not given:
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str((folder or cache_dir() / "inductor").expanduser())
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(expanded(folder or cache_dir() / "inductor"))
 
     def share(self, file: Path, machine: Machine) -> str | None:
         """Use compiled code from ``file``, and add to it what is compiled new; returns a note for the user, or None."""
-        self.artifacts = Artifacts(file.expanduser(), made_with(machine), saved_at=_counts()["cache_misses"])
+        self.artifacts = Artifacts(expanded(file), made_with(machine), saved_at=_counts()["cache_misses"])
         return self.artifacts.load()
 
     def start_counting(self) -> None:

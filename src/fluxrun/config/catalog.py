@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class Catalog:
         """The file of an option; raises ConfigError with the nearest name when there is none."""
         for folder in self.dirs:
             path = folder / group / f"{name}.yaml"
-            if path.is_file():
+            if os.path.isfile(path):  # not path.is_file(), which raises for a name that is too long
                 return path
         reason = REFUSED_WORDS.get((group, name)) or nearest(name, self.names(group))
         raise ConfigError(f"unknown option {group}={name}: {reason}")

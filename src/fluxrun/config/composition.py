@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from hydra import version
@@ -22,9 +23,9 @@ from omegaconf.errors import OmegaConfBaseException
 from fluxrun.config.catalog import Catalog
 from fluxrun.config.files import COMPOSE_ERRORS, HYDRA_BASE, check_defaults, check_files, search_path
 from fluxrun.config.schema import GROUPS, RunConfig, SweepConfig
-from fluxrun.errors import ConfigError, one_line
+from fluxrun.errors import ConfigError, one_line, python_reason, raised_by_fluxrun
 from fluxrun.formatting import nearest, shorten
-from fluxrun.paths import conf_dir
+from fluxrun.paths import conf_dir, expanded
 
 CONFIG_NAME = "config"
 
@@ -74,8 +75,8 @@ def config_dirs(config_dir: Path | str | None = None) -> tuple[Path, ...]:
     """The search order of config folders; raises ConfigError for a folder that is not there."""
     if config_dir is None:
         return (conf_dir(),)
-    folder = Path(config_dir).expanduser().resolve()
-    if not folder.is_dir():
+    folder = Path(os.path.realpath(expanded(config_dir)))
+    if not os.path.isdir(folder):
         raise ConfigError(f"config folder {folder} does not exist (--config-dir)")
     return (folder, conf_dir())
 
@@ -107,8 +108,8 @@ def compose_node(
         raise ConfigError(f"a config file is not valid YAML: {shorten(error, 300)}") from error
     except (RecursionError, UnicodeDecodeError) as error:
         raise ConfigError(_broken_file(error, overrides, dirs)) from error
-    except (*COMPOSE_ERRORS, ValueError) as error:
-        raise ConfigError(explain_composition(error, overrides, dirs)) from error
+    except Exception as error:
+        raise_as_refusal(error, overrides, dirs)
 
 
 @contextlib.contextmanager
@@ -116,13 +117,13 @@ def hydra_errors(overrides: Sequence[str], dirs: tuple[Path, ...]) -> Iterator[N
     """Within: what Hydra cannot compose, or write to its output folder, is a ConfigError in one line."""
     try:
         yield
-    except COMPOSE_ERRORS as error:
-        raise ConfigError(explain_composition(error, overrides, dirs)) from error
     except OSError as error:
         if isinstance(error, BrokenPipeError):
             raise
         where = f" to the output folder {error.filename}" if error.filename else ""  # a full disk names no file
         raise ConfigError(f"cannot write{where}: {error.strerror}") from error
+    except Exception as error:
+        raise_as_refusal(error, overrides, dirs)
 
 
 def check_composed_files(hydra: Hydra, overrides: Sequence[str], dirs: tuple[Path, ...], mode: RunMode) -> None:
@@ -176,6 +177,16 @@ def _without(node: DictConfig, *keys: str) -> DictConfig:
     return copy
 
 
+def raise_as_refusal(error: Exception, overrides: Sequence[str], dirs: tuple[Path, ...]) -> NoReturn:
+    """Raise ConfigError for what Hydra raised: it reads flags and ``hydra.*`` keys, and fails in any way it likes.
+
+    What fluxrun's own code raised is raised on as it is.
+    """
+    if raised_by_fluxrun(error):
+        raise error
+    raise ConfigError(explain_composition(error, overrides, dirs)) from error
+
+
 def explain_composition(error: BaseException, overrides: Sequence[str], dirs: tuple[Path, ...]) -> str:
     """One line for an error of Hydra's: unknown option or key with the nearest name first, else its first line."""
     text = str(error)
@@ -189,6 +200,9 @@ def explain_composition(error: BaseException, overrides: Sequence[str], dirs: tu
     for group in GROUPS:
         if f"{group}=null" in overrides or f"{group}=" in overrides:
             return f"{group}=null: an option is needed; allowed: {', '.join(catalog.names(group))}"
+    if not isinstance(error, COMPOSE_ERRORS):
+        for_hydra = [o for o in overrides if o.lstrip("+~").startswith("hydra")] or overrides
+        return f"Hydra cannot use {shorten(' '.join(for_hydra))}: {python_reason(error)}"
     return one_line(error) + next((hint for part, hint in HINTS.items() if part in text), "")
 
 
@@ -214,10 +228,10 @@ def _unknown_option(catalog: Catalog, group: str, name: str) -> str:
 def _unknown_key(key: str, dirs: tuple[Path, ...], overrides: Sequence[str]) -> str:
     parent, _, leaf = key.rpartition(".")
     known = sorted(_known_keys(parent, dirs, overrides))
-    shown = next((o for o in overrides if o.lstrip("+~").startswith(key)), key)
+    shown = shorten(next((o for o in overrides if o.lstrip("+~").startswith(key)), key))
     if leaf in known:
         return f"{key} takes its entries one by one: +{key}.NAME=VALUE"
-    return f"unknown key {key!r} (in {shown!r}): {nearest(leaf, known)}"
+    return f"unknown key {shorten(key)!r} (in {shown!r}): {nearest(leaf, known)}"
 
 
 def _known_keys(parent: str, dirs: tuple[Path, ...], overrides: Sequence[str]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fluxrun.config.schema import closed_knobs
+from fluxrun.config.sources import source_of
 from fluxrun.errors import ConfigError, one_line
 from fluxrun.formatting import shorten
 from fluxrun.trust import check_file, trusted
@@ -39,14 +41,14 @@ def search_path(dirs: tuple[Path, ...]) -> ConfigSearchPathImpl:
     path = create_automatic_config_search_path(None, None, str(dirs[-1]))
     assert isinstance(path, ConfigSearchPathImpl)
     for folder in dirs[:-1]:
-        path.prepend(provider="command-line", path=f"file://{folder}")
+        path.prepend(provider="command-line", path=source_of(folder))
     return path
 
 
 def find_file(config_path: str, dirs: tuple[Path, ...]) -> Path | None:
     """The file of a config path such as ``preset/mine``, or None where it is not one of these folders'."""
     candidates = (folder / f"{config_path}.yaml" for folder in dirs)
-    return next((path for path in candidates if path.is_file()), None)
+    return next((path for path in candidates if os.path.isfile(path)), None)
 
 
 def check_files(entries: Iterable[ResultDefault], dirs: tuple[Path, ...]) -> None:

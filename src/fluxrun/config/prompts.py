@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from fluxrun.config.schema import RunConfig
-from fluxrun.errors import ConfigError, one_line
+from fluxrun.errors import ConfigError
+from fluxrun.formatting import shorten
+from fluxrun.paths import expanded
+from fluxrun.pictures import open_picture
+from fluxrun.reading import Unreadable, parse_json, parse_yaml, read_text
 
 ALLOWED_KEYS = ("prompt", "seed", "num_images")
 
@@ -68,13 +70,13 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
 
     Raises ConfigError when the file is missing, unreadable, empty or of another shape.
     """
-    path = path.expanduser()
+    path = expanded(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path)
     except FileNotFoundError as error:
         raise ConfigError(f"prompts_file={path}: no such file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"prompts_file={path} cannot be read as UTF-8 text: {one_line(error)}") from error
+    except Unreadable as error:
+        raise ConfigError(f"prompts_file={shorten(path)} {error}") from error
     readers = {".txt": _read_lines, ".yaml": _read_yaml, ".yml": _read_yaml, ".jsonl": _read_json_lines}
     reader = readers.get(path.suffix.lower())
     if reader is None:
@@ -95,17 +97,17 @@ def _read_json_lines(path: Path, text: str) -> list[tuple[int, Any]]:
     entries = []
     for number, line in _read_lines(path, text):
         try:
-            entries.append((number, json.loads(line)))
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"prompts_file={path} line {number} is not JSON: {error.msg}") from error
+            entries.append((number, parse_json(line)))
+        except Unreadable as error:
+            raise ConfigError(f"prompts_file={path} line {number} {error}") from error
     return entries
 
 
 def _read_yaml(path: Path, text: str) -> list[tuple[int, Any]]:
     try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"prompts_file={path} is not valid YAML: {one_line(error)}") from error
+        content = parse_yaml(text)
+    except Unreadable as error:
+        raise ConfigError(f"prompts_file={path} {error}") from error
     if not isinstance(content, (list, type(None))):
         raise ConfigError(f"prompts_file={path} must hold a list of prompts, got a {type(content).__name__}")
     return list(enumerate(content or [], 1))
@@ -115,13 +117,13 @@ def _entry(path: Path, number: int, raw: Any) -> dict[str, Any]:
     entry = {"prompt": raw} if isinstance(raw, str) else raw
     where = f"prompts_file={path}, entry {number}"
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
-        raise ConfigError(f"{where}: must be a text or a mapping with a prompt, got {raw!r}")
-    if unknown := sorted(set(entry) - set(ALLOWED_KEYS)):
-        raise ConfigError(f"{where}: unknown key {unknown[0]!r}, allowed: {', '.join(ALLOWED_KEYS)}")
+        raise ConfigError(f"{where}: must be a text or a mapping with a prompt, got {shorten(raw)}")
+    if unknown := sorted(map(str, set(entry) - set(ALLOWED_KEYS))):
+        raise ConfigError(f"{where}: unknown key {shorten(unknown[0])!r}, allowed: {', '.join(ALLOWED_KEYS)}")
     for key, least in (("seed", 0), ("num_images", 1)):
         value = entry.get(key, least)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ConfigError(f"{where}: {key} must be a whole number of at least {least}, got {value!r}")
+            raise ConfigError(f"{where}: {key} must be a whole number of at least {least}, got {shorten(value)}")
     return entry
 
 
@@ -130,10 +132,10 @@ def load_reference_images(paths: tuple[Path, ...]) -> list[Image.Image]:
     images = []
     for path in paths:
         try:
-            with Image.open(path.expanduser()) as image:
+            with open_picture(expanded(path)) as image:
                 images.append(image.convert("RGB"))
         except FileNotFoundError as error:
             raise ConfigError(f"reference_images: {path}: no such file") from error
-        except (UnidentifiedImageError, OSError) as error:
-            raise ConfigError(f"reference_images: {path} cannot be read as an image: {one_line(error)}") from error
+        except Unreadable as error:
+            raise ConfigError(f"reference_images: {shorten(path)} {error}") from error
     return images

@@ -109,6 +109,8 @@ class RunConfig(BaseModel):
     @classmethod
     def from_dict(cls, data: dict[str, Any], config_dirs: tuple[Path, ...] = ()) -> RunConfig:
         """Validate plain data; raises ConfigError with one line for the first thing that is wrong."""
+        if inner := sorted({"source", "config_dirs"} & data.keys()):  # fields, but no knobs
+            raise ConfigError(f"unknown key {inner[0]!r}: {nearest(inner[0], _known_keys(inner[:1], data))}")
         try:
             return cls(**data, config_dirs=config_dirs)
         except ValidationError as error:
@@ -161,7 +163,7 @@ def explain(error: ValidationError, data: dict[str, Any], *within: str) -> str:
     key = ".".join(path)
     got = problem.get("input")
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {key!r}: {nearest(path[-1], sorted(_known_keys(path, data)))}"
+        return f"unknown key {shorten(key)!r}: {nearest(path[-1], sorted(_known_keys(path, data)))}"
     if problem["type"] == "missing":
         return f"{key} is missing: it must be given"
     if problem["type"] == "value_error":
@@ -196,4 +198,4 @@ def sweep_config(node: DictConfig) -> SweepConfig:
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         key = ".".join(["sweep", *map(str, problem["loc"])])
-        raise ConfigError(f"{key}={problem['input']}: {problem['msg'].lower()}") from error
+        raise ConfigError(f"{key}={shorten(problem['input'])}: {problem['msg'].lower()}") from error

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
 from fluxrun.atomic import write_atomically
 from fluxrun.hardware.machine import Machine, Proof
 from fluxrun.paths import cache_dir
+from fluxrun.reading import parse_json, read_text
+
+log = logging.getLogger("fluxrun.hardware")
 
 PROBED_PACKAGES = (
     "torch",
@@ -34,18 +38,21 @@ def fingerprint(machine: Machine) -> str:
 def remembered(machine: Machine) -> Mapping[str, Proof]:
     """Proofs made earlier with the same versions, driver and GPUs."""
     try:
-        stored = json.loads(_file(machine).read_text())
-    except (FileNotFoundError, json.JSONDecodeError, PermissionError):
+        stored = parse_json(read_text(_file(machine)))
+        return {name: Proof(**proof) for name, proof in stored.items()}
+    except (OSError, TypeError, AttributeError):  # no such file, or one that something else has written
         return {}
-    return {name: Proof(**proof) for name, proof in stored.items()}
 
 
 def remember(machine: Machine, name: str, proof: Proof) -> None:
     """Add a proof to the remembered ones."""
     proofs = {**remembered(machine), name: proof}
     file = _file(machine)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps({key: vars(value) for key, value in proofs.items()}, indent=1))
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps({key: vars(value) for key, value in proofs.items()}, indent=1))
+    except OSError as error:
+        log.warning("%s cannot be written (%s): kernels are probed again next time", file, error.strerror)
 
 
 def _file(machine: Machine) -> Path:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from pydantic import BaseModel, ConfigDict
 
 from fluxrun.errors import ConfigError, one_line
-from fluxrun.formatting import GIB
+from fluxrun.formatting import GIB, shorten
 from fluxrun.hardware.machine import Machine
 from fluxrun.offload.block_sizes import BlockSizes
 from fluxrun.process.device import synchronize
@@ -232,7 +232,7 @@ def load_option(node: Option | Json) -> Option:
     if isinstance(node, Option):
         return node
     if not isinstance(node, dict) or "_target_" not in node:
-        raise ConfigError(f"an option must be a mapping with a _target_, got {node!r}")
+        raise ConfigError(f"an option must be a mapping with a _target_, got {shorten(node)}")
     knobs = dict(node)
     return option_class(str(knobs.pop("_target_")))(**knobs)
 

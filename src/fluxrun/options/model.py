@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +12,7 @@ from fluxrun.architectures import ArchitectureName, PipelineKind, architecture
 from fluxrun.errors import ConfigError
 from fluxrun.hardware.machine import Machine
 from fluxrun.options.base import Option
+from fluxrun.paths import expanded
 from fluxrun.trust import Open
 
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
@@ -95,10 +97,10 @@ class Flux2Model(Option):
         Raises ConfigError when a bundled model is not there.
         """
         if self.path is not None:
-            return self.path.expanduser()
+            return expanded(self.path)
         if self.bundled is None:
             return None
-        found = next((root / self.bundled for root in BUNDLED if (root / self.bundled).is_dir()), None)
+        found = next((root / self.bundled for root in BUNDLED if os.path.isdir(root / self.bundled)), None)
         if found is None:
             places = " or ".join(str(root) for root in BUNDLED)
             raise ConfigError(f"model.bundled={self.bundled}: no such folder in {places}; give model.path instead")

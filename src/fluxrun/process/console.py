@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import logging.config
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -14,11 +15,12 @@ from typing import TextIO
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from fluxrun.errors import ConfigError, one_line
-from fluxrun.streams import LastingConsole
+from fluxrun.formatting import as_message, printable
+from fluxrun.terminal import make_console
 
 log = logging.getLogger("fluxrun")
 
-console = LastingConsole()
+console = make_console(stderr=True)
 """The one console: log lines and the live display share it, so that neither tears the other."""
 
 PLAIN_STEP_SECONDS = 5.0
@@ -65,6 +67,18 @@ class LogFile(logging.FileHandler):
             self._said = True
             text = f"warning: {self.baseFilename} cannot be written: {one_line(error)}"
             console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+class LogFormatter(logging.Formatter):
+    """Lines of the log file: control characters escaped, further lines of a message set in from its first."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record), keep="\n\t").replace("\n", "\n  ")
+
+
+def one_line_warning(message: Warning | str, *_: object, **__: object) -> str:
+    """A library's warning as one printable line, without the line of its source code."""
+    return f"warning: {as_message(str(message))}\n"
 
 
 class Reporter:
@@ -172,12 +186,12 @@ class _PlainSteps(Steps):
 
 def log_to(folder: Path) -> None:
     """The same console and log file that Hydra sets up for an ordinary run."""
-    if (folder / "run.json").exists():
+    if os.path.exists(folder / "run.json"):
         raise ConfigError(f"{folder} already holds a run: choose another hydra.run.dir, or remove it")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = LogFile(folder / "fluxrun.log")
     except OSError as error:
         raise ConfigError(f"cannot write to the output folder {folder}: {error.strerror}") from error
-    file.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] %(message)s"))
+    file.setFormatter(LogFormatter("[%(asctime)s][%(name)s][%(levelname)s] %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[ConsoleHandler(), file], force=True)

@@ -20,6 +20,7 @@ from pydantic_core import PydanticSerializationError
 from fluxrun.atomic import Reserve, write_atomically
 from fluxrun.errors import ConfigError, Interrupted, one_line
 from fluxrun.formatting import utf8
+from fluxrun.reading import Unreadable, first_problem, read_text
 from fluxrun.record.picture import pixel_hash, save_image
 from fluxrun.record.schema import ErrorRecord, ImageRecord, OptionRecord, RecordModel, RunRecord, Status
 
@@ -221,7 +222,7 @@ def claimed(folder: Path) -> Iterator[None]:
 
 def refuse_used(folder: Path) -> None:
     """Raise ConfigError when a folder holds a run."""
-    if (folder / "run.json").exists():
+    if os.path.exists(folder / "run.json"):  # not path.exists(), which raises for a name that is too long
         raise ConfigError(USED.format(folder))
 
 
@@ -243,11 +244,13 @@ def read_record(folder: Path) -> RunRecord:
 
     path = folder / "run.json"
     try:
-        return RunRecord.model_validate_json(path.read_text(encoding="utf-8"))
+        return RunRecord.model_validate_json(read_text(path))
     except FileNotFoundError as error:
         raise ConfigError(f"{folder} is not a run folder: it has no run.json") from error
-    except (OSError, ValidationError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as a fluxrun record: {one_line(error)}") from error
+    except Unreadable as error:
+        raise ConfigError(f"{path} {error}") from error
+    except ValidationError as error:
+        raise ConfigError(f"{path} is no record of fluxrun's: {first_problem(error)}") from error
 
 
 def data_hash(data: dict[str, Any]) -> str:

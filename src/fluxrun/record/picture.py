@@ -9,7 +9,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxrun.errors import ConfigError, one_line
+from fluxrun.errors import ConfigError
+from fluxrun.pictures import open_picture
+from fluxrun.reading import Unreadable, parse_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -57,22 +59,29 @@ def _exif(image: Image, metadata: dict[str, Any]) -> Any:
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """The metadata fluxrun wrote into an image. Raises ConfigError if there is none or it cannot be read."""
-    from PIL import Image as PillowImage
-    from PIL import UnidentifiedImageError
-
     try:
-        with PillowImage.open(path) as image:
+        with open_picture(path) as image:
             text = image.info.get(METADATA_KEY)
             described = image.getexif().get(EXIF_IMAGE_DESCRIPTION)
-    except (UnidentifiedImageError, OSError) as error:
-        raise ConfigError(f"cannot read {path} as an image: {one_line(error)}") from error
-    try:
-        metadata = json.loads(text) if text else json.loads(described)[METADATA_KEY] if described else None
-    except (json.JSONDecodeError, KeyError, TypeError):
-        metadata = None
-    if not isinstance(metadata, dict) or "config" not in metadata:
+    except (FileNotFoundError, Unreadable) as error:
+        raise ConfigError(f"{path} {error}") from error
+    metadata = _parsed(text) if text else _described(described)
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("config"), dict):
         raise ConfigError(f"{path} carries no fluxrun metadata: only images that fluxrun saved can be run again")
     return metadata
+
+
+def _described(text: Any) -> Any:
+    data = _parsed(text)
+    return data.get(METADATA_KEY) if isinstance(data, dict) else None
+
+
+def _parsed(text: Any) -> Any:
+    """The JSON in a picture's text, or None: there may be anything in it."""
+    try:
+        return parse_json(text) if isinstance(text, str) else None
+    except Unreadable:
+        return None
 
 
 def pixel_hash(image: Image) -> str:

@@ -152,7 +152,7 @@ def _environment_table(environments: Sequence[dict[str, Any]]) -> list[tuple[str
 def _text(key: str, value: Any) -> str:
     if value is None:
         return ""
-    return f"{value / GIB:.1f} GB" if key.endswith("_bytes") else str(value)
+    return f"{value / GIB:.1f} GB" if key.endswith("_bytes") and isinstance(value, (int, float)) else str(value)
 
 
 def _gigabytes(value: int | None) -> str:

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from fluxrun.atomic import write_atomically
 from fluxrun.errors import ConfigError, FluxrunError, one_line
+from fluxrun.reading import Unreadable, first_problem, read_text
 from fluxrun.record.folder import read_record
 from fluxrun.report.comparison import compare, settings
 from fluxrun.report.rows import (
@@ -179,11 +180,13 @@ def _earlier(folder: Path) -> Result:
     """What sweep.json says, for what the job folders do not; an empty one where there is none."""
     path = folder / "sweep.json"
     try:
-        return Result.model_validate_json(path.read_text(encoding="utf-8"))
+        return Result.model_validate_json(read_text(path))
     except FileNotFoundError:
         return Result(status="completed")
-    except (OSError, ValidationError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as a sweep's result: {one_line(error)}") from error
+    except Unreadable as error:
+        raise ConfigError(f"{path} {error}") from error
+    except ValidationError as error:
+        raise ConfigError(f"{path} is no result of a sweep: {first_problem(error)}") from error
 
 
 def _environments(rows: Sequence[Row], root: Path) -> list[dict[str, Any]]:

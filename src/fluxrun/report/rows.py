@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict
 
 from fluxrun.config.catalog import is_neutral_option
 from fluxrun.config.composition import shown
 from fluxrun.errors import ConfigError
+from fluxrun.reading import Unreadable, parse_yaml, read_text
 from fluxrun.record.folder import read_record
 from fluxrun.record.schema import Chosen, Fallback, RunRecord, SavedImage, Status
 
@@ -198,7 +198,7 @@ def read_row(folder: Path, root: Path) -> Row:
             group: Chosen(requested=option.requested, effective=option.effective, fallbacks=option.fallbacks)
             for group, option in record.options.items()
         },
-        steps=max(map(len, timings.step_s), default=0) or record.config.get("steps"),
+        steps=max(map(len, timings.step_s), default=0) or _count(record.config.get("steps")) or None,
         size=[record.images[0].height, record.images[0].width] if record.images else [],
         device=str(record.environment.get("device") or ""),
         machine=_machine(record),
@@ -223,8 +223,8 @@ def read_row(folder: Path, root: Path) -> Row:
 
 def _speeds(row: Row, record: RunRecord) -> None:
     """Seconds per step and per image, first and steady; None where the job measured too little to tell."""
-    timings, warmed = record.timings, record.config.get("measure", {}).get("warmup", 0) > 0
-    batch = max(1, min(int(record.config.get("batch_size") or 1), len(record.images)))
+    timings, warmed = record.timings, _count(config_value(record.config, "measure.warmup")) > 0
+    batch = max(1, min(_count(record.config.get("batch_size")), len(record.images)))
     calls = [(denoise + decode) / batch for denoise, decode in zip(timings.denoise_s, timings.decode_s, strict=False)]
     if not calls or row.steps is None:
         return
@@ -242,10 +242,15 @@ def _speeds(row: Row, record: RunRecord) -> None:
         row.first_image_s = (timings.first_call_s + (row.steps - 1) * steady.median + decode) / batch
 
 
+def _count(value: Any) -> int:
+    """A number in a recorded config, 0 for anything else: the config is as it was asked for, and may be wrong."""
+    return value if isinstance(value, int) else 0
+
+
 def _overrides(folder: Path) -> list[str]:
     try:
-        content = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
+        content = parse_yaml(read_text(folder / ".hydra" / "overrides.yaml"))
+    except (FileNotFoundError, Unreadable):
         return []
     return shown([str(o) for o in content]) if isinstance(content, list) else []
 
@@ -352,7 +357,7 @@ def read_rows(folder: Path, root: Path) -> list[Row]:
 def baseline_elsewhere(baseline: str, root: Path) -> list[Row]:
     """The row of ``sweep.baseline=FOLDER``; none where the baseline is something else."""
     folder = Path(baseline)
-    if not (folder / "run.json").is_file():
+    if not os.path.isfile(folder / "run.json"):
         return []
     return [read_row(folder, root).model_copy(update={"job": BASELINE_ELSEWHERE})]
 

@@ -14,7 +14,7 @@ from fluxrun.config.catalog import is_neutral_option
 from fluxrun.formatting import decibels, seconds
 from fluxrun.record.schema import replacement
 from fluxrun.report.rows import Result, Row, config_text, distinctive, label
-from fluxrun.streams import LastingConsole
+from fluxrun.terminal import make_console
 
 GIB = 2**30
 
@@ -31,7 +31,7 @@ STYLES = {"failed": "red", "pending": "dim", "interrupted": "yellow", "running":
 
 def show_result(result: Result, folder: Path) -> None:
     """Print the table, what fell back and failed and why, and where the files are."""
-    out = LastingConsole()
+    out = make_console(stderr=True)
     width = out.width if out.is_terminal or os.environ.get("COLUMNS") else WIDE
     for line in table_lines(result.jobs, width):
         out.print(line, soft_wrap=True)

@@ -8,9 +8,10 @@ from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from fluxrun.config.composition import compose_node, parse, shown, to_data
+from fluxrun.config.composition import compose_node, parse, raise_as_refusal, shown, to_data
 from fluxrun.options.groups import APPLY_ORDER, ROWS
 from fluxrun.record.folder import data_hash
 from fluxrun.report.rows import GridJob, Row
@@ -57,7 +58,11 @@ def compose_grid(hydra: Hydra, overrides: Sequence[str], dirs: tuple[Path, ...])
 
     Values are not looked at: one that only some jobs have wrong fails those jobs.
     """
-    batches = BasicSweeper.split_arguments(parse(hydra, overrides, dirs), max_batch_size=None)
+    given = parse(hydra, overrides, dirs)
+    try:
+        batches = BasicSweeper.split_arguments(given, max_batch_size=None)
+    except HydraException as error:  # interval(0,1), which only an optimising sweeper can use
+        raise_as_refusal(error, overrides, dirs)
     jobs = []
     for number, job in enumerate(job for batch in batches for job in batch):
         data = to_data(compose_node(hydra, job, dirs))

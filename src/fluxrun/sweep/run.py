@@ -7,6 +7,7 @@ everything is here, because Hydra's own end-of-multirun callback is not called o
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -25,6 +26,7 @@ from fluxrun.atomic import Reserve
 from fluxrun.config.composition import CONFIG_NAME, hydra_errors, shown, to_data
 from fluxrun.config.schema import RunConfig, SweepConfig, sweep_config
 from fluxrun.errors import ConfigError, FluxrunError, Interrupted, exit_code_of, one_line
+from fluxrun.paths import expanded
 from fluxrun.pipeline.session_pool import SessionPool
 from fluxrun.process.signals import Interrupts
 from fluxrun.record.folder import RESERVE, data_hash, write_failure
@@ -273,8 +275,8 @@ def plan_sweep(
 ) -> Sweep:
     """Everything that can be refused before the first job; raises ConfigError. Imports no torch."""
     config = sweep_config(node)
-    folder = Path(str(config.resume or node.hydra.sweep.dir)).expanduser()
-    if config.resume is not None and not folder.is_dir():
+    folder = expanded(str(config.resume or node.hydra.sweep.dir))
+    if config.resume is not None and not os.path.isdir(folder):
         raise ConfigError(f"sweep.resume={config.resume}: no such folder")
     if "/" in str(OmegaConf.to_container(node.hydra.sweep, resolve=False).get("subdir")):  # type: ignore[union-attr]
         raise ConfigError("hydra.sweep.subdir: a sweep's jobs lie directly in its folder, without a / in between")
@@ -295,7 +297,7 @@ def plan_sweep(
 
 
 def _check_baseline(config: SweepConfig, grid: Sequence[GridJob]) -> None:
-    if config.baseline in ("auto", "neutral") or (Path(config.baseline) / "run.json").is_file():
+    if config.baseline in ("auto", "neutral") or os.path.isfile(Path(config.baseline) / "run.json"):
         return
     if not any(describes(config.baseline, job.data) for job in grid):
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from fluxrun.architectures import ArchitectureName, architecture, recognised
@@ -68,7 +69,8 @@ def check_layers(model: Flux2Model, located: Located) -> None:
     if located.folder is None:
         return
     config = read_json(located.folder / "text_encoder" / "config.json")
-    layers = config.get("num_hidden_layers") or config.get("text_config", {}).get("num_hidden_layers")
+    own = config.get("text_config")
+    layers = config.get("num_hidden_layers") or (own.get("num_hidden_layers") if isinstance(own, dict) else None)
     last = max(read_layers(model, located.pipeline))
     if layers is not None and last > layers:
         raise ConfigError(
@@ -78,7 +80,7 @@ def check_layers(model: Flux2Model, located: Located) -> None:
 
 
 def _local(model: Flux2Model, folder: Path) -> Located:
-    if not folder.exists():
+    if not os.path.exists(folder):
         raise ConfigError(f"model.path={folder}: no such folder (a FLUX.2 checkpoint in diffusers layout is expected)")
     check_whole(folder, model.variant, "copy or download the folder again")
     return of_folder(model, folder, kind="folder", source=str(folder.resolve()))

@@ -6,17 +6,20 @@ path, a gated repository or a full disk is answered in one line and at once.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from fluxrun.architectures import HIDDEN_STATES_READ, MODEL_COMPONENTS, PIPELINE_CLASSES, PipelineKind, layers_needed
-from fluxrun.errors import ConfigError, one_line
+from fluxrun.errors import ConfigError
+from fluxrun.formatting import shorten
 from fluxrun.options.model import Flux2Model
+from fluxrun.reading import Unreadable, parse_json, read_text
 from fluxrun.types import Json
+from fluxrun.weights.headers import Tensor, missing_tensors, read_header
 from fluxrun.weights.location import Kind, Located
+from fluxrun.weights.sanity import check_config, check_files, check_scheduler
 
 LIBRARIES = ("diffusers", "transformers")
 """Libraries a checkpoint may name its components from: the folder may come from a stranger."""
@@ -40,6 +43,7 @@ def read_layers(model: Flux2Model, pipeline: PipelineKind) -> tuple[int, ...]:
 
 def of_folder(model: Flux2Model, folder: Path, *, kind: Kind, source: str) -> Located:
     pipeline, distilled = pipeline_of(_model_index(folder), model)
+    check_sizes(folder, model.variant)
     sizes = {name: sum(f.stat().st_size for f in _weights(folder, name, model.variant)) for name in MODEL_COMPONENTS}
     if model.text_encoder_layers == "needed":
         files = _weights(folder, "text_encoder", model.variant)
@@ -59,31 +63,42 @@ def _unread_bytes(files: list[Path], read: tuple[int, ...]) -> int:
     """Bytes in a text encoder's files that are not loaded: layers behind the last one read, and the head."""
     layers: dict[int, int] = {}
     head = 0
-    for file in files:
-        for name, size in _tensor_sizes(file):
-            if match := TEXT_LAYER.search(name):
-                layers[int(match[1])] = layers.get(int(match[1]), 0) + size
-            elif name.startswith("lm_head.") or ".lm_head." in name:
-                head += size
+    for name, tensor in _tensors_of(files).items():
+        if match := TEXT_LAYER.search(name):
+            layers[int(match[1])] = layers.get(int(match[1]), 0) + tensor.bytes
+        elif name.startswith("lm_head.") or ".lm_head." in name:
+            head += tensor.bytes
     kept = layers_needed(len(layers), read)
     return head + sum(size for number, size in layers.items() if number >= kept)
 
 
-def _tensor_sizes(file: Path) -> Iterator[tuple[str, int]]:
-    """Names and bytes of the tensors in a safetensors file, from its header (it was checked to be whole)."""
-    with file.open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    for name, entry in header.items():
-        if name != "__metadata__":
-            start, end = entry["data_offsets"]
-            yield name, end - start
+def _tensors_of(files: list[Path]) -> dict[str, Tensor]:
+    """All tensors of a component's files, from their headers."""
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            tensors |= read_header(file)
+        except Unreadable as error:
+            raise ConfigError(f"{file} {error}") from error
+    return tensors
+
+
+def check_sizes(folder: Path, variant: str | None) -> None:
+    """Refuse configs that ask for other sizes than the weights have, before a library builds them."""
+    for name in MODEL_COMPONENTS:
+        file = folder / name / "config.json"
+        check_config(file, read_json(file), _tensors_of(_weights(folder, name, variant)))
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    check_scheduler(scheduler, read_json(scheduler))
 
 
 def read_json(file: Path) -> dict[str, Any]:
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} cannot be read: {one_line(error)}") from error
+        data = parse_json(read_text(file))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{file}: no such file") from error
+    except Unreadable as error:
+        raise ConfigError(f"{file} {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{file} is not a JSON object")
     return data
@@ -92,6 +107,8 @@ def read_json(file: Path) -> dict[str, Any]:
 def _model_index(folder: Path) -> dict[str, Any]:
     """model_index.json, checked to name a FLUX.2 pipeline whose components' libraries may be imported."""
     file = folder / "model_index.json"
+    if folder.is_dir():
+        check_files(folder)
     if not file.is_file():
         single = next(folder.glob("*.safetensors"), None) if folder.is_dir() else folder
         hint = f"; {single.name} alone is a single-file checkpoint, which fluxrun does not read" if single else ""
@@ -103,8 +120,10 @@ def _model_index(folder: Path) -> dict[str, Any]:
 
 def check_index(index: Mapping[str, Json], where: str) -> None:
     name = index.get("_class_name")
-    if name not in PIPELINE_CLASSES:
-        raise ConfigError(f"{where} holds a {name}, not a FLUX.2 pipeline (allowed: {', '.join(PIPELINE_CLASSES)})")
+    if not isinstance(name, str) or name not in PIPELINE_CLASSES:
+        raise ConfigError(
+            f"{where} holds a {shorten(name)}, not a FLUX.2 pipeline (allowed: {', '.join(PIPELINE_CLASSES)})"
+        )
     components = components_of(index)
     missing = [part for part in (*MODEL_COMPONENTS, "tokenizer", "scheduler") if part not in components]
     if missing:
@@ -171,31 +190,23 @@ def _model_problems(place: Path, variant: str | None) -> Iterator[str]:
         only = ", ".join(sorted(v for v in _variants(place) if v))
         hint = f" (only the variant(s) {only}: give model.variant)" if only else ""
         yield f"{place.name}/ has no .safetensors weights{hint}"
-    for file in files:
-        problem = _file_problem(file)
-        if problem:
-            yield f"{place.name}/{file.name} {problem}"
+    problems = {file: problem for file in files if (problem := _file_problem(file))}
+    yield from (f"{place.name}/{file.name} {problem}" for file, problem in problems.items())
+    if not problems and (index := _index(place, variant_of(place.parent, place.name, variant))):
+        headers = {file.name: read_header(file) for file in files}
+        for name, tensor in missing_tensors(weight_map(index), headers):
+            yield f"{place.name}/{name} lacks the tensor {tensor}"
 
 
 def _file_problem(file: Path) -> str | None:
     """Why a safetensors file cannot be whole, from its header alone."""
     if not file.is_file():
         return "is missing"
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        if start == b"version ":
-            return "is a Git LFS pointer, not the weights (git lfs pull)"
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > size - 8:
-            return f"is truncated ({size:,} bytes)"
-        try:
-            header = json.loads(stream.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return "is not a safetensors file"
-    expected = 8 + length + max(ends, default=0)
-    return f"is truncated ({size:,} of {expected:,} bytes)" if size < expected else None
+    try:
+        read_header(file)
+    except Unreadable as error:
+        return str(error)
+    return None
 
 
 def _variants(place: Path) -> set[str | None]:
@@ -208,6 +219,16 @@ def variant_of(folder: Path, component: str, variant: str | None) -> str | None:
     return variant if variant and variant in _variants(folder / component) else None
 
 
+def weight_map(index: Path) -> dict[str, str]:
+    """Which file has each tensor, by a shard index. Raises ConfigError: the names are joined to the folder's path."""
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not all(
+        isinstance(file, str) and file == Path(file).name for file in found.values()
+    ):
+        raise ConfigError(f"{index}: weight_map must name a file beside it for each tensor")
+    return found
+
+
 def _weights(folder: Path, component: str, variant: str | None) -> list[Path]:
     """The weight files that will be read; from the shard index where there is one, so some may be missing."""
     place = folder / component
@@ -215,13 +236,18 @@ def _weights(folder: Path, component: str, variant: str | None) -> list[Path]:
     whole = place / f"model{'.' + used if used else ''}.safetensors"
     if whole.is_file():  # transformers prefers it to shards, diffusers (whose files are named otherwise) the shards
         return [whole]
-    for index in place.glob("*.safetensors.index*.json"):
-        match = INDEX_FILE.match(index.name)
-        if match and match["variant"] == used:
-            shards = read_json(index).get("weight_map", {})
-            return [place / name for name in sorted(set(shards.values()))]
+    if index := _index(place, used):
+        return [place / name for name in sorted(set(weight_map(index).values()))]
     return [
         file
         for file in sorted(place.glob("*.safetensors"))
         if (match := WEIGHT_FILE.match(file.name)) and match["variant"] == used
     ]
+
+
+def _index(place: Path, variant: str | None) -> Path | None:
+    """The shard index of a component's weights, unless they are one file that the library prefers."""
+    if (place / f"model{'.' + variant if variant else ''}.safetensors").is_file():
+        return None
+    indices = ((index, INDEX_FILE.match(index.name)) for index in sorted(place.glob("*.safetensors.index*.json")))
+    return next((index for index, match in indices if match and match["variant"] == variant), None)

@@ -25,6 +25,7 @@ from fluxrun.weights.folder import (
     INDEX_FILE,
     WEIGHT_FILE,
     check_index,
+    check_sizes,
     check_whole,
     components_of,
     of_folder,
@@ -259,6 +260,7 @@ def download(located: Located, progress: Callable[[str], None] | None = None) ->
     say(located.announcement() or f"fetching {located.id}")
     folder = _fetch(located, say)
     check_whole(folder, located.variant, "delete it from the cache and run again")
+    check_sizes(folder, located.variant)
     return folder
 
 

@@ -21,10 +21,11 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from fluxrun.architectures import HIDDEN_STATES_READ, MODEL_COMPONENTS, PipelineKind
-from fluxrun.errors import ConfigError
+from fluxrun.errors import ConfigError, FluxrunError, python_reason
 from fluxrun.offload.tensors import tensor_bytes
 from fluxrun.options.model import Flux2Model
 from fluxrun.types import Component, Json, Pipeline
+from fluxrun.weights.chat_template import check_templates, templates_of
 from fluxrun.weights.find import find_weights
 from fluxrun.weights.folder import component_classes, variant_of
 from fluxrun.weights.hub import download
@@ -78,15 +79,17 @@ def load(
     parts: dict[str, Component] = dict.fromkeys(PARTS["all"])
     facts: dict[str, Any] = {"source": located.source, "revision": located.revision, "components": {}}
     needed = _needed_layers(model, located.pipeline)
-    random = located.kind == "random"
+    folder = None if located.kind == "random" else download(located, progress)
     make: Callable[[str], Component] = (
-        random_source(model, dtype, device, needed)
-        if random
-        else partial(_pretrained, download(located, progress), dtype, model.variant, needed)
+        partial(_pretrained, folder, dtype, model.variant, needed)
+        if folder
+        else random_source(model, dtype, device, needed)
     )
     for name in PARTS[part]:
-        progress(f"{'building' if random else 'loading'} {name}")
+        progress(f"{'loading' if folder else 'building'} {name}")
         component = parts[name] = make(name)
+        if name == "tokenizer" and folder and model.bundled is None:
+            check_templates(templates_of(component), folder / name)
         if isinstance(component, nn.Module):
             facts["components"][name] = _settle(component, name, device, quantize)
         if name == "text_encoder" and needed is not None:
@@ -146,6 +149,7 @@ class FromPretrained(TypedDict):
     subfolder: str
     variant: str | None
     local_files_only: bool
+    trust_remote_code: bool
     dtype: torch.dtype
 
 
@@ -156,61 +160,85 @@ def _pretrained(folder: Path, dtype: str, variant: str | None, needed: NeededLay
     is what lets each be quantized before the next one needs memory.
     """
     library, class_name = component_classes(folder)[name]
-    cls = getattr(importlib.import_module(library), class_name)
-    component: Component
-    if name not in MODEL_COMPONENTS:
-        component = cls.from_pretrained(str(folder), subfolder=name, local_files_only=True)
+    with _quiet(), _refused_as(folder / name):
+        cls = getattr(importlib.import_module(library), class_name)
+        component: Component
+        if name not in MODEL_COMPONENTS:
+            component = cls.from_pretrained(str(folder), subfolder=name, local_files_only=True, trust_remote_code=False)
+            return component
+        arguments = FromPretrained(
+            subfolder=name,
+            variant=variant_of(folder, name, variant),
+            local_files_only=True,
+            trust_remote_code=False,
+            # Always given: a folder saved in bfloat16 would else mix a bfloat16 text encoder and a float32 transformer.
+            dtype=getattr(torch, dtype),
+        )
+        if name == "text_encoder" and needed is not None:
+            return _cut_text_encoder(cls, folder, arguments, needed)
+        component, report = cls.from_pretrained(str(folder), output_loading_info=True, **arguments)
+        _check_complete(folder / name, report["missing_keys"])
         return component
-    arguments = FromPretrained(
-        subfolder=name,
-        variant=variant_of(folder, name, variant),
-        local_files_only=True,
-        # Always given: a folder saved in bfloat16 would else mix a bfloat16 text encoder and a float32 transformer.
-        dtype=getattr(torch, dtype),
-    )
-    if name == "text_encoder" and needed is not None:
-        return _cut_text_encoder(cls, folder, arguments, needed)
-    with _loading_bars_off():
-        component = cls.from_pretrained(str(folder), **arguments)
-    return component
 
 
 def _cut_text_encoder(
     cls: type[PreTrainedModel], folder: Path, arguments: FromPretrained, needed: NeededLayers
 ) -> PreTrainedModel:
-    """A text encoder without what is never read; tensors of the layers behind are not read from disk either.
-
-    Raises ConfigError when the checkpoint lacks tensors of what remains: transformers would only warn.
-    """
+    """A text encoder without what is never read; tensors of the layers behind are not read from disk either."""
     assert cls.config_class is not None
-    config = needed.cut(cls.config_class.from_pretrained(str(folder), subfolder=arguments["subfolder"]))
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # it would report every layer that was left out
-    try:
-        with _loading_bars_off():
-            loaded: Any = cls.from_pretrained(str(folder), config=config, output_loading_info=True, **arguments)
-    finally:
-        transformers_logging.set_verbosity(level)
+    subfolder = arguments["subfolder"]
+    config = needed.cut(
+        cls.config_class.from_pretrained(
+            str(folder), subfolder=subfolder, local_files_only=True, trust_remote_code=False
+        )
+    )
+    loaded: Any = cls.from_pretrained(str(folder), config=config, output_loading_info=True, **arguments)
     encoder: PreTrainedModel
     encoder, report = loaded
-    if missing := sorted(key for key in report["missing_keys"] if not key.startswith("lm_head.")):
-        raise ConfigError(f"{folder}/text_encoder lacks {len(missing)} tensors, {missing[0]} for one")
+    read = (key for key in report["missing_keys"] if not key.startswith("lm_head."))
+    _check_complete(folder / subfolder, read)
     needed.trim(encoder)
     return encoder
 
 
+def _check_complete(place: Path, missing: Iterable[str]) -> None:
+    """Raise ConfigError for tensors that no file has: the libraries would make some up, or leave them empty."""
+    if names := sorted(missing):
+        files = ", ".join(sorted(file.name for file in place.glob("*.safetensors"))[:3])
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise ConfigError(f"{place} ({files}) lacks the tensor {names[0]}{more}, which its config.json asks for")
+
+
 @contextmanager
-def _loading_bars_off() -> Iterator[None]:
-    """Switch the libraries' own loading bars off: ``progress`` says what is loaded."""
+def _refused_as(place: Path) -> Iterator[None]:
+    """What a library raises for a component that it cannot load, as a refusal; running out of memory stays itself."""
+    try:
+        yield
+    except (FluxrunError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # they read a stranger's files, and fail in any way they like
+        if "can't allocate memory" in str(error):
+            raise
+        raise ConfigError(f"{place} cannot be loaded: {type(error).__name__}: {python_reason(error)}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No loading bars (``progress`` says what is loaded) and no warnings of the libraries' own.
+
+    They would report every layer that was left out; what is missing is refused.
+    """
     switches = (diffusers_logging, transformers_logging)
-    enabled = [switch.is_progress_bar_enabled() for switch in switches]
+    shown = [(switch.is_progress_bar_enabled(), switch.get_verbosity()) for switch in switches]
     for switch in switches:
         switch.disable_progress_bar()
+        switch.set_verbosity_error()
     try:
         yield
     finally:
-        for switch, was in zip(switches, enabled, strict=True):
-            if was:
+        for switch, (bar, level) in zip(switches, shown, strict=True):
+            switch.set_verbosity(level)
+            if bar:
                 switch.enable_progress_bar()
 
 
