@@ -26,6 +26,7 @@ if "FLUXRUN_TEST_SESSION" not in os.environ:
 ROOT = Path(__file__).resolve().parents[1]
 SESSION = Path(os.environ["FLUXRUN_TEST_SESSION"])
 os.environ["FLUXRUN_CACHE_DIR"] = str(SESSION / "cache")
+os.environ["FLUXRUN_DATA_DIR"] = str(SESSION / "data")
 # One compile cache for the suite and its child processes, kept for the next time: a cold compile costs some twenty
 # seconds. A test of what happens without one makes an empty one of its own.
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(ROOT / ".test_cache" / f"inductor-torch-{version('torch')}")

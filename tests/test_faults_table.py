@@ -1,4 +1,4 @@
-"""docs/faults.md names a test in every row, and each of them exists."""
+"""docs/faults.md and docs/threats.md name a test in every row, and each of them exists."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 
 
-def rows() -> list[tuple[str, list[str]]]:
+DOCUMENTS = ("faults.md", "threats.md")
+
+
+def rows(*documents: str) -> list[tuple[str, list[str]]]:
     """(the fault, the tests that its row names as file::function), where a file may be the one named before."""
     found, file = [], ""
-    for line in (ROOT / "docs" / "faults.md").read_text(encoding="utf-8").splitlines():
-        if not line.startswith("| ") or line.startswith("| fault"):
+    lines = [line for name in documents for line in (ROOT / "docs" / name).read_text(encoding="utf-8").splitlines()]
+    for line in lines:
+        if not line.startswith("| ") or line.startswith(("| fault", "| attempt")):
             continue
         cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
         names = re.findall(r"([\w/]*\.py)?::(\w+)", cells[-1])
@@ -28,7 +32,7 @@ def rows() -> list[tuple[str, list[str]]]:
     return found
 
 
-@pytest.mark.parametrize(("fault", "named"), rows(), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(("fault", "named"), rows(*DOCUMENTS), ids=str)
 def test_every_row_names_tests_that_there_are(fault: str, named: list[str]) -> None:
     assert named, f"{fault}: no test"
     for name in named:
@@ -38,6 +42,6 @@ def test_every_row_names_tests_that_there_are(fault: str, named: list[str]) -> N
 
 
 def test_every_test_of_a_fault_is_in_the_table() -> None:
-    named = {name for _, names in rows() for name in names}
+    named = {name for _, names in rows("faults.md") for name in names}
     files = {name.partition("::")[0] for name in named if name.startswith("faults/")}
     assert {f"faults/{path.name}" for path in (TESTS / "faults").glob("test_*.py")} == files

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import types
-from typing import Annotated
+from types import UnionType
+from typing import Annotated, Literal, Union, get_args, get_origin
 
 import pytest
-from helpers import CONF, fluxrun, said
+import yaml
+from helpers import CONF, draw, every_option, fluxrun, said
+from hydra.types import RunMode
+from omegaconf import OmegaConf
 from PIL import Image
 from pydantic import BaseModel, Field, ValidationError
 
-from fluxrun.cli.rerun import from_image
-from fluxrun.config.composition import compose
-from fluxrun.config.schema import closed_knobs
+from fluxrun.cli.rerun import from_folder, from_image
+from fluxrun.config.catalog import Catalog
+from fluxrun.config.composition import compose, compose_node, config_dirs, hydra_for
+from fluxrun.config.schema import GROUPS, Measure, RunConfig, SweepConfig
 from fluxrun.errors import ConfigError, TrustError
 from fluxrun.options.attention import Attention
 from fluxrun.record.picture import save_image
-from fluxrun.trust import UNMARKED, Closed, Open, check_file, check_target, closed_in
+from fluxrun.record.schema import RunRecord
+from fluxrun.trust import UNMARKED, Closed, Open, OpenWhere, check_target, objection, why_closed
 
 GLOBAL = "# @package _global_\n# fluxrun +preset=mine\n"
 
@@ -124,40 +131,234 @@ def test_knobs_that_run_code_are_the_command_lines(config_dir, knob, monkeypatch
     compose(["+preset=mine"], config_dir=config_dir)
 
 
-INTERNAL = {"source", "config_dirs"}
-"""Fields of RunConfig that are no knobs: no file sets them."""
+def every_knob():
+    """Each key of the config, with its field and the overrides that make it one: run keys, then each option class's."""
+    for prefix, model in (("", RunConfig), ("measure.", Measure), ("sweep.", SweepConfig)):
+        for name, knob in model.model_fields.items():
+            if not knob.exclude and name not in (*GROUPS, "measure"):
+                yield pytest.param(prefix + name, knob, None, id=prefix + name)
+    seen = set()
+    for group, option in every_option():
+        cls = type(Catalog().load(group, option))
+        if cls in seen:
+            continue
+        seen.add(cls)
+        for name, knob in cls.model_fields.items():
+            if not knob.exclude and name != "name":
+                yield pytest.param(f"{group}.{name}", knob, (group, option), id=f"{group}={option} {name}")
+
+
+def another_value(annotation, default):
+    """A value of a knob's type that is not its default."""
+    if get_origin(annotation) in (Union, UnionType):
+        annotation = next(part for part in get_args(annotation) if part is not type(None))
+        return another_value(annotation, default)
+    if get_origin(annotation) is Literal:
+        return next(word for word in get_args(annotation) if word != default)
+    if get_origin(annotation) is tuple:
+        return [another_value(part, None) for part in get_args(annotation) if part is not Ellipsis]
+    if annotation is bool:
+        return not default
+    if annotation in (int, float):
+        return {int: 64, float: 0.5}[annotation]
+    return {"entry": "x"} if get_origin(annotation) is dict else "native" if annotation is str else "somewhere"
+
+
+VALUES = {
+    "device": "cpu", "sweep.baseline": "neutral", "model.bundled": "tiny", "attention.flash_impl": "FA3",
+    "cache.mask": "101", "cache.taylor_order": 2, "cache.compute": 0.25, "guidance": 2.5,
+}  # fmt: skip
+"""Where the knob asks for more than its type says."""
+
+STRANGE = {"sweep.baseline": "/somewhere", "model.bundled": "../x", "attention.flash_impl": "x"}
+STRANGE |= {"attention.backend": "flash_hub", "model.variant": "../x"}
+"""Values that a knob is not open for."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("key", "knob", "option"), every_knob())
+def test_every_key_is_open_or_closed(key, knob, option, config_dir, monkeypatch):
+    def text(value):
+        chosen = f"  - override /{option[0]}: {option[1]}\n" if option else ""
+        *within, last = key.split(".")
+        body = {last: value}
+        return f"{GLOBAL}defaults:\n{chosen}  - _self_\n" + yaml.safe_dump({within[0]: body} if within else body)
+
+    def composed(value):
+        """Composition as far as the rule goes: whether the value fits is the schema's business."""
+        preset(config_dir, text(value))
+        with hydra_for(config_dirs(config_dir)) as app:
+            node = compose_node(app, ["+preset=mine"], config_dirs(config_dir), RunMode.MULTIRUN)
+        return OmegaConf.to_container(OmegaConf.select(node, key)) if isinstance(value, list | dict) else node
+
+    def refused(value):
+        with pytest.raises(TrustError, match=re.escape(why_closed(knob))) as caught:
+            composed(value)
+        said = str(caught.value)
+        assert key in said
+        assert "mine.yaml" in said
+        assert "--trust-config" in said
+        assert "\n" not in said
+        monkeypatch.setenv("FLUXRUN_TRUST_CONFIG", "1")
+        composed(value)
+        monkeypatch.delenv("FLUXRUN_TRUST_CONFIG")
+
+    usual = VALUES.get(key, another_value(knob.annotation, None if knob.is_required() else knob.default))
+    if key in STRANGE:
+        composed(usual)
+        refused(STRANGE[key])
+    elif why_closed(knob):
+        refused(usual)
+    else:
+        composed(usual)
+
 
 CLOSED = {
-    "inductor_options": "inductor's options can name programs that it runs",
-    "cache_dir": "compiled kernels that lie in a cache folder are run",
-    "hub": "a kernel from the kernels hub is code that is downloaded and run",
-    "cache_artifacts": "compiled code that lies in the file is run",
-}
+    "prompts_file", "reference_images", "sweep.resume",
+    "model.id", "model.path", "model.revision",
+    "attention.hub", "attention.hub_backend",
+    "compile.inductor_options", "compile.cache_dir", "compile.cache_artifacts",
+}  # fmt: skip
 
 
-def test_every_other_knob_is_open():
-    closed = closed_knobs()
-    assert {name: why for name, why in closed.items() if name not in INTERNAL} == CLOSED
-    assert {name for name in closed if closed[name] == UNMARKED} == INTERNAL
+def test_what_is_closed():
+    """A list to be changed by hand: opening or closing a knob is a decision."""
+    closed = {param.values[0] for param in every_knob() if why_closed(param.values[1])}
+    assert closed == CLOSED | STRANGE.keys()
 
 
 @pytest.mark.parametrize("path", sorted(CONF.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_what_comes_with_fluxrun_could_be_a_strangers(path, tmp_path):
-    check_file(path, path.parent.name, tmp_path, closed=closed_knobs())
+def test_what_comes_with_fluxrun_could_be_a_strangers(path, config_dir):
+    group = path.parent.name
+    copy = config_dir / group / f"copied_{path.name}"
+    copy.parent.mkdir()
+    copy.write_text(path.read_text())
+    mode = RunMode.MULTIRUN if group == "sweep" else RunMode.RUN
+    chosen = f"+{group}={copy.stem}" if group in ("preset", "sweep") else f"{group}={copy.stem}"
+    with hydra_for(config_dirs(config_dir)) as app:
+        compose_node(app, [chosen], config_dirs(config_dir), mode)
 
 
 @pytest.mark.parametrize("header", ["compile.inductor_options", "_global_.compile.inductor_options"])
 def test_a_closed_knob_may_not_be_a_files_package(config_dir, header):
     preset(config_dir, f"# @package {header}\ncpp.cxx: [/tmp/evil]\n")
-    with pytest.raises(TrustError, match="sets 'inductor_options': inductor's options can name programs"):
+    with pytest.raises(TrustError, match=r"sets 'compile.inductor_options.cpp.cxx': inductor's options can name prog"):
         compose(["+preset=mine"], config_dir=config_dir)
 
 
-def test_nor_the_package_that_a_defaults_list_gives_it(config_dir):
+@pytest.mark.parametrize("package", ["compile.inductor_options", "_global_.compile.inductor_options"])
+def test_nor_the_package_that_a_defaults_list_gives_it(config_dir, package):
     preset(config_dir, "cpp.cxx: [/tmp/evil]\n", name="other")
-    preset(config_dir, GLOBAL + "defaults:\n  - /preset@compile.inductor_options: other\n  - _self_\n")
+    preset(config_dir, GLOBAL + f"defaults:\n  - /preset@{package}: other\n  - _self_\n")
     with pytest.raises(TrustError, match="inductor_options"):
         compose(["+preset=mine"], config_dir=config_dir)
+
+
+PARAMS = {
+    "a callback": "+hydra.callbacks.x._target_: torch.hub.load",
+    "the environment": "hydra.job.env_set.X: '1'",
+    "folders": "hydra.searchpath: '[file:///tmp]'",
+    "a launcher": "hydra/launcher: joblib",
+    "compiled code": "compile.cache_dir: /tmp/evil,/tmp/other",
+    "an output place": "sweep.resume: /tmp",
+    "a package": "vae@compile.inductor_options: tiled",
+    "a key taken away": "~compile: none",
+    "a value of a knob": "attention.backend: native,flash_hub",
+    "a choice of values": "attention.backend: choice(native, flash_hub)",
+    "the environment in a value": "prompt: 'a ${oc.env:HOME}'",
+    "the same, escaped for the first reading": "prompt: 'a \\${oc.env:HOME}'",
+    "nested": "hydra: {run: {dir: /tmp/x}}",
+}
+
+
+@pytest.mark.parametrize("line", PARAMS.values(), ids=PARAMS)
+def test_a_sweep_file_varies_what_any_file_may_set(config_dir, line):
+    (config_dir / "sweep").mkdir()
+    file = config_dir / "sweep" / "mine.yaml"
+    file.write_text(f"# @package _global_\nhydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      {line}\n")
+    with (
+        hydra_for(config_dirs(config_dir)) as app,
+        pytest.raises(TrustError, match=f"{re.escape(str(file))} sets .*--trust-config"),
+    ):
+        compose_node(app, ["+sweep=mine"], config_dirs(config_dir), RunMode.MULTIRUN)
+
+
+def test_a_sweep_files_grid(config_dir):
+    (config_dir / "sweep").mkdir()
+    grid = (
+        "{attention: 'sdpa,math', compile.mode: 'choice(default)', seed: 'range(0,3)', +preset: 'cpu', prompt: 'a,b'}"
+    )
+    text = f"# @package _global_\nsweep: {{min_psnr: 30}}\nhydra: {{mode: MULTIRUN, sweeper: {{params: {grid}}}}}\n"
+    (config_dir / "sweep" / "mine.yaml").write_text(text)
+    with hydra_for(config_dirs(config_dir)) as app:
+        node = compose_node(app, ["+sweep=mine"], config_dirs(config_dir), RunMode.MULTIRUN)
+    assert node.hydra.sweeper.params.seed == "range(0,3)"
+
+
+REACHING = {
+    "the environment": "prompt: 'a ${oc.env:HOME}'",
+    "behind two escaped backslashes": "prompt: 'a \\\\${oc.env:HOME}'",
+    "in a list": "prompt: [a, '${oc.env:HOME}']",
+    "nested": "prompt: '${oc.env:${device}}'",
+    "put together": "prompt: '$${device}{oc.env:HOME}'",
+    "decoded": "prompt: '${oc.decode:${device}}'",
+    "Hydra's": "prompt: '${hydra.runtime.cwd}'",
+    "in brackets": "prompt: '${[hydra][runtime][cwd]}'",
+    "in a key": "'${oc.env:HOME}': 1",
+    "in a defaults list": "defaults:\n  - override /compile: ${oc.env:HOME}\n",
+    "a whole group": "compile: ${vae}",
+}
+
+
+@pytest.mark.parametrize("text", REACHING.values(), ids=REACHING)
+def test_an_interpolation_names_another_key_and_nothing_else(config_dir, text):
+    preset(config_dir, GLOBAL + text + "\n")
+    with pytest.raises(TrustError, match="--trust-config"):
+        compose(["+preset=mine"], config_dir=config_dir)
+
+
+def test_another_keys_name_and_text_that_only_looks_like_one(config_dir):
+    preset(config_dir, GLOBAL + "height: ${width}\nwidth: 64\nprompt: 'a ${device} \\${x}'\n")
+    config = compose(["+preset=mine", "device=cpu"], config_dir=config_dir)
+    assert (config.height, config.prompt) == (64, "a cpu ${x}")
+
+
+def test_files_of_a_folder_that_the_command_line_names_are_a_strangers(config_dir):
+    preset(config_dir, GLOBAL + "compile: {cache_dir: /tmp/evil}\n")
+    with pytest.raises(TrustError, match="cache_dir"):
+        compose(["+preset=mine", f"hydra.searchpath=[file://{config_dir}]"])
+
+
+def test_a_strangers_main_config_names_no_further_folders(config_dir, monkeypatch):
+    """A ``pkg://`` folder is looked into by importing it."""
+    (config_dir / "evil_package.py").write_text(f"open({str(config_dir / 'touched')!r}, 'w')\n")
+    monkeypatch.syspath_prepend(str(config_dir))
+    main = yaml.safe_load((CONF / "config.yaml").read_text()) | {"hydra": {"searchpath": ["pkg://evil_package"]}}
+    (config_dir / "config.yaml").write_text(yaml.safe_dump(main))
+    with pytest.raises(TrustError, match="steer Hydra"):
+        compose([], config_dir=config_dir)
+    assert not (config_dir / "touched").exists()
+
+
+def test_a_path_that_leads_out_of_our_folder_leads_to_a_stranger(config_dir):
+    preset(config_dir, GLOBAL + "compile: {cache_dir: /tmp/evil}\n")
+    with pytest.raises(ConfigError, match="cache_dir"):
+        compose([f"+preset={'../' * 20}{config_dir}/preset/mine"])
+
+
+def test_what_is_typed_is_never_checked():
+    typed = ["prompt=a ${oc.env:HOME}", "compile.cache_dir=/tmp/mine", "attention.backend=flash_hub", "model.id=x/y"]
+    config = compose(typed)
+    assert (config.model.id, config.attention.backend) == ("x/y", "flash_hub")
+
+
+@pytest.mark.parametrize("key", ["source", "config_dirs"])
+def test_fields_that_are_no_knobs(config_dir, key):
+    preset(config_dir, GLOBAL + f"{key}: {{steps: 3}}\n")
+    with pytest.raises(ConfigError, match=key):
+        compose(["+preset=mine"], config_dir=config_dir)
+    with pytest.raises(ConfigError, match=key):
+        compose([f"+{key}={{steps: 3}}"])
 
 
 class Marked(BaseModel):
@@ -165,17 +366,28 @@ class Marked(BaseModel):
     names: Annotated[Open[tuple[str, ...]], Field(min_length=1)] = ("a",)
     forgotten: int = 0
     hub: Annotated[bool, Closed("it is downloaded and run")] = False
-
-
-class Holder(BaseModel):
-    inner: Marked = Marked()
+    backend: Annotated[str, OpenWhere("native|math", "others are downloaded")] = "native"
 
 
 def test_the_mark_opens_a_knob_and_is_no_part_of_its_type():
-    assert closed_in([Holder, Marked]) == {"forgotten": UNMARKED, "hub": "it is downloaded and run"}
-    assert Marked.model_fields["steps"].annotation is int
+    fields = Marked.model_fields
+    closed = {name: why_closed(knob) for name, knob in fields.items() if why_closed(knob)}
+    assert closed == {"forgotten": UNMARKED, "hub": "it is downloaded and run", "backend": "others are downloaded"}
+    assert fields["steps"].annotation is int
     with pytest.raises(ValidationError, match="greater than or equal to 1"):
         Marked(steps=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("steps", 9, None), ("forgotten", 1, UNMARKED), ("forgotten", 0, None), ("hub", False, None),
+        ("hub", True, "it is downloaded and run"), ("backend", "x_hub", "others are downloaded"),
+        ("backend", "native", None), ("backend", ["native"], "others are downloaded"), ("hub", None, None),
+    ],
+)  # fmt: skip
+def test_objections(name, value, why):
+    assert objection(Marked.model_fields[name], value) == why
 
 
 @pytest.mark.parametrize("file", ["option", "preset"])
@@ -191,7 +403,7 @@ def test_a_new_knob_that_nobody_marked_is_refused(config_dir, file, monkeypatch)
     text = "_target_: fluxrun.options.brand_new.BrandNew\nbackend: native\nmarked_knob: 3\nbrand_new_knob: {}\n"
     (config_dir / "attention" / "new.yaml").write_text(text.format(7 if file == "option" else 0))
     preset(config_dir, GLOBAL + f"attention: {{marked_knob: 2, brand_new_knob: {7 if file == 'preset' else 0}}}\n")
-    with pytest.raises(TrustError, match=f"sets 'brand_new_knob': {UNMARKED}; if you trust it"):
+    with pytest.raises(TrustError, match=f"sets 'attention.brand_new_knob': {UNMARKED}; if you trust it"):
         compose(["attention=new", "+preset=mine"], config_dir=config_dir)
     monkeypatch.setenv("FLUXRUN_TRUST_CONFIG", "1")
     assert compose(["attention=new", "+preset=mine"], config_dir=config_dir).attention.marked_knob == 2
@@ -226,15 +438,48 @@ def test_an_image_from_a_stranger(tmp_path, change):
     assert not (tmp_path / "outputs").exists()
 
 
-def test_a_record_from_a_stranger(tmp_path):
-    from fluxrun.cli.rerun import from_folder
-    from fluxrun.record.schema import RunRecord
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"vae": {"_target_": "shutil.rmtree"}},
+        {"prompts_file": "/etc/passwd"},
+        {"reference_images": ["/etc/passwd"]},
+        {"model": {"_target_": "fluxrun.options.model.Flux2Model", "id": "somebody/model"}},
+        {"model": {"_target_": "fluxrun.options.model.Flux2Model", "path": "/somewhere"}},
+    ],
+    ids=str,
+)
+def test_a_record_from_a_stranger(tmp_path, change):
+    record = RunRecord(run_id="x", started_at="now", config={**compose([]).source, **change}, config_hash="x")
+    (tmp_path / "run.json").write_text(json.dumps(record.model_dump()))
+    with pytest.raises(TrustError, match="--trust-config"):
+        from_folder(tmp_path)
 
-    config = {**compose([]).source, "vae": {"_target_": "shutil.rmtree"}}
+
+def test_a_strangers_record_of_a_model_that_fluxrun_names_itself(tmp_path):
+    config = compose(["model=flux2_klein_4b", "prompt='${x}'"]).source
     record = RunRecord(run_id="x", started_at="now", config=config, config_hash="x")
     (tmp_path / "run.json").write_text(json.dumps(record.model_dump()))
-    with pytest.raises(TrustError):
-        from_folder(tmp_path)
+    assert from_folder(tmp_path)[0].model.id == "black-forest-labs/FLUX.2-klein-4B"
+
+
+def test_ones_own_records_and_pictures_are_drawn_as_they_are(tmp_path, monkeypatch):
+    """They name files that one typed oneself; a change by somebody else, or another user, takes that away."""
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+    own = draw(tmp_path / "own", f"reference_images=[{tmp_path}/red.png]")
+    picture = tmp_path / "own" / own.images[0].path
+    assert from_folder(tmp_path / "own")[0].reference_images == from_image(picture)[0].reference_images
+    text = (tmp_path / "own" / "run.json").read_text()
+    (tmp_path / "own" / "run.json").write_text(text.replace("red.png", "rad.png"))
+    with pytest.raises(TrustError, match="reference_images"):
+        from_folder(tmp_path / "own")
+    (tmp_path / "own" / "run.json").write_text(text.replace(f'"cwd": "{own.cwd}"', '"cwd": "/etc"'))
+    with pytest.raises(TrustError, match="reference_images"):
+        from_folder(tmp_path / "own")
+    monkeypatch.setenv("FLUXRUN_DATA_DIR", str(tmp_path / "another user"))
+    with pytest.raises(TrustError, match="reference_images"):
+        from_image(picture)
+    assert not (tmp_path / "another user").exists()
 
 
 @pytest.mark.slow

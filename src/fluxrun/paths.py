@@ -34,6 +34,15 @@ def expanded(path: Path | str) -> Path:
     return Path(os.path.expanduser(path))
 
 
+def data_dir() -> Path:
+    """The user's data folder, for what no cache holds; ``FLUXRUN_DATA_DIR`` overrides it."""
+    if override := os.environ.get("FLUXRUN_DATA_DIR"):
+        return expanded(override)
+    from platformdirs import user_data_path
+
+    return user_data_path("fluxrun")
+
+
 def cache_dir() -> Path:
     """The user's cache folder for probes and compiled kernels; ``FLUXRUN_CACHE_DIR`` overrides it."""
     if override := os.environ.get("FLUXRUN_CACHE_DIR"):

@@ -96,7 +96,7 @@ def test_what_was_handed_out_can_be_changed_without_changing_the_option(own):
 def test_the_trust_rule_applies_to_every_file_that_is_brought_in(own, monkeypatch):
     write(own, "attention", "base", "defaults: [sdpa, _self_]\nhub: true\n")
     write(own, "attention", "mine", "defaults: [base, _self_]\n")
-    with pytest.raises(TrustError, match=r"base\.yaml sets 'hub'"):
+    with pytest.raises(TrustError, match=r"base\.yaml sets 'attention\.hub'"):
         catalog(own).load("attention", "mine")
     monkeypatch.setenv("FLUXRUN_TRUST_CONFIG", "1")
     assert catalog(own).load("attention", "mine").hub

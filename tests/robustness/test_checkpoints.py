@@ -147,3 +147,12 @@ def test_a_run_on_a_broken_checkpoint(tmp_path):
     assert "tokenizer cannot be loaded" in line
     assert "Traceback" not in done.stderr
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+
+
+def test_a_pickle_is_not_read(tmp_path):
+    shutil.copytree(tiny_folder("klein"), tmp_path / "m")
+    for file in (tmp_path / "m" / "vae").glob("*.safetensors*"):
+        file.unlink()
+    (tmp_path / "m" / "vae" / "diffusion_pytorch_model.bin").write_bytes(b"\x80\x04N.")
+    with pytest.raises(ConfigError, match=r"vae/ has no \.safetensors weights"):
+        find_weights(Flux2Model(path=tmp_path / "m"))

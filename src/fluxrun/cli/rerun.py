@@ -12,7 +12,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from fluxrun.config.schema import RunConfig, closed_knobs
+from fluxrun.config.origin import check_recorded
+from fluxrun.config.schema import RunConfig
 from fluxrun.errors import ConfigError, exit_code_of
 from fluxrun.options.base import option_class
 from fluxrun.paths import expanded
@@ -23,8 +24,9 @@ from fluxrun.reading import Unreadable
 from fluxrun.record.folder import claimed, read_record
 from fluxrun.record.picture import pixel_hash, read_metadata
 from fluxrun.record.schema import RunRecord
+from fluxrun.record.signature import is_own
 from fluxrun.runner import run
-from fluxrun.trust import check_knobs
+from fluxrun.trust import trusted
 
 log = logging.getLogger("fluxrun.rerun")
 
@@ -40,8 +42,8 @@ def command(arguments: Sequence[str]) -> int:
 def rerun(target: str, overrides: Sequence[str] = ()) -> int:
     """Draw ``target`` (an image or a run folder) again into a new folder; returns the exit code.
 
-    The recorded config is under the trust rule like any stranger's file. Raises ConfigError for a target that is
-    not one of fluxrun's.
+    A recorded config that this user's key did not sign is under the trust rule like any stranger's file. Raises
+    ConfigError for a target that is not one of fluxrun's.
     """
     path = expanded(target)
     config, hashes = from_folder(path) if os.path.isdir(path) else from_image(path)
@@ -59,7 +61,8 @@ def rerun(target: str, overrides: Sequence[str] = ()) -> int:
 def from_folder(folder: Path) -> tuple[RunConfig, list[str]]:
     """A whole run's config and its images' pixel hashes."""
     record = read_record(folder)
-    check_knobs(record.config, f"the record in {folder}", closed_knobs())
+    if not _is_own(record):
+        check_recorded(record.config, f"the record in {folder}")
     config = with_found_paths(record.config, record.cwd)
     return RunConfig.from_dict(config), [image.sha256 for image in record.images]
 
@@ -69,14 +72,20 @@ def from_image(path: Path) -> tuple[RunConfig, list[str]]:
     if not os.path.exists(path):
         raise ConfigError(f"{path}: no such image or run folder")
     metadata = read_metadata(path)
-    check_knobs(metadata["config"], f"the config in {path}", closed_knobs())
+    if not is_own(metadata["config"], metadata.get("signature")):
+        check_recorded(metadata["config"], f"the config in {path}")
     config: dict[str, Any] = dict(metadata["config"])
     own = {"prompt": metadata.get("prompt"), "seed": metadata.get("seed"), "prompts_file": None, "num_images": 1}
     # A batch is numerically not the same as one image at a time, but the other images are not known here.
     config |= {**own, "batch_size": 1, "measure": {"warmup": 0, "repeats": 1}}
     if os.path.isfile(path.parent.parent / "run.json"):  # the image is where its run left it
-        config = with_found_paths(config, read_record(path.parent.parent).cwd)
+        record = read_record(path.parent.parent)
+        config = with_found_paths(config, record.cwd) if _is_own(record) or trusted() else config
     return RunConfig.from_dict(config), [_pixels(path)]
+
+
+def _is_own(record: RunRecord) -> bool:
+    return is_own(record.config, record.signature, record.cwd or "")
 
 
 def _pixels(path: Path) -> str:

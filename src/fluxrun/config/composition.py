@@ -21,7 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fluxrun.config.catalog import Catalog
-from fluxrun.config.files import COMPOSE_ERRORS, HYDRA_BASE, check_defaults, check_files, search_path
+from fluxrun.config.files import COMPOSE_ERRORS, HYDRA_BASE, check_defaults, search_path
+from fluxrun.config.origin import CheckingLoader
 from fluxrun.config.schema import GROUPS, RunConfig, SweepConfig
 from fluxrun.errors import ConfigError, one_line, python_reason, raised_by_fluxrun
 from fluxrun.formatting import nearest, shorten
@@ -87,8 +88,10 @@ def hydra_for(dirs: tuple[Path, ...]) -> Iterator[Hydra]:
     version.setbase(HYDRA_BASE)  # as the app does: else a composition would mean something else outside of it
     before = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
+    hydra = Hydra("fluxrun", CheckingLoader(search_path(dirs)))
+    GlobalHydra.instance().initialize(hydra)
     try:
-        yield Hydra.create_main_hydra2(task_name="fluxrun", config_search_path=search_path(dirs))
+        yield hydra
     finally:
         GlobalHydra.instance().clear()
         if before is not None:
@@ -98,9 +101,8 @@ def hydra_for(dirs: tuple[Path, ...]) -> Iterator[Hydra]:
 def compose_node(
     hydra: Hydra, overrides: Sequence[str], dirs: tuple[Path, ...], mode: RunMode = RunMode.RUN
 ) -> DictConfig:
-    """Compose with the hydra node in it, after every file taking part passed the trust rule."""
+    """Compose with the hydra node in it; every file taking part passes the trust rule as it is merged."""
     try:
-        check_composed_files(hydra, overrides, dirs, mode)
         return hydra.compose_config(
             config_name=CONFIG_NAME, overrides=list(overrides), run_mode=mode, with_log_configuration=False
         )
@@ -124,12 +126,6 @@ def hydra_errors(overrides: Sequence[str], dirs: tuple[Path, ...]) -> Iterator[N
         raise ConfigError(f"cannot write{where}: {error.strerror}") from error
     except Exception as error:
         raise_as_refusal(error, overrides, dirs)
-
-
-def check_composed_files(hydra: Hydra, overrides: Sequence[str], dirs: tuple[Path, ...], mode: RunMode) -> None:
-    """Apply the trust rule to every file outside fluxrun's own folder that this composition would read."""
-    loader = hydra.config_loader
-    check_files(loader.compute_defaults_list(CONFIG_NAME, list(overrides), run_mode=mode).defaults, dirs)
 
 
 def to_run_config(node: DictConfig, dirs: tuple[Path, ...]) -> RunConfig:

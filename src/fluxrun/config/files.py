@@ -6,7 +6,7 @@ import contextlib
 import copy
 import functools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fluxrun.config.schema import closed_knobs
+from fluxrun.config.origin import CheckingLoader, CheckingRepository
 from fluxrun.config.sources import source_of
 from fluxrun.errors import ConfigError, one_line
 from fluxrun.formatting import shorten
-from fluxrun.trust import check_file, trusted
+from fluxrun.trust import trusted
 
 HYDRA_BASE = "1.3"
 """Hydra's ``version_base``."""
@@ -49,15 +49,6 @@ def find_file(config_path: str, dirs: tuple[Path, ...]) -> Path | None:
     """The file of a config path such as ``preset/mine``, or None where it is not one of these folders'."""
     candidates = (folder / f"{config_path}.yaml" for folder in dirs)
     return next((path for path in candidates if os.path.isfile(path)), None)
-
-
-def check_files(entries: Iterable[ResultDefault], dirs: tuple[Path, ...]) -> None:
-    """Apply the trust rule to every file of a defaults list that lies outside fluxrun's own folder."""
-    for entry in entries:
-        path = find_file(str(entry.config_path), dirs)
-        if path is not None:
-            group = str(entry.config_path).partition("/")[0]
-            check_file(path, group, dirs[-1], closed=closed_knobs(), package=entry.package)
 
 
 Stamp = tuple[Path, int, int]
@@ -120,7 +111,6 @@ def _compose_option(dirs: tuple[Path, ...], group: str, name: str) -> OptionFile
     """The option's node alone, by Hydra's own resolution of its defaults list."""
     loader, repository = _loader(dirs)
     entries = defaults_of(dirs, group, name)
-    check_files(entries, dirs)
     node = OmegaConf.select(loader._compose_config_from_defaults_list(entries, repository), group)
     if not isinstance(node, DictConfig):
         raise ValueError("must hold a mapping with a _target_ and knobs")
@@ -142,8 +132,8 @@ def defaults_of(dirs: tuple[Path, ...], group: str, name: str) -> list[ResultDef
 def _loader(dirs: tuple[Path, ...]) -> tuple[ConfigLoaderImpl, CachingConfigRepository]:
     """Hydra's loader over these folders; making the repository anew for each option costs more than reading it."""
     version.setbase(HYDRA_BASE)
-    loader = ConfigLoaderImpl(search_path(dirs))
-    return loader, CachingConfigRepository(loader.repository)
+    loader = CheckingLoader(search_path(dirs))
+    return loader, CheckingRepository(loader.repository)
 
 
 def _stamp(config_path: str, dirs: tuple[Path, ...]) -> Stamp | None:

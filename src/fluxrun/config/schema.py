@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from fluxrun.errors import ConfigError
 from fluxrun.formatting import nearest, shorten
@@ -21,9 +23,11 @@ from fluxrun.options.memory import MemoryOption
 from fluxrun.options.model import Flux2Model
 from fluxrun.options.quantization import QuantizationOption
 from fluxrun.options.vae import VaeOption
-from fluxrun.trust import Open, closed_in
+from fluxrun.trust import Closed, Open, OpenWhere
 
 _LOAD = BeforeValidator(load_option)
+
+READ = "it names a file or folder of this machine, which is read"
 
 
 class Measure(BaseModel):
@@ -52,7 +56,7 @@ class RunConfig(BaseModel):
 
     prompt: Open[str | tuple[str, ...] | None] = None
     """What to draw: one text or a list of texts."""
-    prompts_file: Open[Path | None] = None
+    prompts_file: Annotated[Path | None, Closed(READ)] = None
     """Text (one prompt a line), YAML or JSON-lines file of prompts; used instead of ``prompt``."""
     negative_prompt: Open[str | None] = None
     """What not to draw; only for models with classifier-free guidance (FLUX.2 klein base)."""
@@ -68,7 +72,7 @@ class RunConfig(BaseModel):
     """Picture height in pixels, a multiple of 16."""
     width: Open[int | None] = Field(None, ge=16, multiple_of=16)
     """Picture width in pixels, a multiple of 16."""
-    reference_images: Open[PathList] = ()
+    reference_images: Annotated[PathList, Closed(READ)] = ()
     """Pictures to edit or to take subjects from (FLUX.2 image editing)."""
     output_format: Open[Literal["png", "jpeg", "webp"]] = "png"
     """Image file format; all of them carry the config as metadata."""
@@ -128,18 +132,25 @@ class SweepConfig(BaseModel):
 
     isolation: Open[Literal["none", "process"]] = "none"
     """``none``: all jobs in this process, over weights loaded once. ``process``: every job in a process of its own."""
-    resume: Open[Path | None] = None
+    resume: Annotated[Path | None, Closed("the sweep's pictures and table go there")] = None
     """Folder of an earlier sweep: jobs that it has completed (by config hash) are not run again."""
-    baseline: Open[str] = "auto"
+    baseline: Annotated[str, OpenWhere(r"auto|neutral|[\w.]+=[^/\s]+( [\w.]+=[^/\s]+)*", READ)] = "auto"
     """What others are compared with. ``auto``: the neutral job; ``neutral``: the same, drawn first when the sweep has
     none; ``key=value key=value``: the job with these; or the folder of an earlier run."""
     min_psnr: Open[float | None] = Field(None, gt=0)
     """For a sweeper that optimises: settings whose pictures are further from the baseline's are worth nothing (dB)."""
 
 
-def closed_knobs() -> dict[str, str]:
-    """The knobs that a stranger's file may not set, by name, and why: those that their schema does not open."""
-    return closed_in([RunConfig, Measure, SweepConfig, *own_options()])
+def knobs_at(path: Sequence[str]) -> list[tuple[int, FieldInfo]]:
+    """The knobs that a key of the config sets or reaches into, each with the length of its own path.
+
+    Several where options of one group share a name: which of them will be in use is not known before all is composed.
+    """
+    within: dict[str, Sequence[type[BaseModel]]] = {"measure": [Measure], "sweep": [SweepConfig]}
+    models = own_options(ROWS[path[0]].base) if path[0] in GROUPS else within.get(path[0])
+    if models is None:
+        return [(1, knob) for knob in [RunConfig.model_fields.get(path[0])] if knob]
+    return [(2, model.model_fields[path[1]]) for model in models if path[1:] and path[1] in model.model_fields]
 
 
 def validate_option(group: str, data: dict[str, Any]) -> Option:

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from fluxrun.hardware.machine import Machine
 from fluxrun.options.base import Context, Facts, Option
-from fluxrun.trust import Closed, Open
+from fluxrun.trust import Closed, Open, OpenWhere
 from fluxrun.types import Pipeline
 
 if TYPE_CHECKING:
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import torch
     from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
     from torch._ops import OpOverload
+
+HUB = "a kernel from the kernels hub is code that is downloaded and run"
 
 
 class AttentionOption(Option):
@@ -30,16 +32,16 @@ class AttentionOption(Option):
 class Attention(AttentionOption):
     """One attention backend of diffusers' dispatcher."""
 
-    backend: Open[str]
+    backend: Annotated[str, OpenWhere(r"(?!.*hub)\w+", HUB)]
     """Name of the backend in diffusers' attention dispatcher."""
 
-    hub: Annotated[bool, Closed("a kernel from the kernels hub is code that is downloaded and run")] = False
+    hub: Annotated[bool, Closed(HUB)] = False
     """Use the kernel from the kernels hub (``hub_backend``): downloads code when first used."""
 
-    hub_backend: Open[str | None] = None
+    hub_backend: Annotated[str | None, Closed(HUB)] = None
     """diffusers' name for the same kernel from the kernels hub."""
 
-    flash_impl: Open[str | None] = None
+    flash_impl: Annotated[str | None, OpenWhere(r"FA\d", "it names code that torch switches to")] = None
     """FlashAttention generation that torch's own flash backend is switched to (``FA4``)."""
 
     package: Open[str | None] = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -13,7 +13,7 @@ from fluxrun.errors import ConfigError
 from fluxrun.hardware.machine import Machine
 from fluxrun.options.base import Option
 from fluxrun.paths import expanded
-from fluxrun.trust import Open
+from fluxrun.trust import Closed, Open, OpenWhere
 
 DtypeName = Literal["auto", "bfloat16", "float16", "float32"]
 
@@ -25,13 +25,13 @@ BUNDLED = (PACKAGE / "bundled", PACKAGE.parents[1] / "models")
 class Flux2Model(Option):
     """A FLUX.2 model: a hub id, a diffusers folder on disk, or random weights of its real architecture."""
 
-    id: Open[str | None] = None
+    id: Annotated[str | None, Closed("what it names is downloaded")] = None
     """Hugging Face hub id, for example black-forest-labs/FLUX.2-klein-4B."""
 
-    path: Open[Path | None] = None
+    path: Annotated[Path | None, Closed("it names a folder of this machine, which is read")] = None
     """A folder in diffusers layout; used instead of ``id`` and ``bundled``."""
 
-    bundled: Open[str | None] = None
+    bundled: Annotated[str | None, OpenWhere(r"[\w-]+", "it leads out of fluxrun's own folder")] = None
     """Name of a model that comes with fluxrun, for example shapes."""
 
     weights: Open[Literal["pretrained", "random"]] = "pretrained"
@@ -46,10 +46,10 @@ class Flux2Model(Option):
     distilled: Open[bool | None] = None
     """Few-step model without guidance; a checkpoint folder, which knows, overrules it."""
 
-    revision: Open[str | None] = None
+    revision: Annotated[str | None, Closed("what it names is downloaded")] = None
     """Branch, tag or commit on the hub."""
 
-    variant: Open[str | None] = None
+    variant: Annotated[str | None, OpenWhere(r"\w+", "it is part of the names of files")] = None
     """Weight-file variant, for example fp16 (``*.fp16.safetensors``)."""
 
     dtype: Open[DtypeName] = "bfloat16"

@@ -23,6 +23,7 @@ from fluxrun.formatting import utf8
 from fluxrun.reading import Unreadable, first_problem, read_text
 from fluxrun.record.picture import pixel_hash, save_image
 from fluxrun.record.schema import ErrorRecord, ImageRecord, OptionRecord, RecordModel, RunRecord, Status
+from fluxrun.record.signature import sign
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -52,14 +53,18 @@ class RunFolder:
         Raises ConfigError if it holds another run or cannot be written.
         """
         self.path = path
+        data, cwd = plain(config), os.getcwd()
         self.record = RunRecord(
             run_id=uuid.uuid4().hex[:12],
             command=list(command),
-            cwd=os.getcwd(),
+            cwd=cwd,
             started_at=_now(),
-            config=plain(config),
+            config=data,
             config_hash=data_hash(config),
+            signature=sign(data, cwd),
         )
+        self._signature = sign(data)
+        """What pictures carry: where the run was started is nobody's business there."""
         self._saving = threading.Lock()
         """Held while a picture is written and added to the record."""
         self._writing = threading.RLock()
@@ -129,6 +134,7 @@ class RunFolder:
             "seed": seed,
             "run_id": self.record.run_id,
             "config": self.record.config,
+            "signature": self._signature,
             "environment": self.record.environment,
             **marks,
         }

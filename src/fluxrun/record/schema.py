@@ -135,6 +135,8 @@ class RunRecord(RecordModel):
     finished_at: str | None = None
     config: dict[str, Any]
     config_hash: str
+    signature: str | None = None
+    """Of ``config`` and ``cwd``, by a key of this user's: ``fluxrun rerun`` knows its own records by it."""
     options: dict[str, OptionRecord] = {}
     notes: list[str] = []
     timings: Timings = Field(default_factory=Timings)
