@@ -13,7 +13,7 @@ run: $(VENV)/.installed
 test: $(VENV)/.installed lint
 	$(BIN)/pytest -q -n 2 --dist worksteal
 
-# For while you write: all but what is marked slow, that is without compiling and without processes of their own.
+# For while you write: all but what is marked slow: compiling, processes of their own, what tries to break it.
 # Unit tests of every package and runs of the tiny model are in it. What it leaves out `make test` runs.
 test-fast: $(VENV)/.installed
 	$(BIN)/pytest -q -n 2 --dist worksteal -m "not slow"

@@ -124,12 +124,16 @@ BROKEN = {
 }
 
 
+def bad_modules(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "broken_option.py").write_text("raise RuntimeError('no luck\\nmore of it')\n")
+    (folder / "ending_option.py").write_text("raise SystemExit(3)\n")
+    monkeypatch.syspath_prepend(str(folder))
+
+
 @pytest.fixture(params=BROKEN)
 def broken(request, config_dir, tmp_path, trusted, monkeypatch):
     """A folder with an option ``attention=broken``, and what is said about it."""
-    (tmp_path / "broken_option.py").write_text("raise RuntimeError('no luck\\nmore of it')\n")
-    (tmp_path / "ending_option.py").write_text("raise SystemExit(3)\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
+    bad_modules(tmp_path, monkeypatch)
     text, says = BROKEN[request.param]
     write(config_dir, "attention", "broken", text)
     return config_dir, says
@@ -153,15 +157,20 @@ def test_a_run_with_it_is_refused_in_one_line(broken, capsys):
     assert says in line or "absent" in line
 
 
-def test_doctor_shows_the_rest(broken, monkeypatch):
+def test_doctor_shows_the_rest(config_dir, tmp_path, trusted, monkeypatch):
+    """All the broken files at once: one line each."""
+    bad_modules(tmp_path, monkeypatch)
+    names = {kind: "broken" if kind == "a circle" else f"broken{n}" for n, kind in enumerate(BROKEN)}
+    for kind, name in names.items():
+        write(config_dir, "attention", name, BROKEN[kind][0])
     text = io.StringIO()
     for module in (doctor, plan):
         monkeypatch.setattr(module, "out", Console(file=text, width=400))
-    folder, says = broken
-    show_doctor(compose([], config_dir=folder))
+    show_doctor(compose([], config_dir=config_dir))
     shown = text.getvalue()
-    (row,) = re.findall(r"^attention +broken +no +(.*)$", shown, re.MULTILINE)
-    assert says in row
+    for kind, name in names.items():
+        (row,) = re.findall(rf"^attention +{name} +no +(.*)$", shown, re.MULTILINE)
+        assert BROKEN[kind][1] in row
     for name in option_names("attention"):
         assert re.search(rf"^attention +{name} ", shown, re.MULTILINE)
     assert re.search(r"^cpu +runs as it is", shown, re.MULTILINE)

@@ -125,6 +125,7 @@ def test_staged_memory_and_batches_too(tmp_path, on_a_cpu):
     assert record.error.stage == "text_encode"
 
 
+@pytest.mark.slow
 def test_the_command_says_it_and_exits_with_1(tmp_path):
     folder = spoiled_folder(tmp_path / "model", "transformer")
     small = ("height=64", "width=64", "steps=2", "model.max_sequence_length=32")

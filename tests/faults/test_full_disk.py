@@ -18,6 +18,8 @@ from fluxrun.errors import ConfigError
 from fluxrun.record.folder import RunFolder, read_record, write_failure
 from fluxrun.report.result import Result
 
+pytestmark = pytest.mark.slow
+
 MANY = [*(o for o in SMALL if not o.startswith("num_images")), "num_images=20"]
 """More pictures than the small disk holds: some 14 kB each."""
 

@@ -18,7 +18,7 @@ from helpers import SMALL, command, start_fluxrun
 from fluxrun.record.folder import read_record
 from fluxrun.streams import Lasting, LastingConsole, lasting
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="POSIX streams")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="POSIX streams")]
 
 PATIENCE_S = 240
 

@@ -14,6 +14,8 @@ from fluxrun.cli.app import dispatch
 from fluxrun.errors import ConfigError
 from fluxrun.record.folder import read_record
 
+pytestmark = pytest.mark.slow
+
 OTHER = "f\udcffr"
 """How Python reads a name that is Latin-1 on the disk."""
 

@@ -15,6 +15,8 @@ from helpers import SMALL, fluxrun, start_fluxrun
 from fluxrun.errors import ConfigError
 from fluxrun.record.folder import claimed, read_record
 
+pytestmark = pytest.mark.slow
+
 PATIENCE_S = 240
 
 

@@ -38,7 +38,8 @@ NEEDED = {
 """What an option needs to have anything to do."""
 
 CASES = [
-    pytest.param(group, name, pipeline, marks=pytest.mark.slow if name in COMPILED else ())
+    # What both pipelines share is seen with one of them; `make test` runs both.
+    pytest.param(group, name, pipeline, marks=pytest.mark.slow if name in COMPILED or pipeline == "dev" else ())
     for group, name in every_option()
     for pipeline in PIPELINES
     # Each compile setting costs many seconds, and what is compiled is the same transformer class in both pipelines.

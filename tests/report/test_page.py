@@ -18,6 +18,8 @@ pytest.importorskip("jinja2", reason="the extra 'report'")
 from fluxrun.cli.app import dispatch
 from fluxrun.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 PROMPT = 'a <b>bold</b> "circle" & ${HOME} é'
 
 

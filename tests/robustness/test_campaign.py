@@ -13,6 +13,8 @@ from robustness.campaign import Tally, attempt, try_kind, unclean
 
 from fluxrun.errors import ConfigError, FluxrunError
 
+pytestmark = pytest.mark.slow
+
 SEED = 20250101
 
 SECONDS = 8.0

@@ -17,6 +17,8 @@ from fluxrun.options.model import Flux2Model
 from fluxrun.weights.chat_template import check_templates
 from fluxrun.weights.find import find_weights
 
+pytestmark = pytest.mark.slow
+
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 

@@ -22,6 +22,8 @@ from fluxrun.errors import ConfigError
 from fluxrun.reading import MOST_DEPTH, MOST_NODES, Unreadable, parse_json, parse_yaml, read_text
 from fluxrun.record.picture import METADATA_KEY
 
+pytestmark = pytest.mark.slow
+
 # --- prompts and config files -----------------------------------------------------------------------------------------
 
 

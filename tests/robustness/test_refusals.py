@@ -19,6 +19,8 @@ from fluxrun.paths import cache_dir
 from fluxrun.process.console import LogFormatter
 from fluxrun.terminal import make_console
 
+pytestmark = pytest.mark.slow
+
 # --- what is typed ----------------------------------------------------------------------------------------------------
 
 
