@@ -49,6 +49,7 @@ class Terminal:
         def own_the_terminal() -> None:
             os.setsid()
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where a shell started this one with &
 
         self.process = subprocess.Popen(
             [sys.executable, "-m", "fluxrun", *arguments], cwd=folder, env=env, stdin=slave, stdout=slave, stderr=slave,
@@ -254,7 +255,10 @@ def main() -> int:
 
 def _show(case: Case) -> None:
     what = "ended before" if case.ended_before else f"{case.took_s:6.2f} s, exit {case.code}"
-    print(f"{case.moment:<10}{case.signal:<8}{case.after_s:>7.2f}  {what}  {case.wrong or ''} {case.left or ''}", flush=True)
+    print(
+        f"{case.moment:<10}{case.signal:<8}{case.after_s:>7.2f}  {what}  {case.wrong or ''} {case.left or ''}",
+        flush=True,
+    )
 
 
 def table(cases: Sequence[Case]) -> str:

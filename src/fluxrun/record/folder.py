@@ -152,10 +152,15 @@ class RunFolder:
             _write_last(self.path, self.record, self._reserve)
 
     def abandon(self, error: BaseException, stage: str) -> None:
-        """Close the record from within a signal handler: the picture being written is finished, if that is soon."""
+        """Close the record before the process ends at once: the picture being written is finished, if that is soon.
+
+        From a signal handler or another thread than the run's, which may have closed it already: then it stays.
+        """
         self._closed = True  # nothing more is saved
         if self._saving.acquire(timeout=PATIENCE_S):
             self._saving.release()
+        if self.record.status != "running":
+            return
         self.finish("interrupted", error, stage)
         for unfinished in (*self.path.glob(".run.json.*"), *self.path.glob("images/.*.part"), self.path / LOCK):
             unfinished.unlink(missing_ok=True)
@@ -180,6 +185,14 @@ def write_failure(folder: Path, data: dict[str, Any], error: BaseException) -> b
     record.error = ErrorRecord(type=type(error).__name__, message=one_line(error), stage="prepare")
     _write_last(folder, record, Reserve(folder / RESERVE))
     return True
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a run folder's record is not closed; one that cannot be read is nobody's."""
+    try:
+        return read_record(folder).status == "running"
+    except ConfigError:
+        return False
 
 
 def _write_last(folder: Path, record: RunRecord, reserve: Reserve) -> None:

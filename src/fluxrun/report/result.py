@@ -125,7 +125,11 @@ def write_files(folder: Path, result: Result, root: Path) -> None:
     """
     problems = _attempt(folder / "sweep.json", lambda: _write(folder, result))
     problems += _attempt(folder / "sweep.csv", lambda: write_atomically(folder / "sweep.csv", to_csv(result.jobs)))
-    if reason := missing_libraries():
+    if result.status == "interrupted":
+        log.info(
+            "fluxrun report %s makes a report.html of what is done", folder
+        )  # its libraries take seconds to import
+    elif reason := missing_libraries():
         log.warning("no report.html: %s (pip install 'fluxrun[report]')", reason)
     else:
         from fluxrun.report.page import write_report

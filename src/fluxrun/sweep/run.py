@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import psutil
 from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -28,10 +32,11 @@ from fluxrun.config.schema import RunConfig, SweepConfig, sweep_config
 from fluxrun.errors import ConfigError, FluxrunError, Interrupted, exit_code_of, one_line
 from fluxrun.paths import expanded
 from fluxrun.pipeline.session_pool import SessionPool
+from fluxrun.process.ending import end_children, end_with_parent
 from fluxrun.process.signals import Interrupts
-from fluxrun.record.folder import RESERVE, data_hash, write_failure
+from fluxrun.record.folder import RESERVE, data_hash, is_running, write_failure
 from fluxrun.report.result import SweepProgress, finish
-from fluxrun.report.rows import GridJob, Result, Row, read_row
+from fluxrun.report.rows import GridJob, Result, Row, read_row, run_folders
 from fluxrun.runner import run
 from fluxrun.streams import lasting
 from fluxrun.sweep.baseline import describes, missing
@@ -42,6 +47,11 @@ from fluxrun.sweep.live import SweepView
 from fluxrun.sweep.objective import objective
 
 log = logging.getLogger("fluxrun.sweep")
+
+OWN_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+
+WORKERS_S = 0.4
+"""What jobs in other processes have for closing their records at a signal; then we do it for them."""
 
 LEAST_RESERVE_BYTES = 32 * 1024
 """Kept in hand for the last sweep.json and sweep.csv; more where sweep.json is larger."""
@@ -61,6 +71,8 @@ class Sweep:
     grid: list[GridJob] | None
     """All jobs, or None when a sweeper chooses them as it goes."""
     order: list[str] = field(default_factory=list)
+    elsewhere: bool = False
+    """Whether a launcher runs the jobs in processes of its own (joblib, submitit)."""
     pool: SessionPool = field(default_factory=SessionPool)
     rows: dict[str, Row] = field(default_factory=dict)
     completed: dict[str, Path] = field(default_factory=dict)
@@ -91,7 +103,8 @@ class Sweep:
             self._take_over()
             try:
                 # Between two jobs a signal ends the sweep at once; a job handles its own.
-                with Interrupts(on_second=self._abandon) as interrupts, interrupts.immediate(), self.view:
+                interrupts = Interrupts(on_second=self._abandon, on_first=self._tell_workers)
+                with interrupts, interrupts.immediate(), self.view:
                     self._launch(hydra, task)
             except (KeyboardInterrupt, Interrupted) as error:
                 ended = interrupts.error() if interrupts.requested else self.interrupted or error
@@ -119,17 +132,44 @@ class Sweep:
                     self._take(job, self.folder / str(job.number))
 
     def _abandon(self) -> None:
-        """At a second signal: what is done so far, and what of the job that was running is on disk."""
+        """The process ends at once: what is done so far, and what of the job that was running is on disk."""
         self.reserve.give_up()
+        end_children()
+        self._close_records()
         begun = [job for job in self.grid or () if self._is_begun(job)]
         self.rows |= {str(job.number): self._row(self.folder / str(job.number)) for job in begun}
         self._progress("interrupted").write(self.folder, list(self.rows.values()))
+
+    def _tell_workers(self) -> None:
+        """Jobs in a launcher's own processes stop as well: joblib kills them as soon as we stop, with no word to them."""
+        if not self.elsewhere:
+            return
+        for worker in psutil.Process().children():
+            with suppress(psutil.Error):
+                worker.send_signal(signal.SIGINT)
+        deadline = time.monotonic() + WORKERS_S
+        while self._running() and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+    def _close_records(self) -> None:
+        """Jobs whose process has been killed have not closed them."""
+        for folder in self._running():
+            with suppress(OSError):  # a full disk
+                write_failure(folder, {}, Interrupted("interrupted"))
+
+    def _running(self) -> list[Path]:
+        """The folders of jobs that have begun, elsewhere, and are not known to have ended."""
+        if not self.elsewhere:
+            return []
+        return [folder for folder in run_folders(self.folder) if is_running(folder)]
 
     def _is_begun(self, job: GridJob) -> bool:
         return str(job.number) not in self.rows and (self.folder / str(job.number) / "run.json").exists()
 
     def _finish(self, ended: BaseException | None) -> Result:
         self.reserve.give_up()
+        if ended:
+            self._close_records()
         progress = self._progress("interrupted" if ended else "completed")
         progress.pending += self.unrecorded.values()
         return finish(self.folder, progress, self.config.baseline)
@@ -284,8 +324,9 @@ def plan_sweep(
     if node.hydra.mode != RunMode.MULTIRUN:
         pinned.append("hydra.mode=MULTIRUN")
     rest = [o for o in overrides if not o.startswith("hydra.sweep.dir=")]
+    elsewhere = str(node.hydra.launcher.get("_target_")) != OWN_LAUNCHER
     if not is_grid(node):
-        return Sweep(config, folder, dirs, [*rest, *pinned], [*command], None)
+        return Sweep(config, folder, dirs, [*rest, *pinned], [*command], None, elsewhere=elsewhere)
     params = OmegaConf.to_container(node.hydra.sweeper.params) if node.hydra.sweeper.params else None
     assert params is None or isinstance(params, dict)
     # Given in full on the command line, so that the order is ours and not the sweep file's.
@@ -293,7 +334,9 @@ def plan_sweep(
     grid = compose_grid(hydra, ours, dirs)
     _check_baseline(config, grid)
     order = describe_order(hydra, ours, dirs)
-    return Sweep(config, folder, dirs, [*ours, "hydra.sweeper.params=null", *pinned], [*command], grid, order)
+    return Sweep(
+        config, folder, dirs, [*ours, "hydra.sweeper.params=null", *pinned], [*command], grid, order, elsewhere
+    )
 
 
 def _check_baseline(config: SweepConfig, grid: Sequence[GridJob]) -> None:
@@ -329,14 +372,33 @@ class SweepTask:
 
 
 def _job_elsewhere(node: DictConfig, dirs: tuple[Path, ...], command: Sequence[str]) -> None:
-    """A job in a launcher's own process (joblib, submitit): its record is all it leaves."""
+    """A job in a launcher's own process (joblib, submitit): its record is all it leaves.
+
+    The process ends with its parent, and once it is interrupted it draws nothing more.
+    """
+    _end_with_parent()
+    if _interrupted.is_set():
+        return
     hydra: Any = HydraConfig.get()
     folder, data = Path(hydra.runtime.output_dir), to_data(node, hydra.runtime.choices)
     try:
-        run(RunConfig.from_dict(data, dirs), folder, command=command)
+        with Interrupts() as interrupts, interrupts.immediate():
+            run(RunConfig.from_dict(data, dirs), folder, command=command)
+    except (KeyboardInterrupt, Interrupted):
+        _interrupted.set()
     except Exception as error:  # as in _draw: the job's own failure
         if write_failure(folder, data, error):
             log.error("%s", one_line(error), exc_info=error)
+
+
+_interrupted = threading.Event()
+"""In a launcher's own process: whether a job of it has been interrupted, and with it the sweep."""
+
+
+@cache
+def _end_with_parent() -> None:
+    """Once a process, whatever jobs it gets."""
+    end_with_parent(lambda: Interrupts.end(signal.SIGTERM))
 
 
 def _exit_code(result: Result, ended: BaseException | None) -> int:
