@@ -23,6 +23,8 @@ from pathlib import Path
 
 import psutil
 
+import fluxrun
+
 TAG = "FLUXRUN_CAMPAIGN"
 """The environment variable by which every process of a case is found, whoever its parent is by then."""
 
@@ -31,6 +33,9 @@ PATIENCE_S = 300
 
 SETTLE_S = 0.2
 """What a process that was killed may take to be gone."""
+
+SOURCES = str(Path(fluxrun.__file__).parents[1])
+"""The cases measure the fluxrun that this process has imported, wherever they run."""
 
 CTRL_C = b"\x03"
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -44,7 +49,7 @@ class Terminal:
     def __init__(self, arguments: Sequence[str], folder: Path, extra: Mapping[str, str] | None = None) -> None:
         self.folder, self.tag, self.text = folder, uuid.uuid4().hex, ""
         self._master, slave = os.openpty()
-        env = {**os.environ, TAG: self.tag, "COLUMNS": "200", **(extra or {})}
+        env = {**os.environ, TAG: self.tag, "COLUMNS": "200", "PYTHONPATH": SOURCES, **(extra or {})}
 
         def own_the_terminal() -> None:
             os.setsid()
@@ -238,7 +243,7 @@ def main() -> int:
     parser.add_argument("moments", nargs="*", help=f"which ones (default: all): {', '.join(MOMENTS)}")
     given = parser.parse_args()
     names = given.moments or list(MOMENTS)
-    print(f"seed {given.seed}, {given.count} signals, load {os.getloadavg()[0]:.1f}", flush=True)
+    print(f"seed {given.seed}, {given.count} signals, load {os.getloadavg()[0]:.1f}, fluxrun of {SOURCES}", flush=True)
     os.environ.update(FLUXRUN_CACHE_DIR=tempfile.mkdtemp(prefix="fluxrun-signals-"), HF_HUB_OFFLINE="1")
     choose = random.Random(given.seed)
     cases = []

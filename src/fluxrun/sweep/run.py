@@ -141,7 +141,7 @@ class Sweep:
         self._progress("interrupted").write(self.folder, list(self.rows.values()))
 
     def _tell_workers(self) -> None:
-        """Jobs in a launcher's own processes stop as well: joblib kills them as soon as we stop, with no word to them."""
+        """Jobs in a launcher's processes stop as well: joblib kills them as soon as we stop, with no word to them."""
         if not self.elsewhere:
             return
         for worker in psutil.Process().children():
