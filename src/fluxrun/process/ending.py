@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import select
@@ -19,11 +20,22 @@ if TYPE_CHECKING:
 TRACKER = "resource_tracker"
 """Python's and loky's: it removes what other processes have left in shared memory, and then ends by itself."""
 
+PR_SET_CHILD_SUBREAPER = 36
+
 LOOK_S = 0.5
 """How often a process looks whether its parent is still there."""
 
 SHOW_CURSOR = b"\r\x1b[K\x1b[?25h"
 """A live display hides it."""
+
+
+def adopt_orphans() -> None:
+    """On Linux: who loses its parent becomes this process's child, so that ``end_children`` finds it.
+
+    A KeyboardInterrupt while Python waits for g++ kills g++ there, and not the cc1plus that works for it.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def end_children() -> None:

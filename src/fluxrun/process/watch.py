@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from fluxrun.process.ending import adopt_orphans
 from fluxrun.process.signals import EXIT_CODES, Interrupts
 
 GRACE_S = 0.5
@@ -25,6 +26,7 @@ def watched() -> Iterator[None]:
     They run between two steps of Python code only: not while a library is being loaded, or computes. The number of a
     signal is written to a pipe right when it comes, and a thread reads it there.
     """
+    adopt_orphans()
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
