@@ -37,6 +37,8 @@ SETTLE_S = 0.2
 SOURCES = str(Path(fluxrun.__file__).parents[1])
 """The cases measure the fluxrun that this process has imported, wherever they run."""
 
+SCREEN = 4000
+
 CTRL_C = b"\x03"
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 RUN = ("model=tiny", "height=64", "width=64", "model.max_sequence_length=32", "hydra.run.dir=run")
@@ -172,7 +174,8 @@ class Case:
     left: list[str] = field(default_factory=list)
     """Command lines of processes that outlived it."""
     ended_before: bool = False
-    last_line: str = ""
+    screen: str = ""
+    """The end of what was on it, where something is wrong."""
 
 
 def attempt(name: str, number: signal.Signals, after_s: float) -> Case:
@@ -201,7 +204,6 @@ def attempt(name: str, number: signal.Signals, after_s: float) -> Case:
 def _look(case: Case, terminal: Terminal) -> None:
     time.sleep(SETTLE_S)
     terminal.read()
-    case.last_line = next((line for line in reversed(terminal.text.splitlines()) if line.strip()), "")[-200:]
     for other in terminal.others():
         with contextlib.suppress(psutil.Error):
             case.left.append(" ".join(other.cmdline())[-160:])
@@ -212,6 +214,8 @@ def _look(case: Case, terminal: Terminal) -> None:
     if "Traceback" in terminal.text:
         case.wrong.append("a traceback")
     case.wrong += untrue_records(terminal.folder)
+    if case.wrong or case.left:
+        case.screen = terminal.text[-SCREEN:]
 
 
 def untrue_records(folder: Path) -> list[str]:
