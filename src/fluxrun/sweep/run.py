@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
-import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import psutil
 from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Quote, QuotedString
@@ -32,26 +28,23 @@ from fluxrun.config.schema import RunConfig, SweepConfig, sweep_config
 from fluxrun.errors import ConfigError, FluxrunError, Interrupted, exit_code_of, one_line
 from fluxrun.paths import expanded
 from fluxrun.pipeline.session_pool import SessionPool
-from fluxrun.process.ending import end_children, end_with_parent
+from fluxrun.process.ending import end_children
 from fluxrun.process.signals import Interrupts
-from fluxrun.record.folder import RESERVE, data_hash, is_running, write_failure
+from fluxrun.record.folder import RESERVE, data_hash, write_failure
 from fluxrun.report.result import SweepProgress, finish
-from fluxrun.report.rows import GridJob, Result, Row, read_row, run_folders
+from fluxrun.report.rows import GridJob, Result, Row, read_row
 from fluxrun.runner import run
 from fluxrun.streams import lasting
 from fluxrun.sweep.baseline import describes, missing
 from fluxrun.sweep.child import run_in_child
+from fluxrun.sweep.elsewhere import close_records, has_workers, stop_jobs
+from fluxrun.sweep.elsewhere import job as job_elsewhere
 from fluxrun.sweep.folder import arrange, baseline_folder, locked
 from fluxrun.sweep.grid import compose_grid, describe_order, is_grid, ordered, pending_row, prompts_beside
 from fluxrun.sweep.live import SweepView
 from fluxrun.sweep.objective import objective
 
 log = logging.getLogger("fluxrun.sweep")
-
-OWN_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
-
-WORKERS_S = 0.4
-"""What jobs in other processes have for closing their records at a signal; then we do it for them."""
 
 LEAST_RESERVE_BYTES = 32 * 1024
 """Kept in hand for the last sweep.json and sweep.csv; more where sweep.json is larger."""
@@ -71,8 +64,8 @@ class Sweep:
     grid: list[GridJob] | None
     """All jobs, or None when a sweeper chooses them as it goes."""
     order: list[str] = field(default_factory=list)
-    elsewhere: bool = False
-    """Whether a launcher runs the jobs in processes of its own (joblib, submitit)."""
+    workers: bool = False
+    """Whether the jobs run in joblib's processes, which are children of this one."""
     pool: SessionPool = field(default_factory=SessionPool)
     rows: dict[str, Row] = field(default_factory=dict)
     completed: dict[str, Path] = field(default_factory=dict)
@@ -141,27 +134,12 @@ class Sweep:
         self._progress("interrupted").write(self.folder, list(self.rows.values()))
 
     def _tell_workers(self) -> None:
-        """Jobs in a launcher's processes stop as well: joblib kills them as soon as we stop, with no word to them."""
-        if not self.elsewhere:
-            return
-        for worker in psutil.Process().children():
-            with suppress(psutil.Error):
-                worker.send_signal(signal.SIGINT)
-        deadline = time.monotonic() + WORKERS_S
-        while self._running() and time.monotonic() < deadline:
-            time.sleep(0.02)
+        if self.workers:
+            stop_jobs(self.folder)
 
     def _close_records(self) -> None:
-        """Jobs whose process has been killed have not closed them."""
-        for folder in self._running():
-            with suppress(OSError):  # a full disk
-                write_failure(folder, {}, Interrupted("interrupted"))
-
-    def _running(self) -> list[Path]:
-        """The folders of jobs that have begun, elsewhere, and are not known to have ended."""
-        if not self.elsewhere:
-            return []
-        return [folder for folder in run_folders(self.folder) if is_running(folder)]
+        if self.workers:
+            close_records(self.folder)
 
     def _is_begun(self, job: GridJob) -> bool:
         return str(job.number) not in self.rows and (self.folder / str(job.number) / "run.json").exists()
@@ -324,9 +302,9 @@ def plan_sweep(
     if node.hydra.mode != RunMode.MULTIRUN:
         pinned.append("hydra.mode=MULTIRUN")
     rest = [o for o in overrides if not o.startswith("hydra.sweep.dir=")]
-    elsewhere = str(node.hydra.launcher.get("_target_")) != OWN_LAUNCHER
+    workers = has_workers(node)
     if not is_grid(node):
-        return Sweep(config, folder, dirs, [*rest, *pinned], [*command], None, elsewhere=elsewhere)
+        return Sweep(config, folder, dirs, [*rest, *pinned], [*command], None, workers=workers)
     params = OmegaConf.to_container(node.hydra.sweeper.params) if node.hydra.sweeper.params else None
     assert params is None or isinstance(params, dict)
     # Given in full on the command line, so that the order is ours and not the sweep file's.
@@ -334,9 +312,7 @@ def plan_sweep(
     grid = compose_grid(hydra, ours, dirs)
     _check_baseline(config, grid)
     order = describe_order(hydra, ours, dirs)
-    return Sweep(
-        config, folder, dirs, [*ours, "hydra.sweeper.params=null", *pinned], [*command], grid, order, elsewhere
-    )
+    return Sweep(config, folder, dirs, [*ours, "hydra.sweeper.params=null", *pinned], [*command], grid, order, workers)
 
 
 def _check_baseline(config: SweepConfig, grid: Sequence[GridJob]) -> None:
@@ -364,41 +340,11 @@ class SweepTask:
         """One job, in the sweep of this process or, where there is none, by itself; returns a sweep's objective."""
         if self.sweep is not None:
             return self.sweep.job(node)
-        _job_elsewhere(node, self.dirs, self.command)
+        job_elsewhere(node, self.dirs, self.command)
         return None
 
     def __reduce__(self) -> tuple[type[SweepTask], tuple[tuple[Path, ...], list[str]]]:
         return SweepTask, (self.dirs, self.command)
-
-
-def _job_elsewhere(node: DictConfig, dirs: tuple[Path, ...], command: Sequence[str]) -> None:
-    """A job in a launcher's own process (joblib, submitit): its record is all it leaves.
-
-    The process ends with its parent, and once it is interrupted it draws nothing more.
-    """
-    _end_with_parent()
-    if _interrupted.is_set():
-        return
-    hydra: Any = HydraConfig.get()
-    folder, data = Path(hydra.runtime.output_dir), to_data(node, hydra.runtime.choices)
-    try:
-        with Interrupts() as interrupts, interrupts.immediate():
-            run(RunConfig.from_dict(data, dirs), folder, command=command)
-    except (KeyboardInterrupt, Interrupted):
-        _interrupted.set()
-    except Exception as error:  # as in _draw: the job's own failure
-        if write_failure(folder, data, error):
-            log.error("%s", one_line(error), exc_info=error)
-
-
-_interrupted = threading.Event()
-"""In a launcher's own process: whether a job of it has been interrupted, and with it the sweep."""
-
-
-@cache
-def _end_with_parent() -> None:
-    """Once a process, whatever jobs it gets."""
-    end_with_parent(lambda: Interrupts.end(signal.SIGTERM))
 
 
 def _exit_code(result: Result, ended: BaseException | None) -> int:
