@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+
+from fluxrun.errors import Interrupted
+from fluxrun.process.ending import leave
+from fluxrun.process.signals import EXIT_CODES, Interrupts
+from fluxrun.process.watch import watched
 
 
 def main() -> None:
-    """Run the command line; Ctrl+C while it is still being imported ends in one line as well."""
+    """Run the command line, in a process of its own; Ctrl+C while it is still being imported ends in one line too."""
+    with watched(), Interrupts() as interrupts:
+        code = _run(interrupts)
+        if code in EXIT_CODES.values():
+            leave(code)
+    for number in EXIT_CODES:  # all is done: while the interpreter takes itself apart, a signal just ends it
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    sys.exit(code)
+
+
+def _run(interrupts: Interrupts) -> int:
     try:
-        from fluxrun.cli.app import main as run
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    run()
+        with interrupts.immediate():
+            from fluxrun.cli.app import main as run
+
+            run()
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else bool(ended.code)
+    except (KeyboardInterrupt, Interrupted):
+        print(interrupts.error(), file=sys.stderr)
+        return interrupts.error().exit_code
+    return 0
 
 
 if __name__ == "__main__":

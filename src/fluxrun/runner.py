@@ -24,6 +24,8 @@ from fluxrun.record.schema import RunRecord
 
 log = logging.getLogger("fluxrun")
 
+STOPPING = "stopping at the next step; Ctrl+C again ends at once"
+
 
 def run(
     config: RunConfig,
@@ -44,13 +46,15 @@ def run(
     started = time.perf_counter()
     stage = _Stage()
     interrupts = Interrupts(
-        on_first=lambda: log.warning("stopping at the next step; Ctrl+C again ends at once"),
+        on_first=lambda: None if interrupts.is_immediate else log.warning(STOPPING),
         on_second=lambda: folder.abandon(interrupts.error(), stage.name),
     )
     with interrupts:
         try:
             with _borrowed(pool) as sessions:
-                _run(prepare(config, machine), folder, interrupts, stage, sessions, reporter or Reporter())
+                with interrupts.immediate():
+                    prepared = prepare(config, machine)
+                _run(prepared, folder, interrupts, stage, sessions, reporter or Reporter())
         except BaseException as error:
             ended = interrupts.error() if interrupts.requested else error
             _finish(folder, started, ended, stage.name)
@@ -93,12 +97,12 @@ def _run(
     def note_options() -> None:
         folder.note_options(plan.record(), plan.notes)
 
-    folder.record.environment = environment(plan.machine)
-    note_options()
-    folder.write()
-    _announce(prepared)
-    stage.read = lambda: "load"
     with interrupts.immediate():
+        folder.record.environment = environment(plan.machine)
+        note_options()
+        folder.write()
+        _announce(prepared)
+        stage.read = lambda: "load"
         from fluxrun.drawing.generation import Generation
 
     with pool.session(prepared, reporter=reporter, interrupts=interrupts, on_change=note_options) as session:

@@ -21,6 +21,7 @@ from fluxrun.errors import ConfigError, FluxrunError, one_line
 from fluxrun.formatting import nearest, shorten, utf8
 from fluxrun.paths import cache_dir, check_folders
 from fluxrun.process.console import console, one_line_warning
+from fluxrun.process.signals import Interrupts
 from fluxrun.streams import drop, lasting
 from fluxrun.trust import TRUST_VARIABLE
 from fluxrun.version import __version__
@@ -49,12 +50,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``fluxrun``; ends the process with the exit code of DESIGN (0, 1, 2, 129, 130, 143)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     warnings.formatwarning = one_line_warning
-    with lasting("stderr"):
+    with lasting("stderr"), Interrupts() as interrupts:
         try:
-            check_folders()
-            code = dispatch(arguments)
+            with interrupts.immediate():
+                check_folders()
+                code = dispatch(arguments)
         except KeyboardInterrupt:
-            code = _say("interrupted", 130)
+            interrupted = interrupts.error()
+            code = _say(str(interrupted), interrupted.exit_code)
         except BrokenPipeError:
             drop(sys.stdout)
             code = 1

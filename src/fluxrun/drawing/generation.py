@@ -186,7 +186,8 @@ class Generation:
         pipeline, compiles = self.session.pipeline, self._fresh and self.session.compiles
         inspection = Inspection()
         self.stage = "text_encode"
-        arguments = self._arguments(batch)
+        with self.session.interrupts.immediate():
+            arguments = self._arguments(batch)
         self.stage = "denoise"
         with self.session.reporter.steps(text, arguments["num_inference_steps"]) as display:
             watch = Stopwatch(self.device, display, self._after_step, self._after_denoising, compiles=compiles)

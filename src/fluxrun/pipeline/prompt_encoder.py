@@ -69,8 +69,8 @@ class PromptEncoder:
         base = self._loader.load("text", reporter, interrupts)
         pipeline = shell(base)
         for text in (*missing, *later):
-            interrupts.check()
-            self._known[text] = self._encode(pipeline, text)
+            with interrupts.immediate():
+                self._known[text] = self._encode(pipeline, text)
             self._loader.store.embeddings[self._key(text)] = self._known[text].cpu()
         self.counts |= Counter(prompts_encoded_first=len(missing) + len(later), freed_bytes=base.bytes)
         del pipeline, base

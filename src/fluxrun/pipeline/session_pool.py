@@ -71,7 +71,9 @@ class SessionPool:
         """A session for this run. One that an error or an interrupt has left is not used again."""
         caller = Caller(reporter=reporter, interrupts=interrupts, on_change=on_change)
         try:
-            yield self._take(prepared, caller)
+            with interrupts.immediate():  # it imports torch and diffusers
+                session = self._take(prepared, caller)
+            yield session
         except BaseException:
             self.close()
             raise

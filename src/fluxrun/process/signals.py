@@ -8,9 +8,10 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 from fluxrun.errors import Interrupted
+from fluxrun.process.ending import end_children, say_last
 
 Handler = Callable[[int, FrameType | None], Any] | int | None
 
@@ -18,19 +19,30 @@ EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 if os.name == "posix":
     EXIT_CODES[signal.SIGHUP] = 129
 
+MOST_S = 5.0
+"""Whatever is done before the process ends at once, this is its end."""
+
 
 class Interrupts:
     """Handles SIGINT, SIGTERM and SIGHUP (the terminal was closed) while a run is on; nohup's SIGHUP stays ignored.
 
-    While loading and compiling (``immediate``) the first signal raises KeyboardInterrupt right there: a flag would
-    wait out a whole compile. Otherwise it sets a flag that the denoising loop looks at after every step.
+    While importing, loading, encoding and compiling (``immediate``) the first signal raises KeyboardInterrupt right
+    there: a flag would wait out a whole compile. Otherwise it sets a flag that the denoising loop looks at after every
+    step, and ``on_first`` is called. ``on_second`` is what is done before the process ends at once.
     """
+
+    raised: ClassVar[bool] = False
+    """Whether a signal has raised in this process: it is on its way to its end."""
+    unwound: ClassVar[bool] = False
+    """Whether that has come as far as the code which closes records and shows tables."""
+    _at_the_end: ClassVar[threading.Lock] = threading.Lock()
 
     def __init__(
         self, on_second: Callable[[], None] = lambda: None, on_first: Callable[[], None] = lambda: None
     ) -> None:
         self.requested: signal.Signals | None = None
-        self._immediate = False
+        self.is_immediate = False
+        """Whether a signal raises at the moment."""
         self._on_first = on_first
         self._on_second = on_second
         self._before: dict[signal.Signals, Handler] = {}
@@ -45,37 +57,69 @@ class Interrupts:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        Interrupts.unwound = Interrupts.raised
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    @staticmethod
+    def innermost() -> Interrupts | None:
+        """Those that would handle a signal now."""
+        handlers = (getattr(signal.getsignal(number), "__self__", None) for number in EXIT_CODES)
+        return next((handler for handler in handlers if isinstance(handler, Interrupts)), None)
+
+    @staticmethod
+    def end(number: signal.Signals, last_line: str = "") -> None:
+        """End the process through those that would handle a signal now; where there are none it is at its very end."""
+        if innermost := Interrupts.innermost():
+            innermost.end_process(number, last_line)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested is not None:
-            try:
-                self._end_at_once()
-                end_children()
-            finally:  # whatever goes wrong in here: the second signal ends the process
-                os._exit(EXIT_CODES[signal.Signals(number)])
+            self.end_process(signal.Signals(number))
+            return
         self.requested = signal.Signals(number)
-        self._on_first()
-        if self._immediate:
+        if self.is_immediate:
+            Interrupts.raised = True
+            self._on_first()
             raise KeyboardInterrupt
+        self._on_first()
+
+    def end_process(self, number: signal.Signals, last_line: str = "") -> None:
+        """End the process from wherever it is: records are closed, children killed. From a handler or any thread.
+
+        Returns only when that is being done already, by another thread or by what this handler has interrupted.
+        """
+        if not Interrupts._at_the_end.acquire(blocking=False):
+            return
+        self.requested = self.requested or number
+        last = threading.Timer(MOST_S, os._exit, [EXIT_CODES[number]])
+        last.daemon = True
+        try:
+            last.start()
+            self._end_at_once()
+            end_children()
+            if last_line:
+                say_last(last_line)
+        finally:  # whatever goes wrong in here: the process ends
+            os._exit(EXIT_CODES[number])
 
     def _end_at_once(self) -> None:
         """What is to be done before the process ends: for this run or job, then for the sweep around it."""
         self._on_second()
-        around = getattr(self._before.get(signal.SIGINT), "__self__", None)
+        around = next((getattr(handler, "__self__", None) for handler in self._before.values()), None)
         if isinstance(around, Interrupts):
+            around.requested = around.requested or self.requested
             around._end_at_once()
 
     @contextlib.contextmanager
     def immediate(self) -> Iterator[None]:
         """Within: a signal raises KeyboardInterrupt at once (and one that came before, on entering)."""
         self.check()
-        self._immediate = True
+        before, self.is_immediate = self.is_immediate, True
         try:
             yield
         finally:
-            self._immediate = False
+            self.is_immediate = before
 
     def check(self) -> None:
         """Raise Interrupted if a signal has come."""
@@ -88,12 +132,3 @@ class Interrupts:
         error = Interrupted("interrupted" if number == signal.SIGINT else "terminated")
         error.exit_code = EXIT_CODES[number]
         return error
-
-
-def end_children() -> None:
-    """Kill this process's children (inductor's compile workers, a probe)."""
-    import psutil
-
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.kill()

@@ -70,6 +70,9 @@ class RunFolder:
         self._writing = threading.RLock()
         """Held while run.json is replaced: an older text must not come after a newer one."""
         self._closed = False
+        """Whether nothing more is saved."""
+        self._finished = False
+        """Whether the record on the disk says how the run ended."""
         self._reserve = Reserve(path / RESERVE)
         self._claim()
 
@@ -150,19 +153,26 @@ class RunFolder:
 
     def finish(self, status: Status, error: BaseException | None = None, stage: str = "") -> None:
         """Close the record with its status."""
-        self.record.status = status
-        self.record.finished_at = _now()
-        if error is not None:
-            self.record.error = ErrorRecord(type=type(error).__name__, message=one_line(error), stage=stage)
         with self._writing:
+            self.record.status = status
+            self.record.finished_at = _now()
+            if error is not None:
+                self.record.error = ErrorRecord(type=type(error).__name__, message=one_line(error), stage=stage)
             _write_last(self.path, self.record, self._reserve)
+            self._finished = True
 
     def abandon(self, error: BaseException, stage: str) -> None:
-        """Close the record from within a signal handler: the picture being written is finished, if that is soon."""
-        self._closed = True  # nothing more is saved
+        """Close the record before the process ends at once: the picture being written is finished, if that is soon.
+
+        From a signal handler or another thread than the run's, which may have closed it already: then it stays.
+        """
+        self._closed = True
         if self._saving.acquire(timeout=PATIENCE_S):
             self._saving.release()
-        self.finish("interrupted", error, stage)
+        with self._writing:
+            if self._finished:
+                return
+            self.finish("interrupted", error, stage)
         for unfinished in (*self.path.glob(".run.json.*"), *self.path.glob("images/.*.part"), self.path / LOCK):
             unfinished.unlink(missing_ok=True)
 
@@ -186,6 +196,14 @@ def write_failure(folder: Path, data: dict[str, Any], error: BaseException) -> b
     record.error = ErrorRecord(type=type(error).__name__, message=one_line(error), stage="prepare")
     _write_last(folder, record, Reserve(folder / RESERVE))
     return True
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a run folder's record is not closed; one that cannot be read is nobody's."""
+    try:
+        return read_record(folder).status == "running"
+    except ConfigError:
+        return False
 
 
 def _write_last(folder: Path, record: RunRecord, reserve: Reserve) -> None:

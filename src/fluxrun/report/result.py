@@ -69,7 +69,8 @@ def finish(folder: Path, progress: SweepProgress, baseline: str) -> Result:
     """Compare all jobs of a sweep's folder, write its files, show its table."""
     result = complete(progress.result(folder, _all_rows(folder, progress.pending, baseline)), folder, baseline)
     try:
-        write_files(folder, result, folder)
+        # Who has pressed Ctrl+C does not wait for matplotlib.
+        write_files(folder, result, folder, page=result.status != "interrupted")
     finally:  # the screen has the table, whatever the disk takes
         show_result(result, folder)
     return result
@@ -118,14 +119,16 @@ def complete(result: Result, root: Path, baseline: str) -> Result:
     return result
 
 
-def write_files(folder: Path, result: Result, root: Path) -> None:
-    """sweep.json and sweep.csv always; report.html where its libraries are.
+def write_files(folder: Path, result: Result, root: Path, *, page: bool = True) -> None:
+    """sweep.json and sweep.csv always; with ``page`` report.html, where its libraries are.
 
     Raises FluxrunError naming what could not be written, when all that can be is.
     """
     problems = _attempt(folder / "sweep.json", lambda: _write(folder, result))
     problems += _attempt(folder / "sweep.csv", lambda: write_atomically(folder / "sweep.csv", to_csv(result.jobs)))
-    if reason := missing_libraries():
+    if not page:
+        log.info("report.html is left out: fluxrun report %s makes it", folder)
+    elif reason := missing_libraries():
         log.warning("no report.html: %s (pip install 'fluxrun[report]')", reason)
     else:
         from fluxrun.report.page import write_report

@@ -1,31 +1,22 @@
-"""``sweep.isolation=process``: every job in a process of its own, that ends with it and with its parent.
-
-``python -m fluxrun.sweep.child FOLDER`` is the child: it reads the config as JSON from its standard input, runs it into
-the folder, and ends at once when the input closes, because then its parent is gone.
-"""
+"""``sweep.isolation=process``: every job in a process of its own (``job_process``), that ends with it and with us."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import logging
-import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from fluxrun.config.schema import RunConfig
-from fluxrun.errors import FluxrunError, Interrupted, exit_code_of
-from fluxrun.process.console import console, log_to
-from fluxrun.process.signals import Interrupts, end_children
+from fluxrun.errors import FluxrunError, Interrupted
+from fluxrun.process.console import console
+from fluxrun.process.signals import Interrupts
 from fluxrun.record.folder import PATIENCE_S, read_record, write_failure
-from fluxrun.runner import run
 
 
 class JobProcessError(FluxrunError):
@@ -35,7 +26,7 @@ class JobProcessError(FluxrunError):
 def run_in_child(data: dict[str, Any], dirs: tuple[Path, ...], folder: Path, command: Sequence[str]) -> None:
     """Run one job's config in a child process and wait for it. Raises what ended it."""
     child = subprocess.Popen(
-        [sys.executable, "-m", "fluxrun.sweep.child", str(folder)],
+        [sys.executable, "-m", "fluxrun.sweep.job_process", str(folder)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -80,28 +71,3 @@ def _failure(code: int, folder: Path) -> FluxrunError:
             return FluxrunError(error.message)
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     return JobProcessError(f"the job's process ended with {how} before it could say why")
-
-
-def main(folder: Path) -> int:
-    """The child."""
-    job = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    log_to(folder)
-    try:
-        config = RunConfig.from_dict(job["data"], tuple(Path(d) for d in job["dirs"]))
-        run(config, folder, command=job["command"])
-    except (Exception, KeyboardInterrupt) as error:
-        if write_failure(folder, job["data"], error):
-            logging.getLogger("fluxrun").error("%s", error, exc_info=error)
-        return exit_code_of(error)
-    return 0
-
-
-def _end_with_parent() -> None:
-    sys.stdin.read()
-    end_children()
-    os._exit(1)
-
-
-if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))

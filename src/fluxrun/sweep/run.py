@@ -28,6 +28,7 @@ from fluxrun.config.schema import RunConfig, SweepConfig, sweep_config
 from fluxrun.errors import ConfigError, FluxrunError, Interrupted, exit_code_of, one_line
 from fluxrun.paths import expanded
 from fluxrun.pipeline.session_pool import SessionPool
+from fluxrun.process.ending import end_children
 from fluxrun.process.signals import Interrupts
 from fluxrun.record.folder import RESERVE, data_hash, write_failure
 from fluxrun.report.result import SweepProgress, finish
@@ -36,6 +37,8 @@ from fluxrun.runner import run
 from fluxrun.streams import lasting
 from fluxrun.sweep.baseline import describes, missing
 from fluxrun.sweep.child import run_in_child
+from fluxrun.sweep.elsewhere import close_records, has_workers, stop_jobs
+from fluxrun.sweep.elsewhere import job as job_elsewhere
 from fluxrun.sweep.folder import arrange, baseline_folder, locked
 from fluxrun.sweep.grid import compose_grid, describe_order, is_grid, ordered, pending_row, prompts_beside
 from fluxrun.sweep.live import SweepView
@@ -61,6 +64,8 @@ class Sweep:
     grid: list[GridJob] | None
     """All jobs, or None when a sweeper chooses them as it goes."""
     order: list[str] = field(default_factory=list)
+    workers: bool = False
+    """Whether the jobs run in joblib's processes, which are children of this one."""
     pool: SessionPool = field(default_factory=SessionPool)
     rows: dict[str, Row] = field(default_factory=dict)
     completed: dict[str, Path] = field(default_factory=dict)
@@ -91,7 +96,8 @@ class Sweep:
             self._take_over()
             try:
                 # Between two jobs a signal ends the sweep at once; a job handles its own.
-                with Interrupts(on_second=self._abandon) as interrupts, interrupts.immediate(), self.view:
+                interrupts = Interrupts(on_second=self._abandon, on_first=self._tell_workers)
+                with interrupts, interrupts.immediate(), self.view:
                     self._launch(hydra, task)
             except (KeyboardInterrupt, Interrupted) as error:
                 ended = interrupts.error() if interrupts.requested else self.interrupted or error
@@ -119,17 +125,29 @@ class Sweep:
                     self._take(job, self.folder / str(job.number))
 
     def _abandon(self) -> None:
-        """At a second signal: what is done so far, and what of the job that was running is on disk."""
+        """The process ends at once: what is done so far, and what of the job that was running is on disk."""
         self.reserve.give_up()
+        end_children()
+        self._close_records()
         begun = [job for job in self.grid or () if self._is_begun(job)]
         self.rows |= {str(job.number): self._row(self.folder / str(job.number)) for job in begun}
         self._progress("interrupted").write(self.folder, list(self.rows.values()))
+
+    def _tell_workers(self) -> None:
+        if self.workers:
+            stop_jobs(self.folder)
+
+    def _close_records(self) -> None:
+        if self.workers:
+            close_records(self.folder)
 
     def _is_begun(self, job: GridJob) -> bool:
         return str(job.number) not in self.rows and (self.folder / str(job.number) / "run.json").exists()
 
     def _finish(self, ended: BaseException | None) -> Result:
         self.reserve.give_up()
+        if ended:
+            self._close_records()
         progress = self._progress("interrupted" if ended else "completed")
         progress.pending += self.unrecorded.values()
         return finish(self.folder, progress, self.config.baseline)
@@ -284,8 +302,9 @@ def plan_sweep(
     if node.hydra.mode != RunMode.MULTIRUN:
         pinned.append("hydra.mode=MULTIRUN")
     rest = [o for o in overrides if not o.startswith("hydra.sweep.dir=")]
+    workers = has_workers(node)
     if not is_grid(node):
-        return Sweep(config, folder, dirs, [*rest, *pinned], [*command], None)
+        return Sweep(config, folder, dirs, [*rest, *pinned], [*command], None, workers=workers)
     params = OmegaConf.to_container(node.hydra.sweeper.params) if node.hydra.sweeper.params else None
     assert params is None or isinstance(params, dict)
     # Given in full on the command line, so that the order is ours and not the sweep file's.
@@ -293,7 +312,7 @@ def plan_sweep(
     grid = compose_grid(hydra, ours, dirs)
     _check_baseline(config, grid)
     order = describe_order(hydra, ours, dirs)
-    return Sweep(config, folder, dirs, [*ours, "hydra.sweeper.params=null", *pinned], [*command], grid, order)
+    return Sweep(config, folder, dirs, [*ours, "hydra.sweeper.params=null", *pinned], [*command], grid, order, workers)
 
 
 def _check_baseline(config: SweepConfig, grid: Sequence[GridJob]) -> None:
@@ -321,22 +340,11 @@ class SweepTask:
         """One job, in the sweep of this process or, where there is none, by itself; returns a sweep's objective."""
         if self.sweep is not None:
             return self.sweep.job(node)
-        _job_elsewhere(node, self.dirs, self.command)
+        job_elsewhere(node, self.dirs, self.command)
         return None
 
     def __reduce__(self) -> tuple[type[SweepTask], tuple[tuple[Path, ...], list[str]]]:
         return SweepTask, (self.dirs, self.command)
-
-
-def _job_elsewhere(node: DictConfig, dirs: tuple[Path, ...], command: Sequence[str]) -> None:
-    """A job in a launcher's own process (joblib, submitit): its record is all it leaves."""
-    hydra: Any = HydraConfig.get()
-    folder, data = Path(hydra.runtime.output_dir), to_data(node, hydra.runtime.choices)
-    try:
-        run(RunConfig.from_dict(data, dirs), folder, command=command)
-    except Exception as error:  # as in _draw: the job's own failure
-        if write_failure(folder, data, error):
-            log.error("%s", one_line(error), exc_info=error)
 
 
 def _exit_code(result: Result, ended: BaseException | None) -> int:

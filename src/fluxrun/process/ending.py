@@ -1,0 +1,105 @@
+"""How a process of fluxrun's own ends once it is interrupted: no child stays, nothing that was said is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    import psutil
+
+TRACKER = "resource_tracker"
+"""Python's and loky's: it removes what other processes have left in shared memory, and then ends by itself."""
+
+PR_SET_CHILD_SUBREAPER = 36
+
+LOOK_S = 0.5
+"""How often a process looks whether its parent is still there."""
+
+SHOW_CURSOR = b"\r\x1b[K\x1b[?25h"
+"""A live display hides it."""
+
+
+def adopt_orphans() -> None:
+    """On Linux: who loses its parent becomes this process's child, so that ``end_children`` finds it.
+
+    A KeyboardInterrupt while Python waits for g++ kills g++ there, and not the cc1plus that works for it.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def end_children() -> None:
+    """Kill this process's children and theirs (inductor's compile workers, a C++ compiler, a probe).
+
+    They are stopped first: one that forks while it is looked for would leave a child that nobody finds any more.
+    """
+    stopped: set[psutil.Process] = set()
+    while new := [child for child in _children() if child not in stopped]:
+        for child in new:
+            _signal(child, signal.SIGSTOP if os.name == "posix" else signal.SIGTERM)
+        stopped.update(new)
+    for child in stopped:
+        _signal(child, signal.SIGKILL if os.name == "posix" else signal.SIGTERM)
+
+
+def _children() -> list[psutil.Process]:
+    import psutil
+
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if child.status() != psutil.STATUS_ZOMBIE and not any(TRACKER in word for word in child.cmdline()):
+                found.append(child)
+    return found
+
+
+def _signal(process: psutil.Process, number: signal.Signals) -> None:
+    import psutil
+
+    with contextlib.suppress(psutil.Error):  # it has ended by itself
+        process.send_signal(number)
+
+
+def leave(code: int) -> NoReturn:
+    """End an interrupted process now, with everything flushed.
+
+    The interpreter's own way takes a second or two with torch in it, and waits for compile workers.
+    """
+    try:
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # closed, or nobody there
+                if stream is not None:
+                    stream.flush()
+        end_children()
+    finally:
+        os._exit(code)
+
+
+def say_last(text: str) -> None:
+    """A last line on standard error, past the console: who holds its lock may never let go of it again."""
+    with contextlib.suppress(OSError, ValueError):
+        if select.select([], [2], [], 0)[1]:
+            os.write(2, (SHOW_CURSOR if os.isatty(2) else b"") + text.encode() + b"\n")
+
+
+def end_with_parent(end: Callable[[], None]) -> None:
+    """Call ``end`` once this process's parent is gone, however it went; its time is up, nobody waits for the job."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(LOOK_S)
+        end()
+
+    threading.Thread(target=watch, name="fluxrun-parent", daemon=True).start()

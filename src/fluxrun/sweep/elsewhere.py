@@ -1,0 +1,91 @@
+"""Jobs in processes that a launcher of Hydra's starts (joblib, submitit): their records are all they leave."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import psutil
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from fluxrun.config.composition import to_data
+from fluxrun.config.schema import RunConfig
+from fluxrun.errors import Interrupted, one_line
+from fluxrun.process.ending import end_with_parent
+from fluxrun.process.signals import Interrupts
+from fluxrun.record.folder import is_running, write_failure
+from fluxrun.report.rows import run_folders
+from fluxrun.runner import run
+
+log = logging.getLogger("fluxrun.sweep")
+
+JOBLIB = "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"
+
+WORKERS_S = 0.4
+"""What jobs have for closing their records at a signal; then the sweep does it for them."""
+
+
+def has_workers(node: DictConfig) -> bool:
+    """Whether a sweep's jobs run in children of its process, which end with it; submitit's on a cluster go on."""
+    return str(node.hydra.launcher.get("_target_")) == JOBLIB
+
+
+# --- in the sweep's process -------------------------------------------------------------------------------------------
+
+
+def stop_jobs(sweep: Path) -> None:
+    """Tell the jobs to stop, and wait a moment: joblib kills them as soon as we stop, with no word to them."""
+    for worker in psutil.Process().children():
+        with suppress(psutil.Error):
+            worker.send_signal(signal.SIGINT)
+    deadline = time.monotonic() + WORKERS_S
+    while _running(sweep) and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def close_records(sweep: Path) -> None:
+    """The jobs' processes are gone: records that they have not closed are closed here."""
+    for folder in _running(sweep):
+        with suppress(OSError):  # a full disk
+            write_failure(folder, {}, Interrupted("interrupted"))
+
+
+def _running(sweep: Path) -> list[Path]:
+    return [folder for folder in run_folders(sweep) if is_running(folder)]
+
+
+# --- in a job's process -----------------------------------------------------------------------------------------------
+
+_interrupted = threading.Event()
+"""Whether a job in this process has been interrupted, and with it the sweep: then no other one begins."""
+
+
+def job(node: DictConfig, dirs: tuple[Path, ...], command: Sequence[str]) -> None:
+    """Draw one job; a failure is in its record. The process ends with its parent."""
+    _end_with_parent()
+    if _interrupted.is_set():
+        return
+    hydra: Any = HydraConfig.get()
+    folder, data = Path(hydra.runtime.output_dir), to_data(node, hydra.runtime.choices)
+    try:
+        with Interrupts() as interrupts, interrupts.immediate():
+            run(RunConfig.from_dict(data, dirs), folder, command=command)
+    except (KeyboardInterrupt, Interrupted):
+        _interrupted.set()
+    except Exception as error:  # as of any job in a sweep: it is this one's alone
+        if write_failure(folder, data, error):
+            log.error("%s", one_line(error), exc_info=error)
+
+
+@cache
+def _end_with_parent() -> None:
+    """Once a process, whatever jobs it gets; loky's own workers would finish what they have first."""
+    end_with_parent(lambda: Interrupts.end(signal.SIGTERM))

@@ -1,0 +1,60 @@
+"""``python -m fluxrun.sweep.job_process FOLDER``: one job of ``sweep.isolation=process``, in this process alone.
+
+It reads the config as JSON from its standard input, runs it into the folder, and ends at once when the input closes,
+because then its parent is gone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from fluxrun.errors import Interrupted, exit_code_of
+from fluxrun.process.ending import leave
+from fluxrun.process.signals import EXIT_CODES, Interrupts
+from fluxrun.process.watch import watched
+
+
+def main(folder: Path) -> int:
+    """Run the job; returns the exit code, 130 as soon as it is interrupted."""
+    with watched(), Interrupts() as interrupts:
+        try:
+            with interrupts.immediate():
+                return _run(folder)
+        except (KeyboardInterrupt, Interrupted):
+            return interrupts.error().exit_code
+
+
+def _run(folder: Path) -> int:
+    from fluxrun.config.schema import RunConfig
+    from fluxrun.process.console import log_to
+    from fluxrun.record.folder import write_failure
+    from fluxrun.runner import run
+
+    job = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    log_to(folder)
+    try:
+        config = RunConfig.from_dict(job["data"], tuple(Path(d) for d in job["dirs"]))
+        run(config, folder, command=job["command"])
+    except (Exception, KeyboardInterrupt) as error:
+        if write_failure(folder, job["data"], error):
+            logging.getLogger("fluxrun").error("%s", error, exc_info=error)
+        return exit_code_of(error)
+    return 0
+
+
+def _end_with_parent() -> None:
+    sys.stdin.read()
+    Interrupts.end(signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    code = main(Path(sys.argv[1]))
+    if code in EXIT_CODES.values():
+        leave(code)
+    sys.exit(code)

@@ -1,0 +1,51 @@
+"""That the campaign of signals sees what it is there to see."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from robustness.signals_campaign import MOMENTS, Case, table, untrue_records
+
+
+def written(folder: Path, record: dict[str, Any]) -> Path:
+    (folder / "run" / "images").mkdir(parents=True)
+    (folder / "run" / "run.json").write_text(json.dumps(record))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("record", "problems"),
+    [
+        ({"status": "interrupted", "images": []}, []),
+        ({"status": "running", "images": []}, ["run/run.json says running"]),
+        ({"status": "failed", "images": [{"path": "images/0.png"}]}, ["run/run.json names 1 pictures, there are 0"]),
+    ],
+)
+def test_what_a_run_may_not_say(tmp_path: Path, record: dict[str, Any], problems: list[str]) -> None:
+    assert untrue_records(written(tmp_path, record)) == problems
+
+
+def test_a_picture_that_no_record_names(tmp_path: Path) -> None:
+    (written(tmp_path, {"status": "interrupted", "images": []}) / "run" / "images" / "0.png").touch()
+    assert untrue_records(tmp_path) == ["run/run.json names 0 pictures, there are 1"]
+
+
+def test_what_a_sweep_may_not_say(tmp_path: Path) -> None:
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "sweep.json").write_text(json.dumps({"status": "failed", "jobs": [{"status": "running"}]}))
+    assert untrue_records(tmp_path) == ["sweep/sweep.json says of a job that it is running"]
+
+
+def test_the_table_counts_each_kind_of_wrong() -> None:
+    moments = list(MOMENTS)[:2]
+    cases = [
+        Case(moments[0], "SIGINT", 1.0, took_s=0.5, code=130),
+        Case(moments[0], "SIGINT", 1.0, took_s=2.0, code=1, wrong=["exit 1", "run.json says running"], left=["g++"]),
+        Case(moments[1], "SIGTERM", 1.0, ended_before=True),
+    ]
+    rows = [line.split() for line in table(cases).splitlines() if line]
+    assert rows[1] == [moments[0], "2", "1.25s", "2.00s", "2.00s", "1", "1", "1", "1"]
+    assert [row[0] for row in rows[1:]] == [moments[0], "all"], "one that had ended before is no case"
