@@ -33,13 +33,13 @@ from fluxrun.options.vae import VaeOption
 class Computes(VaeOption):
     \"\"\"Is in C for minutes; Python's handlers do not run meanwhile.\"\"\"
     def apply(self, pipeline, context):
-        print("stuck", flush=True)
+        print("nobody listens", flush=True)
         hashlib.pbkdf2_hmac("sha256", b"a", b"b", 10**9)
 
 class Swallows(VaeOption):
     \"\"\"Takes Ctrl+C for something else, as a library may.\"\"\"
     def apply(self, pipeline, context):
-        print("stuck", flush=True)
+        print("nobody listens", flush=True)
         while True:
             try:
                 time.sleep(600)
@@ -128,7 +128,7 @@ def test_while_nothing_listens(
     (config_dir / "vae" / "stuck.yaml").write_text(f"_target_: stuck_options.{how}\n{KNOBS}")
     options = ["--trust-config", "--config-dir", str(config_dir), "vae=stuck"]
     run = start(*options, *SMALL, "hydra.run.dir=run", PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
-    until(lambda: "stuck" in run.screen(), run.process)
+    until(lambda: "nobody listens" in run.screen(), run.process)
     run.process.send_signal(number)
     assert run.process.wait(PATIENCE_S) == code, run.screen()
     record = read_record(tmp_path / "run")

@@ -14,6 +14,7 @@ import pytest
 from helpers import SMALL, start_fluxrun
 from PIL import Image
 
+from fluxrun.process.signals import Interrupts
 from fluxrun.record.folder import read_record
 
 pytestmark = [
@@ -157,3 +158,23 @@ def test_before_anything_began(start):
     child = start("plan", fresh=True)
     child.process.send_signal(signal.SIGTERM)
     assert child.process.wait(PATIENCE_S) in (143, -signal.SIGTERM, 0)
+
+
+def swallowed_by_a_library() -> None:
+    """As Hydra does it in the middle of composing."""
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+    except KeyboardInterrupt:
+        raise ValueError("no such config") from None
+
+
+def test_what_a_library_makes_of_an_interrupt_is_one_again():
+    with Interrupts() as interrupts, pytest.raises(KeyboardInterrupt), interrupts.immediate():
+        swallowed_by_a_library()
+    assert interrupts.error().exit_code == 143
+
+
+def test_an_error_without_an_interrupt_stays_what_it_is():
+    with Interrupts() as interrupts, pytest.raises(ValueError, match="no such config"), interrupts.immediate():
+        raise ValueError("no such config")

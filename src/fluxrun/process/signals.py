@@ -113,13 +113,39 @@ class Interrupts:
 
     @contextlib.contextmanager
     def immediate(self) -> Iterator[None]:
-        """Within: a signal raises KeyboardInterrupt at once (and one that came before, on entering)."""
+        """Within: a signal raises KeyboardInterrupt at once (and one that came before, on entering).
+
+        What a library makes of that (Hydra: a failed composition) is KeyboardInterrupt again on leaving.
+        """
         self.check()
         before, self.is_immediate = self.is_immediate, True
         try:
             yield
+        except Exception as error:
+            if self.requested is None or isinstance(error, Interrupted):
+                raise
+            raise KeyboardInterrupt from error
         finally:
             self.is_immediate = before
+
+    @staticmethod
+    @contextlib.contextmanager
+    def held_back() -> Iterator[None]:
+        """Within: signals wait, in this thread and in the processes it starts, for ``let_through`` there."""
+        if os.name != "posix":
+            yield
+            return
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_CODES)
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    @staticmethod
+    def let_through() -> None:
+        """Take the signals that have waited since before this process began."""
+        if os.name == "posix":
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, EXIT_CODES)
 
     def check(self) -> None:
         """Raise Interrupted if a signal has come."""

@@ -26,6 +26,9 @@ def watched() -> Iterator[None]:
     They run between two steps of Python code only: not while a library is being loaded, or computes. The number of a
     signal is written to a pipe right when it comes, and a thread reads it there.
     """
+    if os.name != "posix":
+        yield
+        return
     adopt_orphans()
     reading, writing = os.pipe()
     os.set_blocking(writing, False)

@@ -25,15 +25,16 @@ class JobProcessError(FluxrunError):
 
 def run_in_child(data: dict[str, Any], dirs: tuple[Path, ...], folder: Path, command: Sequence[str]) -> None:
     """Run one job's config in a child process and wait for it. Raises what ended it."""
-    child = subprocess.Popen(
-        [sys.executable, "-m", "fluxrun.sweep.job_process", str(folder)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        encoding="utf-8",
-        errors="backslashreplace",
-        start_new_session=True,  # a Ctrl+C reaches it through us, once
-    )
+    with Interrupts.held_back():  # until the child can take one; Python by itself would show a traceback
+        child = subprocess.Popen(
+            [sys.executable, "-m", "fluxrun.sweep.job_process", str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="backslashreplace",
+            start_new_session=True,  # a Ctrl+C reaches it through us, once
+        )
     assert child.stdin is not None
     assert child.stdout is not None
     interrupts = Interrupts(

@@ -29,7 +29,7 @@ log = logging.getLogger("fluxrun.sweep")
 
 JOBLIB = "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"
 
-WORKERS_S = 0.4
+WORKERS_S = 0.25
 """What jobs have for closing their records at a signal; then the sweep does it for them."""
 
 

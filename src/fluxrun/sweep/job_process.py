@@ -24,6 +24,7 @@ def main(folder: Path) -> int:
     with watched(), Interrupts() as interrupts:
         try:
             with interrupts.immediate():
+                interrupts.let_through()
                 return _run(folder)
         except (KeyboardInterrupt, Interrupted):
             return interrupts.error().exit_code
