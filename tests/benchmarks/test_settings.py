@@ -27,6 +27,7 @@ def test_every_recipe_exists() -> None:
     assert {setting.recipe for setting in EVERY.values() if setting.recipe} == RECIPES.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("models", [MODELS, TINY_MODELS], ids=["real", "tiny"])
 def test_every_model_under_a_limit_composes(models: dict[str, tuple[str, ...]]) -> None:
     for name, limit, told in LIMITED:

@@ -292,6 +292,7 @@ def test_no_table_objective_or_baseline_ranks_it(tmp_path, own):
     assert objective(good, rows[:1], tmp_path / "s", elsewhere) > WORTHLESS_S, "no baseline"
 
 
+@pytest.mark.slow
 def test_a_sweep_with_such_a_job_goes_on_and_fails(tmp_path, monkeypatch):
     folder = spoiled_folder(tmp_path / "model", "transformer")
     monkeypatch.setattr("sys.argv", ["fluxrun"])

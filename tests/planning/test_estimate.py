@@ -46,6 +46,7 @@ def planned(machine: Machine, model: str, *overrides: str) -> Any:
     return plan_on(machine, f"model={model}", "model.weights=random", *overrides)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "quantization"), CHOSEN)
 def test_auto_on_cards_of_every_size(model, quantization):
     plans = [planned(card(size), model, f"quantization={quantization}") for size in GIGABYTES]

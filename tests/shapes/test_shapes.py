@@ -23,6 +23,7 @@ def pixels(scene: Scene, size: int = 256) -> np.ndarray:
     return np.asarray(draw(scene, size=size))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("size", SIZES)
 def test_every_shape_and_size_is_recognised_in_every_place(shape: str, size: str) -> None:
@@ -31,6 +32,7 @@ def test_every_shape_and_size_is_recognised_in_every_place(shape: str, size: str
         assert score(scene, pixels(scene))["all"], scene
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("held_out", [False, True])
 def test_random_drawings_score_fully(held_out: bool) -> None:
     rng = random.Random(1)

@@ -22,6 +22,7 @@ def training_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [str(ROOT / "training"), *sys.path])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("training_path")
 def test_distance_field_drawings_agree_with_pillow() -> None:
     from render import distance_table, from_rows, render, scene_rows

@@ -169,6 +169,7 @@ def test_ctrl_c_ends_the_sweep_after_the_step_with_a_report(tmp_path: Path, isol
     assert "Traceback" not in (tmp_path / "stderr.txt").read_text()
 
 
+@pytest.mark.slow
 def test_two_sweeps_in_one_folder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fluxrun.sweep.folder import locked
 
@@ -186,6 +187,7 @@ def sweep_here(folder: Path, *overrides: str) -> tuple[int, dict[str, dict[str, 
     return code, {job["job"]: job for job in read(folder)["jobs"]}
 
 
+@pytest.mark.slow
 def test_neutral_pictures_are_drawn_for_every_seed_that_has_none(tmp_path: Path) -> None:
     pytest.importorskip("skimage", reason="the extra 'report'")
     grid = ["steps=2,0", "seed=0,1", "attention=math", "sweep.baseline=neutral"]

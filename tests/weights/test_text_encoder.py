@@ -38,6 +38,7 @@ def embedding(pipeline: Any, read: tuple[int, ...]) -> torch.Tensor:
     return embeds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pipeline", PIPELINES)
 @pytest.mark.parametrize("source", ["random", "folder"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
