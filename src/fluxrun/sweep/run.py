@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,15 @@ from fluxrun.sweep.child import run_in_child
 from fluxrun.sweep.elsewhere import close_records, has_workers, stop_jobs
 from fluxrun.sweep.elsewhere import job as job_elsewhere
 from fluxrun.sweep.folder import arrange, baseline_folder, locked
-from fluxrun.sweep.grid import compose_grid, describe_order, is_grid, ordered, pending_row, prompts_beside
+from fluxrun.sweep.grid import (
+    adapters_beside,
+    compose_grid,
+    describe_order,
+    is_grid,
+    ordered,
+    pending_row,
+    prompts_beside,
+)
 from fluxrun.sweep.live import SweepView
 from fluxrun.sweep.objective import objective
 
@@ -279,7 +288,9 @@ def draw(data: dict[str, Any], dirs: tuple[Path, ...], folder: Path, sweep: Swee
         return
 
     config = RunConfig.from_dict(data, dirs)
-    sweep.pool.upcoming = prompts_beside(data, [job.data for job in sweep.grid or ()])
+    jobs = [job.data for job in sweep.grid or ()]
+    sweep.pool.upcoming = prompts_beside(data, jobs)
+    sweep.pool.upcoming_adapters = partial(adapters_beside, data, jobs)
     run(config, folder, command=sweep.command, pool=sweep.pool, reporter=sweep.view.reporter)
     if sweep.pool.interrupted is not None:
         raise sweep.pool.interrupted
