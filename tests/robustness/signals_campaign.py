@@ -213,7 +213,7 @@ def attempt(name: str, number: signal.Signals, after_s: float) -> Case:
         terminal.until(lambda: False)
         case.code = terminal.process.poll()
         if number == signal.SIGKILL:
-            _wait_for_orphans(terminal)
+            wait_for_orphans(terminal)
         case.took_s = time.monotonic() - started
         _look(case, terminal)
         if number == signal.SIGKILL:
@@ -224,7 +224,8 @@ def attempt(name: str, number: signal.Signals, after_s: float) -> Case:
     return case
 
 
-def _wait_for_orphans(terminal: Terminal) -> None:
+def wait_for_orphans(terminal: Terminal) -> None:
+    """Until nobody of a case is left that has to see for itself that it is alone, or the time for that is over."""
     deadline = time.monotonic() + ORPHANED_S
     while terminal.others() and time.monotonic() < deadline:
         terminal.read()  # they may still have something to say

@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from robustness.signals_campaign import MOMENTS, Case, attempt, broken_files, table, untrue_records
+from robustness.signals_campaign import (
+    MOMENTS,
+    Case,
+    Terminal,
+    attempt,
+    broken_files,
+    table,
+    untrue_records,
+    wait_for_orphans,
+)
 
 
 def written(folder: Path, record: dict[str, Any]) -> Path:
@@ -61,6 +70,22 @@ def test_what_a_kill_may_not_leave(tmp_path: Path) -> None:
 def test_a_kill_leaves_whole_files_and_no_child(moment: str, after_s: float) -> None:
     case = attempt(moment, signal.SIGKILL, after_s)
     assert (case.wrong, case.left, case.code) == ([], [], -signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
+def test_joblibs_workers_end_with_a_sweep_that_is_killed_before_their_first_job(tmp_path: Path) -> None:
+    """Found by `make kills ARGS="--seed 12"`: they waited for one, for 300 s."""
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="the extra 'joblib'")
+    terminal = Terminal(MOMENTS["joblib"].arguments, tmp_path)
+    try:
+        assert terminal.until(lambda: any("LokyProcess-2" in " ".join(o.cmdline()) for o in terminal.others()))
+        terminal.process.kill()
+        terminal.process.wait()
+        wait_for_orphans(terminal)
+        assert terminal.others() == []
+    finally:
+        terminal.close()
 
 
 def test_the_table_counts_each_kind_of_wrong() -> None:

@@ -39,7 +39,7 @@ from fluxrun.runner import run
 from fluxrun.streams import lasting
 from fluxrun.sweep.baseline import describes, missing
 from fluxrun.sweep.child import run_in_child
-from fluxrun.sweep.elsewhere import close_records, has_workers, stop_jobs
+from fluxrun.sweep.elsewhere import close_records, end_workers_with_us, has_workers, stop_jobs
 from fluxrun.sweep.elsewhere import job as job_elsewhere
 from fluxrun.sweep.folder import arrange, baseline_folder, locked
 from fluxrun.sweep.grid import axes_of_grid, compose_grid, is_grid, ordered, pending_row, prompts_beside
@@ -117,6 +117,8 @@ class Sweep:
 
         Hydra writes a job's config before it calls the job: a full disk would end all of them there.
         """
+        if self.workers:
+            end_workers_with_us()
         try:
             with hydra_errors(self.overrides, self.dirs):
                 if self.grid is None:
