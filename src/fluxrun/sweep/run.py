@@ -27,9 +27,10 @@ from omegaconf import DictConfig, OmegaConf
 from fluxrun.atomic import Reserve
 from fluxrun.config.composition import CONFIG_NAME, explain_composition, hydra_errors, shown, to_data
 from fluxrun.config.schema import RunConfig, SweepConfig, sweep_config
-from fluxrun.errors import ConfigError, FluxrunError, Interrupted, exit_code_of, one_line
+from fluxrun.errors import ConfigError, FluxrunError, Interrupted, exit_code_of, is_said, one_line
 from fluxrun.paths import expanded
 from fluxrun.pipeline.session_pool import SessionPool
+from fluxrun.process.console import console
 from fluxrun.process.ending import end_children
 from fluxrun.process.signals import Interrupts
 from fluxrun.record.folder import RESERVE, data_hash, write_failure
@@ -39,7 +40,7 @@ from fluxrun.runner import run
 from fluxrun.streams import lasting
 from fluxrun.sweep.baseline import describes, missing
 from fluxrun.sweep.child import run_in_child
-from fluxrun.sweep.elsewhere import close_records, has_workers, stop_jobs
+from fluxrun.sweep.elsewhere import close_records, end_workers_with_us, has_workers, stop_jobs
 from fluxrun.sweep.elsewhere import job as job_elsewhere
 from fluxrun.sweep.folder import arrange, baseline_folder, locked
 from fluxrun.sweep.grid import (
@@ -125,6 +126,8 @@ class Sweep:
 
         Hydra writes a job's config before it calls the job: a full disk would end all of them there.
         """
+        if self.workers:
+            end_workers_with_us()
         try:
             with hydra_errors(self.overrides, self.dirs):
                 if self.grid is None:
@@ -266,7 +269,7 @@ class Sweep:
     def _record_failure(self, job: GridJob, folder: Path, error: BaseException) -> None:
         """A job's failure in its record, or, where the disk does not take one, in the table alone."""
         try:
-            if write_failure(folder, job.data, error):
+            if write_failure(folder, job.data, error) and not is_said(error):
                 log.error("%s", one_line(error), exc_info=error)
         except OSError as problem:
             log.error("%s (and no record of it: %s)", one_line(error), one_line(problem), exc_info=error)
@@ -351,7 +354,9 @@ def plan_sweep(
     # Given in full on the command line, so that the order is ours and not the sweep file's.
     ours = ordered(rest, {str(key): value for key, value in (params or {}).items()})
     axes = axes_of_grid(hydra, ours, dirs)
-    log.info("%d jobs, into %s", math.prod(axis.count for axis in axes), folder)
+    # On the screen before anything is composed; logging is Hydra's to set up, later.
+    count = math.prod(axis.count for axis in axes)
+    console.print(f"{count:,} jobs, into {folder}", markup=False, highlight=False, soft_wrap=True)
     grid = compose_grid(hydra, axes, dirs)
     _check_baseline(config, grid)
     order = [axis.key for axis in axes if axis.override.is_sweep_override()]
