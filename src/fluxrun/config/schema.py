@@ -23,6 +23,7 @@ from fluxrun.options.lora import LoraOption
 from fluxrun.options.memory import MemoryOption
 from fluxrun.options.model import Flux2Model
 from fluxrun.options.quantization import QuantizationOption
+from fluxrun.options.scheduler import SchedulerOption
 from fluxrun.options.vae import VaeOption
 from fluxrun.trust import Closed, Open, OpenWhere
 
@@ -95,6 +96,7 @@ class RunConfig(BaseModel):
     quantization: Annotated[QuantizationOption, _LOAD]
     cache: Annotated[CacheOption, _LOAD]
     lora: Annotated[LoraOption, _LOAD]
+    scheduler: Annotated[SchedulerOption, _LOAD]
 
     source: dict[str, Any] = Field(default_factory=dict, exclude=True, repr=False)
     """The resolved config as plain data, as it goes into the record."""

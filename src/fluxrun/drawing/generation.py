@@ -189,7 +189,7 @@ class Generation:
         with self.session.interrupts.immediate():
             arguments = self._arguments(batch)
         self.stage = "denoise"
-        with self.session.reporter.steps(text, arguments["num_inference_steps"]) as display:
+        with self.session.reporter.steps(text, self.plan.scheduler.calls(arguments["num_inference_steps"])) as display:
             watch = Stopwatch(self.device, display, self._after_step, self._after_denoising, compiles=compiles)
 
             def after_step(pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -236,6 +236,8 @@ class Generation:
             "num_inference_steps": self.plan.steps,
             "generator": generators[0] if len(generators) == 1 else generators,
         }
+        if self.plan.scheduler.sigmas is not None:
+            arguments["sigmas"] = list(self.plan.scheduler.sigmas)
         if self.plan.model.distilled:
             arguments["guidance_scale"] = 1.0  # a distilled model warns about anything above 1
         elif self.plan.guidance is not None:
