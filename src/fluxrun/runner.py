@@ -167,7 +167,9 @@ def build(config: RunConfig) -> Session:
 
 def assembled(prepared: Prepared, *, whole: bool = False) -> Session:
     """A session with its pipeline built; ``whole`` keeps the text encoder whatever has to fall back."""
-    session = Session(prepared.plan, references=prepared.references, located=prepared.located)
+    session = Session(
+        prepared.plan, references=prepared.references, located=prepared.located, adapters=prepared.adapters
+    )
     session.whole = whole
     session.__enter__()
     try:

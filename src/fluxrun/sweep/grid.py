@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,21 @@ from hydra._internal.hydra import Hydra
 from omegaconf import DictConfig, OmegaConf
 
 from fluxrun.config.composition import compose_node, parse, shown, to_data
+from fluxrun.config.schema import validate_option
 from fluxrun.errors import ConfigError, TrustError
 from fluxrun.formatting import counted
 from fluxrun.options.groups import APPLY_ORDER, ROWS
+from fluxrun.options.lora import LoraOption
 from fluxrun.record.folder import plain, plain_hash
 from fluxrun.report.rows import GridJob, Row
 from fluxrun.sweep.axes import Axis, axes_of, changed, changes_of, differences
+from fluxrun.weights.lora_files import LoraSource, find_adapters
 
 WEIGHT_KEYS = ("preset", "model", "device", *(group for group in APPLY_ORDER if ROWS[group].loads_weights))
 """Whatever changes these loads other weights, so they change least often."""
 
-RUN_KEYS = ("steps", "guidance", "prompts_file", "prompt", "negative_prompt", "num_images", "seed")
-"""Whatever changes only these draws with the pipeline as it stands, so they change most often."""
+RUN_KEYS = ("lora", "steps", "guidance", "prompts_file", "prompt", "negative_prompt", "num_images", "seed")
+"""Whatever changes only these draws with the pipeline as it stands, so they change most often (LoRA: it is swapped)."""
 
 MOST_JOBS = 10_000
 """More are refused: a grid is listed job by job in sweep.json and in the table."""
@@ -137,6 +141,18 @@ def prompts_beside(data: dict[str, Any], jobs: Sequence[dict[str, Any]]) -> list
     same = [job.get("prompt") for job in jobs if job.get("model") == data.get("model") and not job.get("prompts_file")]
     texts = (prompt if isinstance(prompt, list) else [prompt] for prompt in same)
     return list(dict.fromkeys(text for found in texts for text in found if isinstance(text, str)))
+
+
+def adapters_beside(data: dict[str, Any], jobs: Sequence[dict[str, Any]]) -> list[tuple[LoraSource, ...]]:
+    """The LoRA files of all jobs with this one's model; those of a job that cannot be found are that job's affair."""
+    nodes = [job["lora"] for job in jobs if job.get("model") == data.get("model") and isinstance(job.get("lora"), dict)]
+    found = []
+    for node in {str(node.get("files")): node for node in nodes if node.get("name") == data["lora"]["name"]}.values():
+        with suppress(ConfigError):
+            option = validate_option("lora", node)
+            assert isinstance(option, LoraOption)
+            found.append(find_adapters(option))
+    return found
 
 
 def pending_row(job: GridJob) -> Row:

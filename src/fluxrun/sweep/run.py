@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,15 @@ from fluxrun.sweep.child import run_in_child
 from fluxrun.sweep.elsewhere import close_records, end_workers_with_us, has_workers, stop_jobs
 from fluxrun.sweep.elsewhere import job as job_elsewhere
 from fluxrun.sweep.folder import arrange, baseline_folder, locked
-from fluxrun.sweep.grid import axes_of_grid, compose_grid, is_grid, ordered, pending_row, prompts_beside
+from fluxrun.sweep.grid import (
+    adapters_beside,
+    axes_of_grid,
+    compose_grid,
+    is_grid,
+    ordered,
+    pending_row,
+    prompts_beside,
+)
 from fluxrun.sweep.launch import launch_grid
 from fluxrun.sweep.live import SweepView
 from fluxrun.sweep.objective import objective
@@ -311,7 +320,9 @@ def draw(data: dict[str, Any], dirs: tuple[Path, ...], folder: Path, sweep: Swee
         return
 
     config = RunConfig.from_dict(data, dirs)
-    sweep.pool.upcoming = prompts_beside(data, [job.data for job in sweep.grid or ()])
+    jobs = [job.data for job in sweep.grid or ()]
+    sweep.pool.upcoming = prompts_beside(data, jobs)
+    sweep.pool.upcoming_adapters = partial(adapters_beside, data, jobs)
     run(config, folder, command=sweep.command, pool=sweep.pool, reporter=sweep.view.reporter)
     if sweep.pool.interrupted is not None:
         raise sweep.pool.interrupted
