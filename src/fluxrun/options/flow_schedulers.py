@@ -68,7 +68,8 @@ class FlowHeun(_Flow, FlowMatchHeunDiscreteScheduler):
         self.num_inference_steps = len(self.timesteps)
         self.timesteps = torch.cat([self.timesteps[:1], self.timesteps[1:].repeat_interleave(2)])
         self.sigmas = torch.cat([self.sigmas[:1], self.sigmas[1:-1].repeat_interleave(2), self.sigmas[-1:]])
-        self.prev_derivative = self.dt = self.sample = None
+        memory: Any = self
+        memory.prev_derivative = memory.dt = memory.sample = None
         self._step_index = self._begin_index = None
 
 
@@ -116,7 +117,7 @@ def made_like(
     shift: float | None,
 ) -> Any:
     """The solver in the place of a pipeline's FlowMatchEuler, with what that one's config says of the schedule."""
-    config = scheduler.config
+    config: Any = scheduler.config
     train = config.num_train_timesteps
     fixed = shift if shift is not None else None if config.use_dynamic_shifting else config.shift
     if solver == "euler":
