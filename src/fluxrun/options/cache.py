@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from fluxrun.hardware.machine import Machine
-from fluxrun.options.base import Context, Facts, Option, Workload
+from fluxrun.options.base import COMPILER, NOTHING_MORE, Context, Facts, Option, Workload
 from fluxrun.trust import Open
 from fluxrun.types import Pipeline
 
@@ -80,12 +80,20 @@ class NoCache(CacheOption):
 
     skips_steps: ClassVar[bool] = False
 
+    @property
+    def libraries(self) -> frozenset[str] | None:
+        return NOTHING_MORE
+
     def unused_knobs(self) -> list[str]:
         return self.changed_knobs()
 
 
 class StepCache(CacheOption):
     """What both caches do with cache-dit."""
+
+    @property
+    def libraries(self) -> frozenset[str] | None:
+        return frozenset({"cache_dit", COMPILER})
 
     def requires(self, machine: Machine) -> str | None:
         return machine.lacks("cache-dit", "1.5.3")

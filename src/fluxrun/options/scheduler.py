@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from fluxrun.options.base import Context, Facts, Option
+from fluxrun.options.base import NOTHING_MORE, Context, Facts, Option
 from fluxrun.trust import Open
 from fluxrun.types import Pipeline
 
@@ -28,6 +28,10 @@ class SchedulerOption(Option):
 
     calls_twice: ClassVar[bool] = False
     """Whether a step calls the transformer twice."""
+
+    @property
+    def libraries(self) -> frozenset[str] | None:
+        return NOTHING_MORE
 
     @field_validator("sigmas")
     @classmethod
