@@ -22,6 +22,7 @@ from fluxrun.process.signals import Interrupts
 from fluxrun.record.environment import environment
 from fluxrun.record.folder import RunFolder, status_of
 from fluxrun.record.schema import RunRecord
+from fluxrun.weights.readahead import ReadAhead, read_ahead
 
 log = logging.getLogger("fluxrun")
 
@@ -104,6 +105,7 @@ def _run(
         folder.write()
         _announce(prepared)
         stage.read = lambda: "load"
+        reading = _read_ahead(prepared) if not pool.loads else None
         with spans.span("import"):
             from fluxrun.drawing.generation import Generation
 
@@ -115,6 +117,13 @@ def _run(
             generation.run()
         finally:
             note_options()
+            if reading is not None:
+                reading.stop()
+
+
+def _read_ahead(prepared: Prepared) -> ReadAhead | None:
+    """The weights come from the disk while the libraries are imported."""
+    return read_ahead(prepared.located, first="text_encoder" if prepared.plan.memory.staged else "transformer")
 
 
 def _announce(prepared: Prepared) -> None:

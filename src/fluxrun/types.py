@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 """A value of a JSON or YAML document, to read."""
 
+JsonObject: TypeAlias = "Mapping[str, Json]"
+"""The same of a mapping: a config as plain data, a component's config.json, what a picture says of itself."""
 
 Component: TypeAlias = "nn.Module | PreTrainedTokenizerBase | ProcessorMixin | SchedulerMixin | None"
 """A part of a pipeline; None: it was not loaded."""

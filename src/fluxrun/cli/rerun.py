@@ -29,6 +29,7 @@ from fluxrun.record.signature import is_own
 from fluxrun.runner import run
 from fluxrun.startup.lean import start_lean
 from fluxrun.trust import trusted
+from fluxrun.types import JsonObject
 
 log = logging.getLogger("fluxrun.rerun")
 
@@ -98,7 +99,7 @@ def _pixels(path: Path) -> str:
         raise ConfigError(f"{path} {error}") from error
 
 
-def with_found_paths(config: dict[str, Any], cwd: str | None) -> dict[str, Any]:
+def with_found_paths(config: JsonObject, cwd: str | None) -> dict[str, Any]:
     """``config`` with relative paths that are not there from here, but are from where the run was started."""
 
     def found(value: Any) -> Any:
@@ -111,7 +112,7 @@ def with_found_paths(config: dict[str, Any], cwd: str | None) -> dict[str, Any]:
     return _with_paths(config, RunConfig, found)
 
 
-def _with_paths(data: dict[str, Any], model: type[BaseModel], change: Callable[[Any], Any]) -> dict[str, Any]:
+def _with_paths(data: JsonObject, model: type[BaseModel], change: Callable[[Any], Any]) -> dict[str, Any]:
     """``data`` with whatever its schema says is a path changed; an option's schema is that of its class."""
     result = dict(data)
     for name, field in model.model_fields.items():

@@ -26,6 +26,7 @@ from fluxrun.options.quantization import QuantizationOption
 from fluxrun.options.scheduler import SchedulerOption
 from fluxrun.options.vae import VaeOption
 from fluxrun.trust import Closed, Open, OpenWhere
+from fluxrun.types import JsonObject
 
 _LOAD = BeforeValidator(load_option)
 
@@ -115,7 +116,7 @@ class RunConfig(BaseModel):
         return {group: getattr(self, group) for group in GROUPS}
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any], config_dirs: tuple[Path, ...] = ()) -> RunConfig:
+    def from_dict(cls, data: JsonObject, config_dirs: tuple[Path, ...] = ()) -> RunConfig:
         """Validate plain data; raises ConfigError with one line for the first thing that is wrong."""
         if inner := sorted({"source", "config_dirs"} & data.keys()):  # fields, but no knobs
             raise ConfigError(f"unknown key {inner[0]!r}: {nearest(inner[0], _known_keys(inner[:1], data))}")
@@ -157,7 +158,7 @@ def knobs_at(path: Sequence[str]) -> list[tuple[int, FieldInfo]]:
     return [(2, model.model_fields[path[1]]) for model in models if path[1:] and path[1] in model.model_fields]
 
 
-def validate_option(group: str, data: dict[str, Any]) -> Option:
+def validate_option(group: str, data: JsonObject) -> Option:
     """An option as plain data, validated as RunConfig's field of its group; raises ConfigError with one line."""
     try:
         option = load_option(data)
@@ -168,7 +169,7 @@ def validate_option(group: str, data: dict[str, Any]) -> Option:
     return option
 
 
-def explain(error: ValidationError, data: dict[str, Any], *within: str) -> str:
+def explain(error: ValidationError, data: JsonObject, *within: str) -> str:
     """One line for the first problem: the key, what was got, what is allowed (nearest name first).
 
     ``within`` is where in ``data`` the model lies that did not validate.
@@ -194,7 +195,7 @@ def _other_group(group: str, option: Option) -> str:
     return f"{group}={option.name}: {type(option).__name__} is no option of this group ({a_subclass})"
 
 
-def _known_keys(path: list[str], data: dict[str, Any]) -> list[str]:
+def _known_keys(path: list[str], data: JsonObject) -> list[str]:
     """The keys that are allowed where ``path`` ends."""
     if len(path) == 1:
         return [name for name in RunConfig.model_fields if name not in ("source", "config_dirs")]

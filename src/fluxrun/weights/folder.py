@@ -44,10 +44,10 @@ def read_layers(model: Flux2Model, pipeline: PipelineKind) -> tuple[int, ...]:
 def of_folder(model: Flux2Model, folder: Path, *, kind: Kind, source: str) -> Located:
     pipeline, distilled = pipeline_of(_model_index(folder), model)
     check_sizes(folder, model.variant)
-    sizes = {name: sum(f.stat().st_size for f in _weights(folder, name, model.variant)) for name in MODEL_COMPONENTS}
+    files = {name: _weights(folder, name, model.variant) for name in MODEL_COMPONENTS}
+    sizes = {name: sum(file.stat().st_size for file in found) for name, found in files.items()}
     if model.text_encoder_layers == "needed":
-        files = _weights(folder, "text_encoder", model.variant)
-        sizes["text_encoder"] -= _unread_bytes(files, read_layers(model, pipeline))
+        sizes["text_encoder"] -= _unread_bytes(files["text_encoder"], read_layers(model, pipeline))
     return Located(
         kind=kind,
         source=source,
@@ -56,6 +56,7 @@ def of_folder(model: Flux2Model, folder: Path, *, kind: Kind, source: str) -> Lo
         folder=folder,
         variant=model.variant,
         component_bytes=sizes,
+        weight_files=tuple(file for found in files.values() for file in found),
     )
 
 

@@ -26,9 +26,9 @@ from fluxrun.offload.tensors import tensor_bytes
 from fluxrun.options.model import Flux2Model
 from fluxrun.types import Component, Json, Pipeline
 from fluxrun.weights.chat_template import check_templates, templates_of
+from fluxrun.weights.download import download
 from fluxrun.weights.find import find_weights
 from fluxrun.weights.folder import component_classes, variant_of
-from fluxrun.weights.hub import download
 from fluxrun.weights.location import Located
 from fluxrun.weights.random_weights import random_source
 from fluxrun.weights.store import Base, Part
