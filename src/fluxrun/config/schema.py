@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -201,7 +201,9 @@ def _known_keys(path: list[str], data: JsonObject) -> list[str]:
         return [name for name in RunConfig.model_fields if name not in ("source", "config_dirs")]
     if path[0] == "measure":
         return list(Measure.model_fields)
-    module, _, name = str(data[path[0]]["_target_"]).rpartition(".")
+    node = data[path[0]]
+    assert isinstance(node, Mapping)
+    module, _, name = str(node["_target_"]).rpartition(".")
     fields = getattr(importlib.import_module(module), name).model_fields
     return [key for key, knob in fields.items() if not knob.exclude and key != "name"]
 

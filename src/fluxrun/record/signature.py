@@ -30,7 +30,9 @@ def sign(config: JsonObject, cwd: str = "") -> str | None:
 def is_own(config: JsonObject, signature: Json, cwd: str = "") -> bool:
     """Whether ``sign`` gave this signature here to that config."""
     file = data_dir() / "record.key"
-    key = _key(file) if isinstance(signature, str) and os.path.exists(file) else None
+    if not isinstance(signature, str) or not os.path.exists(file):
+        return False
+    key = _key(file)
     return key is not None and hmac.compare_digest(_signature(key, config, cwd).encode(), signature.encode())
 
 

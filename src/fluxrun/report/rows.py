@@ -28,7 +28,7 @@ class GridJob:
 
     number: int
     overrides: tuple[str, ...]
-    data: dict[str, Any]
+    data: JsonObject
     config_hash: str
     for_hydra: tuple[str, ...] = ()
     """What Hydra composes it with; ``overrides`` are those among them that say what the job is."""

@@ -135,7 +135,7 @@ def _same(one: Any, other: Any) -> bool:
 
 def changed(base: JsonObject, changes: Changes) -> dict[str, Any]:
     """``base`` with changes; what they do not touch is shared."""
-    data = dict(base)
+    data: dict[str, Any] = dict(base)
     for path, value in changes.items():
         node = data
         for key in path[:-1]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from fluxrun.formatting import counted
 from fluxrun.options.groups import APPLY_ORDER, ROWS
 from fluxrun.options.lora import LoraOption
 from fluxrun.record.folder import plain, plain_hash
-from fluxrun.report.rows import GridJob, Row
+from fluxrun.report.rows import GridJob, Row, config_value
 from fluxrun.sweep.axes import Axis, axes_of, changed, changes_of, differences
 from fluxrun.types import JsonObject
 from fluxrun.weights.lora_files import LoraSource, find_adapters
@@ -146,9 +146,10 @@ def prompts_beside(data: JsonObject, jobs: Sequence[JsonObject]) -> list[str]:
 
 def adapters_beside(data: JsonObject, jobs: Sequence[JsonObject]) -> list[tuple[LoraSource, ...]]:
     """The LoRA files of all jobs with this one's model; those of a job that cannot be found are that job's affair."""
-    nodes = [job["lora"] for job in jobs if job.get("model") == data.get("model") and isinstance(job.get("lora"), dict)]
+    same = [job.get("lora") for job in jobs if job.get("model") == data.get("model")]
+    nodes = [node for node in same if isinstance(node, Mapping) and node.get("name") == config_value(data, "lora")]
     found = []
-    for node in {str(node.get("files")): node for node in nodes if node.get("name") == data["lora"]["name"]}.values():
+    for node in {str(node.get("files")): node for node in nodes}.values():
         with suppress(ConfigError):
             option = validate_option("lora", node)
             assert isinstance(option, LoraOption)

@@ -30,7 +30,7 @@ from fluxrun.process.console import ConsoleHandler
 from fluxrun.record.folder import write_failure
 from fluxrun.report.comparison import compare
 from fluxrun.report.result import SweepProgress, finish
-from fluxrun.report.rows import Row, read_row, read_rows
+from fluxrun.report.rows import Row, config_value, read_row, read_rows
 from fluxrun.runner import run
 from fluxrun.sweep.baseline import neutral_data
 from fluxrun.sweep.trials import Trial, together
@@ -149,8 +149,8 @@ class Tuner:
         return choice.fallbacks[0].reason if choice.fallbacks else None
 
     def _try(self, group: str, name: str, data: JsonObject, best: Row) -> Trial:
-        changed = [g for g in self.chosen if g != group and data[g]["name"] != self.chosen[g]]
-        also = "".join(f" {g}={data[g]['name']}" for g in changed)
+        changed = [g for g in self.chosen if g != group and config_value(data, g) != self.chosen[g]]
+        also = "".join(f" {g}={config_value(data, g)}" for g in changed)
         began = time.perf_counter()
         row = self._measure(data, f"{group}={name}{also}")
         verdict, taken = self.judge(group, row, best)
@@ -162,7 +162,7 @@ class Tuner:
         catalog = Catalog(self.dirs)
         fell_back = {g: row.options[g].effective for g in self.chosen if row.options[g].fell_back}
         # Loaded anew, an option that only lost a knob would lose its other ones, too.
-        gave_way = {g: name for g, name in fell_back.items() if name != data[g]["name"]}
+        gave_way = {g: name for g, name in fell_back.items() if name != config_value(data, g)}
         self.data = {**data, **{g: catalog.data(g, name) for g, name in gave_way.items()}}
         self.chosen = {group: self.data[group]["name"] for group in self.chosen}
 
@@ -175,7 +175,7 @@ class Tuner:
         folder = self.folder / str(number)
         (folder / ".hydra").mkdir(parents=True)
         # Where the table looks for what a job differs in.
-        overrides = [f"{group}={data[group]['name']}" for group in GROUPS if group != "model"]
+        overrides = [f"{group}={config_value(data, group)}" for group in GROUPS if group != "model"]
         (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(overrides), encoding="utf-8")
         try:
             with _only_tune_speaks():
