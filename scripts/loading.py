@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -103,24 +104,24 @@ def read_bytes() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("read_bytes"))
 
 
-def load_once(folder: str, read_layers: list[int], dtype: str, device: str, ahead: bool) -> dict[str, Any]:
+def load_once(
+    folder: Path, read_layers: list[int], given: argparse.Namespace, ahead: bool, straight: bool
+) -> dict[str, Any]:
     """Load a folder as a run does; seconds until every weight is on the device."""
     import torch
 
-    from fluxrun.config.catalog import Catalog  # noqa: F401  (what a run has imported by then)
     from fluxrun.options.model import Flux2Model
     from fluxrun.weights.find import find_weights
     from fluxrun.weights.loading import load
     from fluxrun.weights.readahead import read_ahead
 
-    model = Flux2Model(path=Path(folder), text_encoder_out_layers=read_layers or None)
-    located = find_weights(model)
-    if device.startswith("cuda"):
-        torch.zeros(1, device=device)
+    model = Flux2Model(path=folder, text_encoder_out_layers=read_layers or None)
+    located, dtype, device = find_weights(model), given.dtype, given.device
+    load(Flux2Model(weights="random", architecture="tiny"), dtype=dtype, device=device)  # all is imported by then
     read, started = read_bytes(), time.perf_counter()
     with watched_memory() as memory:
         reading = read_ahead(located) if ahead else None
-        base = load(model, dtype=dtype, device=device, located=located)
+        base = load(model, dtype=dtype, device=device, straight=straight, located=located)
         if device.startswith("cuda"):
             torch.cuda.synchronize()
         taken = time.perf_counter() - started
@@ -134,20 +135,30 @@ def load_once(folder: str, read_layers: list[int], dtype: str, device: str, ahea
     }
 
 
-def child(folder: Path, read: list[int], given: argparse.Namespace, ahead: bool) -> dict[str, Any]:
-    """``load_once`` in a new process."""
-    code = (
-        "import json, runpy, sys; script = runpy.run_path(sys.argv[1]); "
-        "print(json.dumps(script['load_once'](*json.loads(sys.argv[2]))))"
-    )
-    arguments = json.dumps([str(folder), read, given.dtype, given.device, ahead])
-    done = subprocess.run(
-        [sys.executable, "-c", code, __file__, arguments], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+def apart(work: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns in a process of its own, forked from this one, which has imported everything."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+
+    def run() -> None:
+        sender.send(work(*arguments))
+
+    child = multiprocessing.get_context("fork").Process(target=run)
+    child.start()
+    sender.close()
+    try:
+        found = receiver.recv()
+    except EOFError:
+        raise SystemExit(f"{work.__name__} failed") from None
+    child.join()
     return found
+
+
+def import_everything() -> None:
+    """What a run has imported before it loads; no CUDA yet, which does not survive a fork."""
+    import diffusers.pipelines.flux2.pipeline_flux2
+    import diffusers.pipelines.flux2.pipeline_flux2_klein  # noqa: F401
+
+    import fluxrun.weights.loading  # noqa: F401
 
 
 def main() -> None:
@@ -161,8 +172,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda")
     given = parser.parse_args()
+    import_everything()
     if not given.folder.exists():
-        make(given.folder, given)
+        apart(make, given.folder, given)
     read = [given.text_layers] if given.text_layers else []
     size = sum(file.stat().st_size for file in weight_files(given.folder))
     largest = max(file.stat().st_size for file in weight_files(given.folder))
@@ -177,10 +189,11 @@ def main() -> None:
         "loads": [],
     }
     for state in ("cold", "warm"):
-        for ahead in (False, True):
+        for ahead, straight in ((False, False), (True, False), (False, True), (True, True)):
             if state == "cold":
                 drop(given.folder)
-            row = {"cache": state, "read_ahead": ahead, **child(given.folder, read, given, ahead)}
+            way = {"cache": state, "read_ahead": ahead, "straight": straight}
+            row = {**way, **apart(load_once, given.folder, read, given, ahead, straight)}
             row["of_dd"] = round(size / row["seconds"] / result["dd_bytes_per_s"][state], 3)
             print(row, flush=True)
             result["loads"].append(row)
