@@ -82,7 +82,7 @@ class SessionPool:
         key = build_key(prepared)
         if self._session is not None and key == self._key and self._session.ready_for(prepared.texts):
             log.info("options, model and size as before: the pipeline is used as it stands")
-            self._session.carry_on(prepared.plan, **caller)
+            self._session.carry_on(prepared.plan, prepared.pictures, **caller)
             return self._session
         self.close()
         graphs = graphs_key(prepared)
@@ -103,7 +103,7 @@ class SessionPool:
 
     def _open(self, prepared: Prepared, caller: Caller) -> Session:
         session = Session(
-            prepared.plan, store=self._store, references=prepared.references, located=prepared.located, **caller
+            prepared.plan, store=self._store, pictures=prepared.pictures, located=prepared.located, **caller
         )
         self._store, session.prompts.upcoming = session.store, self.upcoming
         session.__enter__()
@@ -127,7 +127,7 @@ def graphs_key(prepared: Prepared) -> str | None:
     if not option.dynamic or option.cudagraphs:
         return None
     key = json.loads(build_key(prepared))
-    return json.dumps({name: value for name, value in key.items() if name not in ("size", "batch_size", "references")})
+    return json.dumps({name: value for name, value in key.items() if name not in ("size", "batch_size", "pictures")})
 
 
 def build_key(prepared: Prepared) -> str:
@@ -141,8 +141,9 @@ def build_key(prepared: Prepared) -> str:
             "batch_size": config.batch_size,
             "device": prepared.plan.machine.device,
             "strict": config.strict,
-            "references": [image.size for image in prepared.references],
+            "guidance_batched": prepared.plan.guidance_batched,
+            "pictures": prepared.pictures.sizes,
             # A step cache is set up for the steps it will see.
-            "steps": config.steps if config.cache.skips_steps else None,
+            "steps": prepared.plan.steps_made if config.cache.skips_steps else None,
         }
     )
