@@ -103,10 +103,12 @@ def test_inpainted_size_is_what_the_pipeline_makes_of_a_picture(size):
 
 def test_what_klein_kv_remembers_takes_memory(tmp_path):
     Image.new("RGB", (1024, 1024)).save(tmp_path / "large.png")
-    model = ("model=flux2_klein_4b", "model.weights=random", f"reference_images=[{tmp_path}/large.png]")
+    three = f"reference_images=[{','.join([str(tmp_path / 'large.png')] * 3)}]"
+    model = ("model=flux2_klein_4b", "model.weights=random", three)
     klein, kv = (plan_on(H100, *model, *more).estimate.working_bytes() for more in ((), ("model.pipeline=klein_kv",)))
-    assert kv - klein <= 4096 * 2 * 3072 * 2 * 25
-    assert kv > klein
+    step = (4 * 4096 + 512) * 3072 * 2 * 22
+    assert kv == step + 3 * 4096 * 2 * 3072 * 2 * 25
+    assert step <= klein < kv
 
 
 def test_guidance_in_one_call_where_memory_allows(tmp_path):

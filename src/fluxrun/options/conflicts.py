@@ -11,6 +11,7 @@ from fluxrun.options.cache import CacheOption
 from fluxrun.options.compile import CompileOption, Target
 from fluxrun.options.groups import TABLE
 from fluxrun.options.kernels import KernelsOption
+from fluxrun.options.lora import LoraOption
 from fluxrun.options.memory import MemoryOption
 from fluxrun.options.model import Flux2Model
 from fluxrun.options.quantization import QuantizationOption
@@ -67,6 +68,7 @@ STEP_CACHE = when(CacheOption, lambda option: option.skips_steps)
 OFFLOADING = when(MemoryOption, lambda option: option.offloads)
 MOVING_WEIGHTS = when(MemoryOption, lambda option: option.offloads and not option.swaps_blocks)
 KLEIN_KV = when(Flux2Model, lambda option: option.pipeline == "klein_kv")
+ADAPTED = when(LoraOption, lambda option: option.adapts)
 CUDAGRAPHS = when(CompileOption, lambda option: option.cudagraphs)
 
 KV_GROWS = "model.pipeline=klein_kv hands keys and values on from the first step to the others: no two are one graph"
@@ -130,6 +132,11 @@ CONFLICTS = (
         FUSED, MOVING_WEIGHTS,
         "the fused kernels read the weights where they found them, and offloading moves them (memory=block_swap "
         "changes what lies there instead)",
+        "kernels", "diffusers",
+    ),
+    Conflict(
+        FUSED, ADAPTED,
+        "the fused kernels multiply by the weights alone, and LoRA files stand beside them",
         "kernels", "diffusers",
     ),
     Conflict(

@@ -97,8 +97,9 @@ def resized(picture: Image, how: ReferenceResize, size: tuple[int, int]) -> Imag
         return picture
     if how == "stretch":
         return picture.resize(edges, Resampling.LANCZOS)
-    change = ImageOps.contain if how == "fit" else ImageOps.fit
-    return change(picture, edges, Resampling.LANCZOS)
+    if how == "fit":
+        return ImageOps.contain(picture, edges, Resampling.LANCZOS)
+    return ImageOps.fit(picture, edges, Resampling.LANCZOS)
 
 
 def check_keys(config: RunConfig, pipeline: PipelineKind | None) -> None:
@@ -159,7 +160,7 @@ def _image_and_mask(config: RunConfig, inputs: Sequence[InputPicture]) -> tuple[
         )
     if 0 in inpainted_size(image):
         raise ConfigError(f"image: {config.image} is less than {PATCH_PIXELS} pixels high or wide")
-    if mask.getextrema()[1] < 128:
+    if not any(mask.histogram()[128:]):
         raise ConfigError(f"mask_image: {config.mask_image} is black all over: white is what is repainted")
     if config.padding_mask_crop is not None:  # diffusers crops the mask as it is, and the picture once it is limited
         image, mask = limited(image), limited(mask)

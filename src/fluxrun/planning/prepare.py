@@ -15,6 +15,7 @@ from fluxrun.hardware.detection import detect
 from fluxrun.hardware.machine import Machine
 from fluxrun.options.cache import CacheOption
 from fluxrun.options.compile import autotune_note
+from fluxrun.options.lora import LoraOption
 from fluxrun.options.model import Flux2Model
 from fluxrun.planning.editing import Pictures, prepared_pictures
 from fluxrun.planning.fallbacks import settle
@@ -23,6 +24,7 @@ from fluxrun.record.picture import pixel_hash
 from fluxrun.record.schema import InputRecord
 from fluxrun.weights.find import check_layers, find_weights, resolve
 from fluxrun.weights.location import Located
+from fluxrun.weights.lora_files import LoraSource, find_adapters
 
 
 @dataclass
@@ -35,6 +37,8 @@ class Prepared:
     inputs: list[InputRecord]
     located: Located
     plan: Plan
+    adapters: tuple[LoraSource, ...] = ()
+    """The run's LoRA files."""
 
     @property
     def texts(self) -> list[str]:
@@ -52,7 +56,8 @@ def prepare(config: RunConfig, machine: Machine | None = None) -> Prepared:
     pictures = prepared_pictures(config, model, inputs, len(jobs))
     plan = make_plan(config, machine, model, located.component_bytes, pictures)
     check_layers(plan.model, located)
-    return Prepared(config, jobs, pictures, [_recorded(given) for given in inputs], located, plan)
+    recorded, adapters = [_recorded(given) for given in inputs], find_adapters(plan.option(LoraOption, "lora"))
+    return Prepared(config, jobs, pictures, recorded, located, plan, adapters)
 
 
 def _recorded(given: InputPicture) -> InputRecord:

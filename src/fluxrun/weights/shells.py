@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 from diffusers.configuration_utils import ConfigMixin
@@ -31,11 +30,11 @@ def shell(base: Base, kind: PipelineKind | None = None) -> Pipeline:
         name: _fresh(part) for name, part in base.pipeline.components.items() if name not in modules
     }
     parts |= {name: _shared_copy(module) for name, module in modules.items()}
-    cls: Callable[..., Pipeline] = type(base.pipeline) if kind is None else pipeline_class(kind)
+    cls: Any = type(base.pipeline) if kind is None else pipeline_class(kind)
     # Settings such as is_distilled: leaving one out silently turns classifier-free guidance on.
     accepted = inspect.signature(cls).parameters
     settings = {k: v for k, v in base.pipeline.config.items() if k in accepted and k not in parts}
-    pipeline = cls(**parts, **settings)
+    pipeline: Pipeline = cls(**parts, **settings)
     pipeline.set_progress_bar_config(disable=True)
     if kind == "klein_inpaint":
         mend_overlay(pipeline)
