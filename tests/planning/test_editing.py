@@ -80,6 +80,13 @@ def test_references_of_inpainting(pictures):
     assert (plan.size, plan.reference_tokens, plan.steps_made) == ((80, 64), 3 * 20, 2)
 
 
+def test_inpainting_draws_with_euler(pictures):
+    edit = f"model.pipeline=klein_inpaint image={pictures}/image.png mask_image={pictures}/mask.png height=80".split()
+    choice = prepare(small(*edit, "scheduler=heun", "scheduler.shift=2"), CPU).plan.choices["scheduler"]
+    assert (choice.effective, choice.option.shift) == ("euler", 2)
+    assert "klein_inpaint" in choice.fallbacks[0].reason
+
+
 def test_a_dev_checkpoint_has_no_other_pipelines(tmp_path):
     pytest.importorskip("torch")
     from fluxrun.weights.loading import save_tiny

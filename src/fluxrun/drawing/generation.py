@@ -19,6 +19,7 @@ from fluxrun.drawing.stopwatch import Stopwatch
 from fluxrun.errors import Interrupted, NotFinite
 from fluxrun.pipeline.neutral_trials import find_culprit, has_suspects
 from fluxrun.pipeline.session import Session
+from fluxrun.process import spans
 from fluxrun.process.device import peak_bytes, reset_peak, used_bytes
 from fluxrun.record.folder import RunFolder
 from fluxrun.record.schema import MemoryRecord, Timings, spread
@@ -192,7 +193,7 @@ class Generation:
             self.session.guidance.begin(arguments.get("negative_prompt_embeds"))
         self.stage = "denoise"
         assert self.plan.steps_made is not None
-        with self.session.reporter.steps(text, self.plan.steps_made) as display:
+        with self.session.reporter.steps(text, self.plan.scheduler.calls(self.plan.steps_made)) as display:
             watch = Stopwatch(self.device, display, self._after_step, self._after_denoising, compiles=compiles)
 
             def after_step(pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -201,10 +202,21 @@ class Generation:
 
             with self._interruptible(compiles), watch.timing(pipeline), inspection.of(pipeline):
                 images = pipeline(**arguments, callback_on_step_end=after_step).images
+        self._note_spans(watch)
         self._note_memory("decode")
         embeddings = [value for name, value in arguments.items() if name.endswith("prompt_embeds")]
         findings = inspection.findings(images, embeddings)
         return Drawn(images, watch.step_seconds(), watch.denoise_s, watch.decode_s, findings)
+
+    def _note_spans(self, watch: Stopwatch) -> None:
+        """The call's parts; the first step of a fresh pipeline, which may compile, is one of its own."""
+        begun, steps = watch.started_at, watch.step_seconds()
+        if self._fresh and steps:
+            first = min(watch.denoising_at + steps[0], watch.denoised_at)
+            spans.add("first call", begun, first)
+            begun = first
+        spans.add("steps", begun, watch.denoised_at)
+        spans.add("decode", watch.denoised_at, watch.denoised_at + watch.decode_s)
 
     def _after_step(self) -> None:
         assert self.session.context is not None
@@ -239,6 +251,8 @@ class Generation:
             "num_inference_steps": self.plan.steps,
             "generator": generators[0] if len(generators) == 1 else generators,
         }
+        if self.plan.scheduler.sigmas is not None:
+            arguments["sigmas"] = list(self.plan.scheduler.sigmas)
         if self.plan.model.pipeline == "klein_kv":
             pass  # it has no guidance
         elif self.plan.model.distilled:
@@ -289,6 +303,7 @@ class Generation:
         steps = [s for image in self.timings.step_s for s in image]
         warm = self.config.measure.warmup > 0
         self.timings.steady_step_s = spread(steps if warm else steps[1:])
+        self.folder.note_spans(spans.recorded())
         self.folder.write()
 
     def _note_memory(self, stage: str) -> None:

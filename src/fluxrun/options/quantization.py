@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from fluxrun.hardware.machine import Machine
-from fluxrun.options.base import Context, Facts, Option
+from fluxrun.options.base import COMPILER, NOTHING_MORE, Context, Facts, Option
 from fluxrun.trust import Open
 from fluxrun.types import Pipeline
 
@@ -40,9 +40,17 @@ class NoQuantization(QuantizationOption):
 
     quantizes: ClassVar[bool] = False
 
+    @property
+    def libraries(self) -> frozenset[str] | None:
+        return NOTHING_MORE
+
 
 class Fp8(QuantizationOption):
     """torchao's dynamic float8 with one scale per row, in the transformer's blocks."""
+
+    @property
+    def libraries(self) -> frozenset[str] | None:
+        return frozenset({"torchao", COMPILER})
 
     def requires(self, machine: Machine) -> str | None:
         return machine.needs_cuda((8, 9)) or machine.lacks("torchao", "0.15")

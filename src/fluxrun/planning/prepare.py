@@ -13,7 +13,6 @@ from fluxrun.errors import ConfigError, OptionUnavailable
 from fluxrun.formatting import utf8
 from fluxrun.hardware.detection import detect
 from fluxrun.hardware.machine import Machine
-from fluxrun.options.cache import CacheOption
 from fluxrun.options.compile import autotune_note
 from fluxrun.options.lora import LoraOption
 from fluxrun.options.model import Flux2Model
@@ -114,7 +113,7 @@ def batch_guidance(plan: Plan) -> None:
 
 
 def _why_two_calls(plan: Plan) -> str | None:
-    if plan.option(CacheOption, "cache").skips_steps:
+    if plan.choices["cache"].effective != "none":
         return f"cache={plan.choices['cache'].effective} looks at the two calls of a step one by one"
     plan.guidance_batched = True
     needs, budget = plan.estimate.memory_needs(), plan.memory.budget_bytes(plan.machine)
@@ -137,6 +136,11 @@ def check_call(plan: Plan) -> None:
         raise ConfigError(
             f"guidance={config.guidance}: {model.name} is a distilled model, its guidance is built in; "
             "leave guidance out (a klein base model or flux2_dev takes it)"
+        )
+    sigmas = plan.scheduler.sigmas
+    if sigmas is not None and config.steps not in (None, len(sigmas)):
+        raise ConfigError(
+            f"steps={config.steps}: scheduler.sigmas has {len(sigmas)} values, one for each step; leave steps out"
         )
     if config.negative_prompt is not None and (model.distilled or model.pipeline == "dev"):
         raise ConfigError(
