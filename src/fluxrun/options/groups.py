@@ -51,7 +51,7 @@ TABLE = (
         marks=("attention_dispatch", "xformers", "flash_attn", "sageattention", "flex_attention"),
     ),
     Group("quantization", QuantizationOption, 1, 5, 4, loads_weights=True, marks=("torchao", "sdnq")),
-    # Before memory, which then places the adapters with the weights. What it draws is asked for: nothing falls back.
+    # Before memory, which then places the adapters with the weights. Never suspected: what it draws is asked for.
     Group("lora", LoraOption, 2, None, None),
     Group("scheduler", SchedulerOption, 4, 7, None, marks=("diffusers/schedulers/", "flow_schedulers")),
     Group("cache", CacheOption, 8, 2, 6, marks=("cache_dit",)),
