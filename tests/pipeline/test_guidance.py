@@ -58,9 +58,7 @@ def test_a_run(tmp_path, bench, more):
     assert np.abs(pixels[0] - pixels[1]).max() <= 1
 
 
-def test_a_run_without_guidance_after_one_with_it(tmp_path, bench):
-    """The pipeline stands as it is; ``guidance=1`` alone is refused beside guidance_batched."""
-    draw(tmp_path / "1", *BASE, "guidance_batched=true", pool=bench)
-    assert bench._session.guidance.calls == 2
-    draw(tmp_path / "2", *BASE, "guidance_batched=true", "seed=1", pool=bench)
-    assert bench._session.guidance.calls == 2, "counted anew"
+def test_a_later_run_over_the_same_pipeline_counts_anew(tmp_path, bench):
+    how = (*BASE, "guidance_batched=true")
+    records = [draw(tmp_path / seed, *how, f"seed={seed}", pool=bench) for seed in ("0", "1")]
+    assert [record.options["model"].facts["guidance_batched_calls"] for record in records] == [2, 2]
