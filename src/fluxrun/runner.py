@@ -101,6 +101,7 @@ def _run(
 
     with interrupts.immediate():
         folder.record.environment = environment(plan.machine)
+        folder.record.inputs = prepared.inputs
         note_options()
         folder.write()
         _announce(prepared)
@@ -180,9 +181,7 @@ def build(config: RunConfig) -> Session:
 
 def assembled(prepared: Prepared, *, whole: bool = False) -> Session:
     """A session with its pipeline built; ``whole`` keeps the text encoder whatever has to fall back."""
-    session = Session(
-        prepared.plan, references=prepared.references, located=prepared.located, adapters=prepared.adapters
-    )
+    session = Session(prepared.plan, pictures=prepared.pictures, located=prepared.located, adapters=prepared.adapters)
     session.whole = whole
     session.__enter__()
     try:

@@ -30,7 +30,7 @@ Component: TypeAlias = "nn.Module | PreTrainedTokenizerBase | ProcessorMixin | S
 
 
 class Pipeline(Protocol):
-    """What fluxrun uses of a ``Flux2Pipeline`` or a ``Flux2KleinPipeline``.
+    """What fluxrun uses of a ``Flux2Pipeline``, a ``Flux2KleinPipeline`` or one of klein's editing pipelines.
 
     diffusers gives its pipelines their components at run time, so that a type checker knows nothing of them; here is
     what they are. Methods that fluxrun replaces on a pipeline are written as attributes.
@@ -87,6 +87,7 @@ class ImageProcessor(Protocol):
     """Makes pictures of what the VAE has decoded."""
 
     postprocess: Callable[..., list[Image] | np.ndarray | torch.Tensor]
+    apply_overlay: Callable[..., Image]
 
     @property
     def config(self) -> FrozenDict: ...

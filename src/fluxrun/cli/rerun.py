@@ -24,7 +24,7 @@ from fluxrun.process.console import log_to
 from fluxrun.reading import Unreadable
 from fluxrun.record.folder import claimed, read_record
 from fluxrun.record.picture import pixel_hash, read_metadata
-from fluxrun.record.schema import RunRecord
+from fluxrun.record.schema import InputRecord, RunRecord
 from fluxrun.record.signature import is_own
 from fluxrun.runner import run
 from fluxrun.startup.lean import start_lean
@@ -51,10 +51,13 @@ def rerun(target: str, overrides: Sequence[str] = ()) -> int:
     path = expanded(target)
     config, hashes = from_folder(path) if os.path.isdir(path) else from_image(path)
     folder = output_dir(overrides)
-    start_lean(libraries_of(prepare(config)))
+    prepared = prepare(config)
+    inputs = prepared.inputs
+    start_lean(libraries_of(prepared))
     with claimed(folder):
         log_to(folder)
         try:
+            _warn_of_other_inputs(path, inputs)
             record = run(config, folder, command=["fluxrun", "rerun", target, *overrides])
         except Exception as error:  # already one line on screen and a traceback in the log
             return exit_code_of(error)
@@ -134,6 +137,16 @@ def _entry_of(annotation: Any) -> type[BaseModel] | None:
 def _is_path(annotation: Any) -> bool:
     """Whether a field is a path, or has paths in it."""
     return annotation is Path or any(map(_is_path, get_args(annotation)))
+
+
+def _warn_of_other_inputs(target: Path, inputs: Sequence[InputRecord]) -> None:
+    """One line for each picture that the run is given and whose pixels are not those that were recorded."""
+    recorded = read_record(target).model_dump() if os.path.isdir(target) else read_metadata(target)
+    known = recorded.get("inputs")
+    hashes = [entry.get("sha256") for entry in known if isinstance(entry, dict)] if isinstance(known, list) else []
+    for given in inputs:
+        if hashes and given.sha256 not in hashes:
+            log.warning("%s: %s has other pixels than the picture that was recorded", given.key, given.path)
 
 
 def output_dir(overrides: Sequence[str]) -> Path:

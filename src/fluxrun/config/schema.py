@@ -49,6 +49,8 @@ def _as_list(value: Any) -> Any:
     return [] if value is None else [value] if isinstance(value, (str, Path)) else value
 
 
+ReferenceResize = Literal["area", "fit", "crop", "stretch"]
+
 PathList = Annotated[tuple[Path, ...], BeforeValidator(_as_list)]
 
 
@@ -71,12 +73,28 @@ class RunConfig(BaseModel):
     """Denoising steps."""
     guidance: Open[float | None] = Field(None, ge=0, allow_inf_nan=False)
     """Guidance scale; refused for distilled models, which have none."""
+    guidance_batched: Open[bool] = False
+    """Classifier-free guidance (FLUX.2 klein base): prompt and negative prompt in one call of the transformer a step
+    instead of two, where the memory allows. Equal up to rounding."""
     height: Open[int | None] = Field(None, ge=16, multiple_of=16)
     """Picture height in pixels, a multiple of 16."""
     width: Open[int | None] = Field(None, ge=16, multiple_of=16)
     """Picture width in pixels, a multiple of 16."""
     reference_images: Annotated[PathList, Closed(READ)] = ()
     """Pictures to edit or to take subjects from (FLUX.2 image editing)."""
+    reference_resize: Open[ReferenceResize] = "area"
+    """Size of the reference pictures. ``area``: their own; ``fit``: scaled to lie within the picture that is drawn;
+    ``crop``: scaled to cover it, the rest cut off; ``stretch``: its size. In any case the pipeline scales what has more
+    than 1024x1024 pixels down to that area, and cuts each edge to a multiple of 16."""
+    image: Annotated[Path | None, Closed(READ)] = None
+    """The picture to repaint a part of (model.pipeline=klein_inpaint), which also gives the size."""
+    mask_image: Annotated[Path | None, Closed(READ)] = None
+    """klein_inpaint: a picture of the same size, white where ``image`` is repainted."""
+    strength: Open[float | None] = Field(None, gt=0, le=1)
+    """klein_inpaint: how far the repainted part may leave what it was; below 1 first steps are left out (null: 0.8)."""
+    padding_mask_crop: Open[int | None] = Field(None, ge=0)
+    """klein_inpaint: work on the mask and so many pixels around it alone, scaled up to the picture's size; everything
+    outside of the mask keeps its bytes."""
     output_format: Open[Literal["png", "jpeg", "webp"]] = "png"
     """Image file format; all of them carry the config as metadata."""
     batch_size: Open[int] = Field(1, ge=1)

@@ -144,6 +144,7 @@ class RunFolder:
             "config": self.record.config,
             "signature": self._signature,
             "environment": self.record.environment,
+            **({"inputs": [given.model_dump() for given in self.record.inputs]} if self.record.inputs else {}),
             **marks,
         }
         save_image(image, path, metadata, output_format)

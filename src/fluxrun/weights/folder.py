@@ -11,7 +11,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fluxrun.architectures import HIDDEN_STATES_READ, MODEL_COMPONENTS, PIPELINE_CLASSES, PipelineKind, layers_needed
+from fluxrun.architectures import (
+    HIDDEN_STATES_READ,
+    MODEL_COMPONENTS,
+    PIPELINE_CLASSES,
+    PipelineKind,
+    family,
+    layers_needed,
+)
 from fluxrun.errors import ConfigError
 from fluxrun.formatting import shorten
 from fluxrun.options.model import Flux2Model
@@ -38,7 +45,7 @@ VOCABULARIES = ("tokenizer.json", "vocab.json", "tekken.json", "tokenizer.model"
 
 def read_layers(model: Flux2Model, pipeline: PipelineKind) -> tuple[int, ...]:
     """The text encoder's hidden states that become the embedding."""
-    return model.text_encoder_out_layers or HIDDEN_STATES_READ[pipeline]
+    return model.text_encoder_out_layers or HIDDEN_STATES_READ[family(pipeline)]
 
 
 def of_folder(model: Flux2Model, folder: Path, *, kind: Kind, source: str) -> Located:
@@ -152,8 +159,9 @@ def component_classes(folder: Path) -> dict[str, tuple[str, str]]:
 def pipeline_of(index: Mapping[str, Json], model: Flux2Model) -> tuple[PipelineKind, bool]:
     """Pipeline and whether it is distilled: the checkpoint knows; if it does not say, the option does."""
     pipeline = PIPELINE_CLASSES[str(index["_class_name"])]
-    said = index.get("is_distilled", model.distilled)
-    return pipeline, pipeline == "klein" and bool(said)
+    # Only few-step weights are made for the KV pipeline, whose config does not say.
+    unsaid = pipeline == "klein_kv" if model.distilled is None else model.distilled
+    return pipeline, pipeline != "dev" and bool(index.get("is_distilled", unsaid))
 
 
 def check_whole(folder: Path, variant: str | None, remedy: str) -> None:
