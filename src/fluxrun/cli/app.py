@@ -35,6 +35,7 @@ SUBCOMMANDS = {
     "eval": "fluxrun.cli.evaluate",
     "report": "fluxrun.cli.report",
     "tune": "fluxrun.cli.tune",
+    "quantize": "fluxrun.cli.quantize",
 }
 """The module of each subcommand, imported when it is asked for: a typo must not wait for all of them."""
 

@@ -108,6 +108,11 @@ CONFLICTS = (
         "kernels", "diffusers",
     ),
     Conflict(
+        FUSED, when(QuantizationOption, lambda option: not option.fusable),
+        "the fused kernels read plain weights or float8 ones with a scale per row (quantization=fp8)",
+        "kernels", "diffusers",
+    ),
+    Conflict(
         FUSED, _for("transformer", lambda option: option.compiles),
         "kernels=fused leaves the compiler nothing to fuse in the transformer",
         "compile", "cudagraphs", ("mode", "scope", "fullgraph", "dynamic", "inductor_options", "cuda_graph"),
@@ -183,7 +188,7 @@ CONFLICTS = (
         "cache", "none",
     ),
     Conflict(
-        when(QuantizationOption, lambda option: option.quantizes),
+        when(QuantizationOption, lambda option: option.dynamic),
         when(CompileOption, lambda option: not option.compiles),
         "dynamic quantization without compile is slower than no quantization (diffusers-torchao: 130 s against 6.6 s); "
         "add kernels=fused or compile=regional",

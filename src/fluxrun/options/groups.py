@@ -48,7 +48,10 @@ TABLE = (
         "attention", AttentionOption, 3, 4, 2,
         marks=("attention_dispatch", "xformers", "flash_attn", "sageattention", "flex_attention"),
     ),
-    Group("quantization", QuantizationOption, 1, 5, 4, loads_weights=True, marks=("torchao", "sdnq")),
+    Group(
+        "quantization", QuantizationOption, 1, 5, 4, loads_weights=True,
+        marks=("torchao", "sdnq", "bitsandbytes", "gguf"),
+    ),
     Group("cache", CacheOption, 6, 2, 6, marks=("cache_dit",)),
     Group(
         "compile", CompileOption, 7, 1, 3,

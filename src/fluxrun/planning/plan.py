@@ -53,6 +53,8 @@ class Plan:
     """Bytes of the model's components, where they are known before loading."""
     reference_tokens: int = 0
     """What reference pictures add to the transformer's sequence."""
+    declared: Mapping[str, str] = field(default_factory=dict)
+    """Components that the checkpoint has quantized weights of, with a description."""
     notes: list[str] = field(default_factory=list)
 
     # -- the options in use -------------------------------------------------------------------------------------------
@@ -138,6 +140,7 @@ class Plan:
             memory=self.memory,
             kernels=self.option(KernelsOption, "kernels"),
             quantization=self.quantization,
+            declared=self.declared,
         )
 
     @property
@@ -155,6 +158,7 @@ class Plan:
             guided=self.guided,
             needs=estimate.memory_needs(),
             ram=estimate.ram_needs(),
+            declared=self.declared,
             swapping_bytes=estimate.swapping_bytes(),
         )
 

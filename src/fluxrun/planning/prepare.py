@@ -42,10 +42,17 @@ def prepare(config: RunConfig, machine: Machine | None = None) -> Prepared:
     """Check all of a run's input and plan it. Imports no torch; raises ConfigError or OptionUnavailable."""
     jobs = jobs_of(config)
     references = load_reference_images(config.reference_images)
+    if problem := config.quantization.input_problem():
+        raise ConfigError(problem)
     machine = machine or detect()
     located = find_weights(config.model, machine)
     plan = make_plan(
-        config, machine, resolve(config.model, located), located.component_bytes, reference_tokens(references)
+        config,
+        machine,
+        resolve(config.model, located),
+        located.component_bytes,
+        reference_tokens(references),
+        {name: str(declared) for name, declared in located.declared.items()},
     )
     check_layers(plan.model, located)
     return Prepared(config, jobs, references, located, plan)
@@ -57,8 +64,10 @@ def make_plan(
     model: Flux2Model | None = None,
     weight_bytes: Mapping[str, int] | None = None,
     reference_tokens: int = 0,
+    declared: Mapping[str, str] | None = None,
 ) -> Plan:
-    """Plan a run; ``model`` is the option with what its checkpoint knows filled in, ``weight_bytes`` its sizes.
+    """Plan a run; ``model`` is the option with what its checkpoint knows filled in, ``weight_bytes`` its sizes,
+    ``declared`` what it says of its components' quantization.
 
     Raises ConfigError for what contradicts the model, OptionUnavailable where nothing is left.
     """
@@ -67,7 +76,7 @@ def make_plan(
     choices = {group: Choice(option.name, option) for group, option in config.options().items()}
     choices["model"].option = model or config.model
     catalog = Catalog(config.config_dirs)
-    plan = Plan(config, machine.on(config.device), catalog, choices, weight_bytes, reference_tokens)
+    plan = Plan(config, machine.on(config.device), catalog, choices, weight_bytes, reference_tokens, declared or {})
     check_call(plan)
     settle(plan)
     for group, choice in plan.choices.items():

@@ -21,6 +21,7 @@ from fluxrun.architectures import MODEL_COMPONENTS
 from fluxrun.errors import ConfigError, FluxrunError, one_line
 from fluxrun.formatting import gigabytes
 from fluxrun.options.model import Flux2Model
+from fluxrun.quantization.declared import Declared, declared_by
 from fluxrun.weights.folder import (
     INDEX_FILE,
     WEIGHT_FILE,
@@ -113,6 +114,7 @@ def _remote(model: Flux2Model, cache: Path) -> Located:
     located = Located(
         kind="hub",
         source=f"hub {model.id}",
+        declared=_declared_on_hub(model, info.sha, files),
         pipeline=pipeline,
         distilled=distilled,
         id=model.id,
@@ -134,27 +136,44 @@ def _remote(model: Flux2Model, cache: Path) -> Located:
     return located
 
 
-def _ask_hub(model: Flux2Model) -> tuple[Any, dict[str, Any]]:
-    """The repository's file list and its model_index.json, which also shows whether access is granted."""
-    from huggingface_hub import HfApi, hf_hub_download
+def _declared_on_hub(model: Flux2Model, commit: str, files: list[str]) -> dict[str, Declared]:
+    """What the components' config.json says of their quantization: small files, fetched before anything else is."""
+    wanted = {name: f"{name}/config.json" for name in MODEL_COMPONENTS if f"{name}/config.json" in files}
+    found = {name: declared_by(_small_file(model, file, commit)) for name, file in wanted.items()}
+    return {name: declared for name, declared in found.items() if declared}
+
+
+def _small_file(model: Flux2Model, name: str, revision: str | None) -> dict[str, Any]:
+    from huggingface_hub import hf_hub_download
 
     assert model.id is not None
+    with _hub_bars_off(), _explaining(model):
+        return read_json(Path(hf_hub_download(model.id, name, revision=revision, etag_timeout=HUB_READ_TIMEOUT_S)))
+
+
+@contextmanager
+def _explaining(model: Flux2Model) -> Iterator[None]:
+    """What the hub's client raises, as one line."""
     try:
-        _reach(HfApi().endpoint)
-        info = HfApi().model_info(model.id, revision=model.revision, files_metadata=True, timeout=HUB_READ_TIMEOUT_S)
-        names = [entry.rfilename for entry in info.siblings or []]
-        if "model_index.json" not in names:
-            raise ConfigError(f"{model.id} on the hub is not a diffusers repository: it has no model_index.json")
-        with _hub_bars_off():
-            file = hf_hub_download(
-                model.id, "model_index.json", revision=model.revision, etag_timeout=HUB_READ_TIMEOUT_S
-            )
+        yield
     except Exception as error:
         # The client's exceptions share no base class, and its HTTP library's differ between its versions.
         if not isinstance(error, OSError) and not type(error).__module__.startswith(("httpx", "huggingface_hub")):
             raise
         raise _explained(error, model) from error
-    return info, read_json(Path(file))
+
+
+def _ask_hub(model: Flux2Model) -> tuple[Any, dict[str, Any]]:
+    """The repository's file list and its model_index.json, which also shows whether access is granted."""
+    from huggingface_hub import HfApi
+
+    assert model.id is not None
+    with _explaining(model):
+        _reach(HfApi().endpoint)
+        info = HfApi().model_info(model.id, revision=model.revision, files_metadata=True, timeout=HUB_READ_TIMEOUT_S)
+    if "model_index.json" not in [entry.rfilename for entry in info.siblings or []]:
+        raise ConfigError(f"{model.id} on the hub is not a diffusers repository: it has no model_index.json")
+    return info, _small_file(model, "model_index.json", model.revision)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Literal
 
 from fluxrun.architectures import PipelineKind
 from fluxrun.formatting import gigabytes
+from fluxrun.quantization.declared import Declared
 
 Kind = Literal["folder", "hub", "random"]
 
@@ -36,6 +37,8 @@ class Located:
     variant: str | None = None
     component_bytes: dict[str, int] = field(default_factory=dict)
     """Weight bytes of each model component: of its files, whose dtype may not be the run's; of ``random``, as built."""
+    declared: dict[str, Declared] = field(default_factory=dict)
+    """Components whose weights are quantized as they lie there, with what their config.json says of it."""
 
     def announcement(self) -> str | None:
         """What is said before a download starts, or None when there is none."""

@@ -1,0 +1,318 @@
+"""Every option beside every option of another group: docs/matrix.md, planned for a GPU and really drawn on a CPU.
+
+``python docs/matrix.py`` draws the pairs that docs/matrix.json does not have yet (all of them: about an hour on two
+cores; ``--again`` forgets what is there) and writes docs/matrix.md. A test plans all pairs again, holds them against
+both files, and draws a few of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks")]
+
+from fluxrun.config.catalog import Catalog  # noqa: E402
+from fluxrun.config.composition import compose  # noqa: E402
+from fluxrun.config.schema import GROUPS, RunConfig  # noqa: E402
+from fluxrun.errors import FluxrunError  # noqa: E402
+from fluxrun.formatting import GIB  # noqa: E402
+from fluxrun.hardware.machine import Gpu, Machine, Proof  # noqa: E402
+from fluxrun.options.base import Option  # noqa: E402
+from fluxrun.options.memory import Offload  # noqa: E402
+from fluxrun.planning.prepare import make_plan  # noqa: E402
+
+JSON_FILE, PAGE = ROOT / "docs" / "matrix.json", ROOT / "docs" / "matrix.md"
+
+SMALL = ("height=64", "width=64", "steps=8", "batch_size=2", "num_images=2", "model.max_sequence_length=32")
+"""Small, and with something to do for every option: a batch to slice, steps to skip."""
+
+LIBRARIES = (
+    "torchao", "xformers", "flash-attn", "flash-attn-3", "flash-attn-4", "sageattention", "nvidia-cudnn-frontend",
+    "cache-dit", "sdnq", "gguf", "bitsandbytes", "torchvision", "kernels", "triton",
+)  # fmt: skip
+PACKAGES = {"torch": "2.13.0+cu130", "diffusers": "0.42.1", **dict.fromkeys(LIBRARIES, "99")}
+
+PROVEN = tuple(f"attention={name}" for name in ("cudnn", "flash", "flash3", "flash4", "fp8", "sage", "xformers"))
+
+H100 = Machine(
+    gpus=(Gpu("NVIDIA H100 80GB HBM3", 80 * GIB, 79 * GIB, (9, 0)),),
+    driver="580.159", torch_cuda="13.0", cxx_compiler="/usr/bin/g++", packages=PACKAGES, ram_bytes=256 * GIB,
+    proven={name: Proof(None, "2026-11-24T00:00:00+00:00") for name in PROVEN}, device="cuda",
+)  # fmt: skip
+CPU = Machine(cxx_compiler="/usr/bin/g++", packages={**PACKAGES, "torch": "2.13.0+cpu"}, ram_bytes=64 * GIB)
+
+FILES = {"gguf": "transformer.gguf", "bfl_fp8": "transformer.safetensors"}
+"""What stands for the file that an option reads, while it is only planned."""
+
+
+class Pair(NamedTuple):
+    """Two options of two groups."""
+
+    group: str
+    name: str
+    other: str
+    other_name: str
+
+    def __str__(self) -> str:
+        return f"{self.group}={self.name} {self.other}={self.other_name}"
+
+
+class Outcome(NamedTuple):
+    """What runs of a pair, and why where that is something else."""
+
+    effective: str
+    other: str
+    reasons: tuple[str, ...]
+
+
+@functools.cache
+def all_pairs() -> tuple[Pair, ...]:
+    """Every option of fluxrun's own beside every one of another group; which model is no matter of options."""
+    catalog = Catalog()
+    groups = [group for group in GROUPS if group != "model"]
+    return tuple(
+        Pair(a, one, b, other)
+        for a, b in itertools.combinations(groups, 2)
+        for one in catalog.names(a)
+        for other in catalog.names(b)
+    )
+
+
+# --- planned ----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _base() -> RunConfig:
+    return compose(["model=tiny", *SMALL, "memory=resident", "vae=full"])
+
+
+def planned(pair: Pair, machine: Machine) -> Outcome:
+    """What a plan says of the pair."""
+    asked = {pair.group: _option(pair.group, pair.name), pair.other: _option(pair.other, pair.other_name)}
+    declared = {"transformer": "sdnq int8"} if "quantization=checkpoint" in str(pair) else {}
+    plan = make_plan(_base().model_copy(update=asked), machine, declared=declared)
+    reasons = [f.reason for group in (pair.group, pair.other) for f in plan.choices[group].fallbacks]
+    return Outcome(plan.choices[pair.group].effective, plan.choices[pair.other].effective, tuple(reasons))
+
+
+@functools.cache
+def _option(group: str, name: str) -> Option:
+    option = Catalog().load(group, name)
+    return option.model_copy(update={"file": Path(__file__)}) if name in FILES else option
+
+
+@contextmanager
+def offloading_to_itself() -> Iterator[None]:
+    """Offloading on a CPU, to the CPU: copies are made, as to a GPU, and everything else is real."""
+    with patch.object(Offload, "requires", lambda self, machine: None):
+        yield
+
+
+# --- drawn ------------------------------------------------------------------------------------------------------------
+
+
+def draw_all(pairs: Sequence[Pair], known: dict[str, Any], work: Path) -> None:
+    """Draw what is not known yet, over weights that are loaded as seldom as can be; written after each."""
+    from fluxrun.pipeline.session_pool import SessionPool
+
+    waiting = sorted((pair for pair in pairs if str(pair) not in known), key=_loads)
+    with offloading_to_itself(), _real_copies():
+        pool, loads = SessionPool(), ""
+        for number, pair in enumerate(waiting):
+            if _loads(pair) != loads:
+                pool.__exit__(None, None, None)
+                pool, loads = SessionPool(), _loads(pair)
+            known[str(pair)] = drawn(pair, work / str(number), work, pool)
+            print(f"{number + 1} of {len(waiting)}: {pair}: {known[str(pair)]}", flush=True)
+            _write(known)
+        pool.__exit__(None, None, None)
+
+
+def _loads(pair: Pair) -> str:
+    return " ".join(part for part in str(pair).split() if part.startswith(("quantization=", "memory=")))
+
+
+@contextmanager
+def _real_copies() -> Iterator[None]:
+    import torch
+
+    from fluxrun.offload import components
+
+    def copied(tensor: torch.Tensor, device: object) -> torch.Tensor:
+        copy = tensor.detach().clone()
+        return torch.nn.Parameter(copy, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else copy
+
+    with patch.object(components, "copied", copied):
+        yield
+
+
+def drawn(pair: Pair, folder: Path, work: Path, pool: Any) -> dict[str, Any]:
+    """One small run; a refusal is an outcome, anything else that ends it is a crash and is not caught."""
+    from fluxrun.runner import run
+
+    overrides = [
+        *SMALL, "model=local", f"model.path={checkpoint(pair, work)}", "model.dtype=float32",
+        "model.text_encoder_out_layers=[1,2,3]", "memory=resident", "vae=full", *str(pair).split(), *_files(pair, work),
+    ]  # fmt: skip
+    try:
+        record = run(compose(overrides), folder, pool=pool)
+    except FluxrunError as error:
+        return {"refused": str(error)}
+    found = {group: record.options[group] for group in (pair.group, pair.other)}
+    return {
+        "effective": [choice.effective for choice in found.values()],
+        "finite": all(image.finite for image in record.images),
+        "reasons": [f.reason for choice in found.values() for f in choice.fallbacks],
+    }
+
+
+@functools.cache
+def _tiny(work: Path) -> Path:
+    from fluxrun.weights.loading import save_tiny
+
+    return save_tiny(work / "tiny")
+
+
+@functools.cache
+def _sdnq(work: Path) -> Path:
+    from fluxrun.cli.quantize import command
+
+    folder = work / "sdnq"
+    command([
+        str(folder), "--no-pictures", "model=local", f"model.path={_tiny(work)}", "model.dtype=float32",
+        "model.text_encoder_out_layers=[1,2,3]", "quantization=sdnq", f"hydra.run.dir={work / 'quantize'}",
+    ])  # fmt: skip
+    return folder
+
+
+def checkpoint(pair: Pair, work: Path) -> Path:
+    """The tiny model as a folder; a quantized one for ``quantization=checkpoint``."""
+    return _sdnq(work) if "quantization=checkpoint" in str(pair) else _tiny(work)
+
+
+def _files(pair: Pair, work: Path) -> list[str]:
+    from bench.single_files import write_bfl_fp8, write_gguf
+
+    for name, file in FILES.items():
+        if f"quantization={name}" in str(pair):
+            path = work / file
+            if not path.exists():
+                write_gguf(_tiny(work), path, "Q8_0") if name == "gguf" else write_bfl_fp8(_tiny(work), path)
+            return [f"quantization.file={path}"]
+    return []
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def page(known: Mapping[str, Any]) -> str:
+    """docs/matrix.md."""
+    with_gpu = {pair: planned(pair, H100) for pair in all_pairs()}
+    on_cpu = {pair: _as_outcome(known[str(pair)]) for pair in all_pairs() if str(pair) in known}
+    parts = [
+        "# Every option beside every other\n\nGenerated by `python docs/matrix.py`; do not edit. `✓`: both run. Else: "
+        "what gives way, and to what; the numbers are the reasons below. An option that a machine cannot use even by "
+        "itself has no row.\n",
+        "## Planned for an H100 with every library\n",
+        *_section(with_gpu),
+        "\n## Drawn on a CPU\n\nThe tiny model, 64×64, 8 steps, a batch of two, as a checkpoint folder; "
+        "`quantization=checkpoint` over one that `fluxrun quantize` made, offloading from the CPU to itself. "
+        f"{len(on_cpu)} of {len(all_pairs())} pairs drawn, no crash, every picture made of numbers.\n",
+        *_section(on_cpu),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _as_outcome(found: Mapping[str, Any]) -> Outcome:
+    if "refused" in found:
+        return Outcome("refused", "refused", (found["refused"],))
+    return Outcome(*found["effective"], tuple(found["reasons"]))
+
+
+def _section(outcomes: Mapping[Pair, Outcome]) -> list[str]:
+    unusable = _unusable(outcomes)
+    names = ", ".join(f"`{option}`" for option in sorted(unusable)) or "none"
+    lines, reasons = [f"Not usable here at all: {names}.\n"], dict[str, int]()
+    groups = [group for group in GROUPS if group != "model"]
+    for a, b in itertools.combinations(groups, 2):
+        pairs = [p for p in outcomes if (p.group, p.other) == (a, b)]
+        pairs = [p for p in pairs if f"{a}={p.name}" not in unusable and f"{b}={p.other_name}" not in unusable]
+        if all(_cell(pair, outcomes[pair], {}) == "✓" for pair in pairs):
+            lines.append(f"`{a}` × `{b}`: all {len(pairs)} pairs run.\n")
+            continue
+        columns = list(dict.fromkeys(pair.other_name for pair in pairs))
+        lines += [f"\n| `{a}` × `{b}` | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+        for name in dict.fromkeys(pair.name for pair in pairs):
+            row = [_cell(pair, outcomes[pair], reasons) for pair in pairs if pair.name == name]
+            lines.append(f"| {name} | {' | '.join(row)} |")
+        lines.append("")
+    return [*lines, *(f"{number}. {reason}" for reason, number in reasons.items())]
+
+
+def _unusable(outcomes: Mapping[Pair, Outcome]) -> set[str]:
+    """Options that give way in every pair, whatever they stand beside."""
+    runs: dict[str, bool] = {}
+    for pair, found in outcomes.items():
+        for option, name, effective in (
+            (f"{pair.group}={pair.name}", pair.name, found.effective),
+            (f"{pair.other}={pair.other_name}", pair.other_name, found.other),
+        ):
+            runs[option] = runs.get(option, False) or name in (effective, "auto")
+    return {option for option, ran in runs.items() if not ran}
+
+
+def _cell(pair: Pair, found: Outcome, reasons: dict[str, int]) -> str:
+    ways = [
+        f"{group} → {effective}"
+        for group, name, effective in (
+            (pair.group, pair.name, found.effective), (pair.other, pair.other_name, found.other),
+        )
+        if name not in (effective, "auto")
+    ]  # fmt: skip
+    marks = [str(reasons.setdefault(_general(reason), len(reasons) + 1)) for reason in found.reasons]
+    return "; ".join(ways) + f" ({', '.join(dict.fromkeys(marks))})" if ways else "✓"
+
+
+def _general(reason: str) -> str:
+    return " ".join(reason.split())
+
+
+def _write(known: Mapping[str, Any]) -> None:
+    kept = {str(pair): known[str(pair)] for pair in all_pairs() if str(pair) in known}
+    lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(found)}" for name, found in kept.items())
+    JSON_FILE.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+
+
+def read() -> dict[str, Any]:
+    """What was drawn, by pair."""
+    found: dict[str, Any] = json.loads(JSON_FILE.read_text(encoding="utf-8")) if JSON_FILE.exists() else {}
+    return found
+
+
+def main() -> None:
+    """Draw what is missing and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--again", action="store_true", help="draw every pair again")
+    parser.add_argument("--only", default="", help="draw only pairs whose names have this in them")
+    parser.add_argument("--page", action="store_true", help="draw nothing, write the page")
+    given = parser.parse_args()
+    known = {} if given.again else read()
+    if not given.page:
+        with tempfile.TemporaryDirectory() as folder:
+            draw_all([pair for pair in all_pairs() if given.only in str(pair)], known, Path(folder))
+    PAGE.write_text(page(known), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
