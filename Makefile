@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: run test test-fast robustness signals lint coverage docs lock clean
+.PHONY: run test test-fast robustness signals kills audit lint coverage docs lock clean
 run: $(VENV)/.installed
 	$(BIN)/fluxrun $(ARGS)
 
@@ -28,6 +28,12 @@ robustness: $(VENV)/.installed
 signals: $(VENV)/.installed
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/robustness/signals_campaign.py $(ARGS)
 
+# SIGKILL at 200 random moments of runs, sweeps, isolated jobs and compiling: what is on the disk is whole, nobody is left,
+# a sweep goes on. About half an hour. ARGS="--count 20 --seed 12 sweep" as above.
+kills: $(VENV)/.installed
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/robustness/signals_campaign.py --kill --count 200 \
+	  --output build/kills.json $(ARGS)
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check src tests benchmarks training scripts docs
 	$(BIN)/ruff format --check src tests benchmarks training scripts docs
@@ -41,6 +47,10 @@ coverage: $(VENV)/.installed
 	$(BIN)/coverage run -m pytest -q -n 2 --dist worksteal
 	$(BIN)/coverage combine -q
 	$(BIN)/coverage report
+
+# Known vulnerabilities of what the lock names (needs pip-audit and its data), else versions and licences as a table.
+audit: $(VENV)/.installed
+	$(BIN)/python scripts/audit.py
 
 docs: $(VENV)/.installed
 	$(BIN)/python docs/reference.py

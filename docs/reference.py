@@ -145,6 +145,8 @@ def _type(annotation: Any) -> str:
         return f"list of {' or '.join(inner)}"
     if get_origin(annotation) is dict or annotation is dict:
         return "mapping"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return f"{{{', '.join(annotation.model_fields)}}}"
     return "null" if annotation is NoneType else str(getattr(annotation, "__name__", annotation)).lower()
 
 

@@ -13,6 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import pytest
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "black-forest-labs/FLUX.2-klein-4B"
 
@@ -136,3 +138,25 @@ def serve(folder: Path) -> Iterator[Hub]:
         hub.release.set()
         server.shutdown()
         server.server_close()
+
+
+def use(running: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the hub's client ask this one."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", running.url)
+    template = running.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setenv("HF_ENDPOINT", running.url)
+
+
+def empty_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty hub cache within ``folder``, no token and no offline switch."""
+    from huggingface_hub import constants
+
+    for name in ("HF_HUB_CACHE", "HF_ASSETS_CACHE"):
+        monkeypatch.setattr(constants, name, str(folder / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    return folder / "cache"

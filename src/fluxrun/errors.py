@@ -63,6 +63,16 @@ class Interrupted(FluxrunError):
     exit_code = 130
 
 
+def mark_said(error: BaseException) -> None:
+    """Note that the user has been told of it: the record, which else says so, may be gone with its folder."""
+    error.__dict__["said"] = True
+
+
+def is_said(error: BaseException) -> bool:
+    """Whether the user has been told of it already."""
+    return "said" in error.__dict__
+
+
 def chain(error: BaseException) -> Iterator[BaseException]:
     """The error and all its causes and contexts, each once: an error can have both, and the chain can be a circle."""
     seen: set[int] = set()

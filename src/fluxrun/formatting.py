@@ -60,6 +60,11 @@ def decibels(value: float | None) -> str:
     return "–" if value is None else "equal" if math.isinf(value) else f"{value:.1f} dB"
 
 
+def counted(number: int) -> str:
+    """A whole number for people, also an absurd one."""
+    return f"{number:,}" if number < 10**15 else "10^15 or more"
+
+
 def utf8(text: str) -> str:
     """The text with what UTF-8 cannot hold (bytes of a path in another encoding) as escapes: ``\\udcff``."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from fluxrun.config.schema import RunConfig
-from fluxrun.errors import ConfigError, FluxrunError, one_line
+from fluxrun.errors import ConfigError, FluxrunError, mark_said, one_line
 from fluxrun.hardware.machine import Machine
 from fluxrun.pipeline.session import Session
 from fluxrun.pipeline.session_pool import SessionPool
@@ -128,10 +128,13 @@ def _announce(prepared: Prepared) -> None:
 
 def _finish(folder: RunFolder, started: float, error: BaseException | None, stage: str) -> None:
     folder.record.timings.total_s = time.perf_counter() - started
+    unrecorded = ""
     try:
         folder.finish("completed" if error is None else status_of(error), error, stage)
     except OSError as problem:  # a full disk, a folder that went away: then at least the screen says it
-        log.error("cannot write %s: %s", folder.path / "run.json", one_line(problem))
+        unrecorded = f"cannot write {folder.path / 'run.json'}: {problem.strerror or one_line(problem)}"
+        if error is None or status_of(error) == "interrupted":
+            log.error("%s", unrecorded)
         if error is None:
             raise
     if error is None:
@@ -142,7 +145,9 @@ def _finish(folder: RunFolder, started: float, error: BaseException | None, stag
     else:
         text = str(error) if isinstance(error, FluxrunError) else f"{type(error).__name__}: {one_line(error)}"
         # The console prints one line, the log file has the traceback too.
-        log.error("%s (stage %s; traceback in %s)", text, stage, folder.path / "fluxrun.log", exc_info=error)
+        where = unrecorded or f"traceback in {folder.path / 'fluxrun.log'}"
+        log.error("%s (stage %s; %s)", text, stage, where, exc_info=error)
+        mark_said(error)
 
 
 # --- a pipeline of one's own ----------------------------------------------------------------------------------------
@@ -162,7 +167,9 @@ def build(config: RunConfig) -> Session:
 
 def assembled(prepared: Prepared, *, whole: bool = False) -> Session:
     """A session with its pipeline built; ``whole`` keeps the text encoder whatever has to fall back."""
-    session = Session(prepared.plan, references=prepared.references, located=prepared.located)
+    session = Session(
+        prepared.plan, references=prepared.references, located=prepared.located, adapters=prepared.adapters
+    )
     session.whole = whole
     session.__enter__()
     try:

@@ -43,6 +43,7 @@ class Pipeline(Protocol):
     cached_calls: list[dict[str, int]]
     """What a ``cache`` option leaves on its pipeline: steps computed, skipped and so on in each call."""
 
+    load_lora_weights: Callable[..., None]
     encode_prompt: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     """Prompts -> (embeddings, position ids)."""
     prepare_latents: Callable[..., tuple[torch.Tensor, torch.Tensor]]

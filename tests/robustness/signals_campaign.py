@@ -1,4 +1,8 @@
-"""Ctrl+C and SIGTERM at random moments through a real pty: how long it takes, what is left. ``make signals``."""
+"""Ctrl+C and SIGTERM, or SIGKILL, at random moments through a real pty: how long it takes, what is left.
+
+``make signals`` and ``make kills``. Nothing can answer a SIGKILL: what is on the disk has to be whole as it is, the
+children have to see for themselves that they are alone, and the same command has to go on from there.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import psutil
+from PIL import Image
 
 import fluxrun
 
@@ -34,6 +39,9 @@ PATIENCE_S = 300
 SETTLE_S = 0.2
 """What a process that was killed may take to be gone."""
 
+ORPHANED_S = 10.0
+"""What the children of a process that was killed may take to end by themselves: a compiler ends its file."""
+
 SOURCES = str(Path(fluxrun.__file__).parents[1])
 """The cases measure the fluxrun that this process has imported, wherever they run."""
 
@@ -42,6 +50,8 @@ SCREEN = 4000
 CTRL_C = b"\x03"
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 RUN = ("model=tiny", "height=64", "width=64", "model.max_sequence_length=32", "hydra.run.dir=run")
+RESUMED = ("--multirun", *RUN[:-1], "sweep.resume=sweep", "seed=range(0,3)", "steps=20")
+"""How a killed sweep goes on: a few of its jobs are enough."""
 SWEEP = ("--multirun", *RUN[:-1], "hydra.sweep.dir=sweep", "seed=range(0,40)", "steps=20")
 
 
@@ -121,6 +131,8 @@ class Moment:
     seconds: float
     inductor: bool = False
     """Whether it compiles, each time with an empty cache."""
+    goes_on: tuple[str, ...] = ()
+    """What has to work where it was killed: the sweep is resumed, the compiler's cache is used again."""
 
 
 def _at_once(_: Terminal) -> bool:
@@ -150,11 +162,17 @@ MOMENTS: dict[str, Moment] = {
     "drawing": Moment((*RUN, "steps=400", "num_images=9"), _drawn, 3.0),
     "saving": Moment((*RUN, "steps=1", "num_images=2000"), _drawn, 3.0),
     "compile": Moment((*RUN, "steps=4", "compile=default"), _compiling, 15.0, inductor=True),
-    "regional": Moment((*RUN, "steps=4", "compile=regional"), _compiling, 15.0, inductor=True),
+    "regional": Moment(
+        (*RUN, "steps=4", "compile=regional"),
+        _compiling,
+        15.0,
+        True,
+        (*RUN[:-1], "hydra.run.dir=again", "steps=4", "compile=regional", "strict=true"),
+    ),
     "end": Moment((*RUN, "steps=1"), _completed, 1.0),
-    "sweep": Moment(SWEEP, _at_once, 15.0),
-    "isolated": Moment((*SWEEP, "sweep.isolation=process"), _at_once, 20.0),
-    "joblib": Moment((*SWEEP, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"), _at_once, 20.0),
+    "sweep": Moment(SWEEP, _at_once, 15.0, goes_on=RESUMED),
+    "isolated": Moment((*SWEEP, "sweep.isolation=process"), _at_once, 20.0, goes_on=RESUMED),
+    "joblib": Moment((*SWEEP, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"), _at_once, 20.0, goes_on=RESUMED),
 }
 
 
@@ -193,12 +211,25 @@ def attempt(name: str, number: signal.Signals, after_s: float) -> Case:
         terminal.send(number)
         started = time.monotonic()
         terminal.until(lambda: False)
-        case.took_s, case.code = time.monotonic() - started, terminal.process.poll()
+        case.code = terminal.process.poll()
+        if number == signal.SIGKILL:
+            wait_for_orphans(terminal)
+        case.took_s = time.monotonic() - started
         _look(case, terminal)
+        if number == signal.SIGKILL:
+            case.wrong += broken_files(folder) + _go_on(moment, folder, extra)
     finally:
         terminal.close()
         shutil.rmtree(folder, ignore_errors=True)
     return case
+
+
+def wait_for_orphans(terminal: Terminal) -> None:
+    """Until nobody of a case is left that has to see for itself that it is alone, or the time for that is over."""
+    deadline = time.monotonic() + ORPHANED_S
+    while terminal.others() and time.monotonic() < deadline:
+        terminal.read()  # they may still have something to say
+        time.sleep(0.02)
 
 
 def _look(case: Case, terminal: Terminal) -> None:
@@ -207,15 +238,61 @@ def _look(case: Case, terminal: Terminal) -> None:
     for other in terminal.others():
         with contextlib.suppress(psutil.Error):
             case.left.append(" ".join(other.cmdline())[-160:])
-    wanted = CODES[signal.Signals[case.signal]]
+    number = signal.Signals[case.signal]
     completed = case.code == 0 and case.moment == "end"
-    if case.code not in (wanted, 128 - wanted) and not completed:  # a shell says the same of both
+    if case.code not in (CODES.get(number), -number) and not completed:  # a shell says the same of both
         case.wrong.append(f"exit {case.code}")
     if "Traceback" in terminal.text:
         case.wrong.append("a traceback")
-    case.wrong += untrue_records(terminal.folder)
+    if number != signal.SIGKILL:
+        case.wrong += untrue_records(terminal.folder)
     if case.wrong or case.left:
         case.screen = terminal.text[-SCREEN:]
+
+
+def broken_files(folder: Path) -> list[str]:
+    """What a kill may not leave: half a record, half a picture, a record of a picture that is not there."""
+    found = []
+    for path in sorted([*folder.glob("*/**/run.json"), *folder.glob("*/sweep.json")]):
+        name = str(path.relative_to(folder))
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            found.append(f"{name} is torn: {error}")
+            continue
+        pictures = [path.parent / image["path"] for image in record.get("images", ())]
+        found += [f"{name} names {picture.name}, which is lost" for picture in pictures if not picture.exists()]
+    for picture in sorted(folder.glob("*/**/images/*.png")):
+        try:
+            with Image.open(picture) as image:
+                image.load()
+        except (OSError, SyntaxError) as error:
+            found.append(f"{picture.relative_to(folder)} names no whole picture: {error}")
+    return found
+
+
+def _go_on(moment: Moment, folder: Path, extra: Mapping[str, str]) -> list[str]:
+    """Run what has to work after the kill; what was completed has to be as it was. Returns what is wrong."""
+    if not moment.goes_on or not any((folder / name).exists() for name in ("sweep", "inductor")):
+        return []
+    before = completed_runs(folder)
+    terminal = Terminal(moment.goes_on, folder, extra)
+    try:
+        terminal.until(lambda: False)
+        code, screen = terminal.process.poll(), terminal.text
+    finally:
+        terminal.close()
+    wrong = [] if code == 0 else [f"going on ends with exit {code}: {screen[-400:]}"]
+    after = completed_runs(folder)
+    wrong += [f"going on says nothing of run {run}" for run in sorted(before - after)]
+    wrong += [] if "--multirun" not in moment.goes_on or len(after) >= 3 else [f"going on names {len(after)} runs"]
+    return wrong + broken_files(folder)
+
+
+def completed_runs(folder: Path) -> set[str]:
+    """The ids of the completed runs below a folder."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*/**/run.json")]
+    return {record["run_id"] for record in records if record["status"] == "completed"}
 
 
 def untrue_records(folder: Path) -> list[str]:
@@ -243,6 +320,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=100, help="signals in all, spread evenly over the moments")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
+    parser.add_argument("--kill", action="store_true", help="SIGKILL instead of Ctrl+C and SIGTERM")
     parser.add_argument("--output", type=Path, default=Path("build/signals.json"))
     parser.add_argument("moments", nargs="*", help=f"which ones (default: all): {', '.join(MOMENTS)}")
     given = parser.parse_args()
@@ -250,10 +328,11 @@ def main() -> int:
     print(f"seed {given.seed}, {given.count} signals, load {os.getloadavg()[0]:.1f}, fluxrun of {SOURCES}", flush=True)
     os.environ.update(FLUXRUN_CACHE_DIR=tempfile.mkdtemp(prefix="fluxrun-signals-"), HF_HUB_OFFLINE="1")
     choose = random.Random(given.seed)
+    numbers = [signal.SIGKILL] if given.kill else list(CODES)
     cases = []
     for number in range(given.count):
         name = names[number % len(names)]
-        cases.append(attempt(name, choose.choice(list(CODES)), 0.05 + choose.random() * MOMENTS[name].seconds))
+        cases.append(attempt(name, choose.choice(numbers), 0.05 + choose.random() * MOMENTS[name].seconds))
         _show(cases[-1])
     shutil.rmtree(os.environ["FLUXRUN_CACHE_DIR"], ignore_errors=True)
     print(table(cases))

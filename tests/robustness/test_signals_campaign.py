@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-from robustness.signals_campaign import MOMENTS, Case, table, untrue_records
+from PIL import Image
+from robustness.signals_campaign import (
+    MOMENTS,
+    Case,
+    Terminal,
+    attempt,
+    broken_files,
+    table,
+    untrue_records,
+    wait_for_orphans,
+)
 
 
 def written(folder: Path, record: dict[str, Any]) -> Path:
@@ -37,6 +49,43 @@ def test_what_a_sweep_may_not_say(tmp_path: Path) -> None:
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep" / "sweep.json").write_text(json.dumps({"status": "failed", "jobs": [{"status": "running"}]}))
     assert untrue_records(tmp_path) == ["sweep/sweep.json says of a job that it is running"]
+
+
+def test_what_a_kill_may_not_leave(tmp_path: Path) -> None:
+    run = written(tmp_path, {"status": "running", "images": [{"path": "images/0.png"}]}) / "run"
+    assert broken_files(tmp_path) == ["run/run.json names 0.png, which is lost"]
+    Image.new("RGB", (64, 64)).save(run / "images" / "0.png")
+    assert broken_files(tmp_path) == []
+    whole = (run / "images" / "0.png").read_bytes()
+    (run / "images" / "0.png").write_bytes(whole[: len(whole) // 2])
+    (run / "run.json").write_text('{"status": "runn')
+    record, picture = broken_files(tmp_path)
+    assert record.startswith("run/run.json is torn")
+    assert picture.startswith("run/images/0.png names no whole picture")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
+@pytest.mark.parametrize(("moment", "after_s"), [("saving", 0.4), ("sweep", 4.0)])
+def test_a_kill_leaves_whole_files_and_no_child(moment: str, after_s: float) -> None:
+    case = attempt(moment, signal.SIGKILL, after_s)
+    assert (case.wrong, case.left, case.code) == ([], [], -signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
+def test_joblibs_workers_end_with_a_sweep_that_is_killed_before_their_first_job(tmp_path: Path) -> None:
+    """Found by `make kills ARGS="--seed 12"`: they waited for one, for 300 s."""
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="the extra 'joblib'")
+    terminal = Terminal(MOMENTS["joblib"].arguments, tmp_path)
+    try:
+        assert terminal.until(lambda: any("LokyProcess-2" in " ".join(o.cmdline()) for o in terminal.others()))
+        terminal.process.kill()
+        terminal.process.wait()
+        wait_for_orphans(terminal)
+        assert terminal.others() == []
+    finally:
+        terminal.close()
 
 
 def test_the_table_counts_each_kind_of_wrong() -> None:

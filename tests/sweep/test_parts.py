@@ -11,13 +11,13 @@ from helpers import CONF, draw, every_option, hashes, small
 
 from fluxrun.config.catalog import is_neutral_option
 from fluxrun.config.composition import config_dirs, hydra_for, shown
-from fluxrun.record.folder import data_hash, read_record, write_failure
+from fluxrun.record.folder import read_record, write_failure
 from fluxrun.record.schema import Chosen, RunRecord
 from fluxrun.report.comparison import baseline_rows, break_even_after, compare, mark_front, settings
 from fluxrun.report.rows import Picture, Row, Setting, by_speed, label, to_csv
 from fluxrun.sweep.baseline import is_neutral, neutral_data
 from fluxrun.sweep.folder import arrange
-from fluxrun.sweep.grid import compose_grid, ordered
+from fluxrun.sweep.grid import ordered
 
 # --- the grid ---------------------------------------------------------------------------------------------------------
 
@@ -29,18 +29,6 @@ def test_what_needs_other_weights_varies_least_and_seeds_most() -> None:
         "model", "quantization", "compile", "attention", "height", "steps", "seed",
     ]  # fmt: skip
     assert "seed=0,1" in ordered(given, params), "the command line wins over the sweep's file"
-
-
-def test_a_grid_is_composed_with_the_hash_of_each_job() -> None:
-    dirs = config_dirs()
-    with hydra_for(dirs) as hydra:
-        jobs = compose_grid(
-            hydra, ["attention=glob(m*)", "steps=0,2", "hydra.sweep.dir=x", "sweep.baseline=auto"], dirs
-        )
-    assert [job.overrides for job in jobs] == [("attention=math", "steps=0"), ("attention=math", "steps=2")]
-    assert jobs[0].config_hash != jobs[1].config_hash
-    assert all(job.config_hash == data_hash(job.data) for job in jobs)
-    assert "sweep" not in jobs[0].data
 
 
 def test_hydras_and_the_sweeps_own_overrides_do_not_describe_a_job() -> None:

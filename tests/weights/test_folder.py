@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import hollow_folder, tiny_folder, write_weights
-from hub import COMMIT, REPO, Hub, serve
+from hub import COMMIT, REPO, Hub, empty_cache, serve, use
 
 from fluxrun.errors import ConfigError, FluxrunError
 from fluxrun.hardware.machine import Machine
@@ -215,14 +215,7 @@ def environment(**changes: str) -> dict[str, str]:
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
     """An empty hub cache, no token and no offline switch."""
-    from huggingface_hub import constants
-
-    for name in ("HF_HUB_CACHE", "HF_ASSETS_CACHE"):
-        monkeypatch.setattr(constants, name, str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    return tmp_path / "cache"
+    return empty_cache(tmp_path, monkeypatch)
 
 
 @pytest.fixture
@@ -236,15 +229,6 @@ def hub(tmp_path, cache, monkeypatch) -> Iterator[Hub]:
     with serve(folder) as running:
         use(running, monkeypatch)
         yield running
-
-
-def use(running: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "ENDPOINT", running.url)
-    template = running.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setenv("HF_ENDPOINT", running.url)
 
 
 WANTED = {

@@ -145,7 +145,9 @@ def _draw(app: Hydra, options: Namespace, dirs: tuple[Path, ...], command: Seque
     if multirun or node.hydra.mode == RunMode.MULTIRUN:
         from fluxrun.sweep.run import plan_sweep
 
-        return plan_sweep(app, node, overrides, dirs, typed).run(app)
+        with console.status("looking at the options of the sweep"):
+            sweep = plan_sweep(app, node, overrides, dirs, typed)
+        return sweep.run(app)
     from fluxrun.cli.draw import draw_run
 
     return draw_run(app, node, overrides, dirs, command)

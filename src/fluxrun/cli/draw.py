@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from fluxrun.config.composition import CONFIG_NAME, hydra_errors, to_data
 from fluxrun.config.schema import RunConfig
-from fluxrun.errors import ConfigError, FluxrunError, Interrupted, exit_code_of, one_line
+from fluxrun.errors import ConfigError, FluxrunError, Interrupted, exit_code_of, is_said, one_line
 from fluxrun.planning.prepare import prepare
 from fluxrun.record.folder import claimed
 from fluxrun.runner import run
@@ -50,12 +50,12 @@ def _job(node: DictConfig, dirs: tuple[Path, ...], command: Sequence[str]) -> in
         return 130
     except FluxrunError as error:
         log.debug("refused", exc_info=error)
-        if not isinstance(error, Interrupted) and not (folder / "run.json").exists():
+        if not (isinstance(error, Interrupted) or is_said(error) or (folder / "run.json").exists()):
             log.error("%s", error)
         return error.exit_code
     except Exception as error:  # already one line on screen and a traceback in the log
         log.debug("failed", exc_info=error)
-        if not (folder / "run.json").exists():
+        if not (is_said(error) or (folder / "run.json").exists()):
             log.error("%s: %s", type(error).__name__, one_line(error))
         return exit_code_of(error)
     return 0

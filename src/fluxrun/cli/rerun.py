@@ -118,7 +118,14 @@ def _with_paths(data: dict[str, Any], model: type[BaseModel], change: Callable[[
             result |= {name: change(value)} if name in data else {}
         elif isinstance(value, dict) and "_target_" in value:
             result[name] = _with_paths(value, option_class(str(value["_target_"])), change)
+        elif isinstance(value, list) and (entry := _entry_of(field.annotation)):
+            result[name] = [_with_paths(one, entry, change) if isinstance(one, dict) else change(one) for one in value]
     return result
+
+
+def _entry_of(annotation: Any) -> type[BaseModel] | None:
+    """The schema of a list's entries, where they have one: a LoRA file's."""
+    return next((one for one in get_args(annotation) if isinstance(one, type) and issubclass(one, BaseModel)), None)
 
 
 def _is_path(annotation: Any) -> bool:

@@ -86,10 +86,13 @@ class Catalog:
 
 @functools.cache
 def neutral_options() -> dict[str, str]:
-    """The neutral option of every group but ``model``: the one of fluxrun's own that has nothing to fall back to."""
+    """The neutral option of every group but ``model``: ``none``, or the one of ours that falls back to nothing."""
     catalog = Catalog()
-    groups = {group: catalog.names(group) for group in GROUPS if group != "model"}
-    return {g: next(n for n in names if catalog.load(g, n).fallback == "error") for g, names in groups.items()}
+    groups = {group: sorted(catalog.names(group), key="none".__ne__) for group in GROUPS if group != "model"}
+    return {
+        group: next(name for name in names if name == "none" or catalog.load(group, name).fallback == "error")
+        for group, names in groups.items()
+    }
 
 
 def is_neutral_option(group: str, name: str) -> bool:

@@ -34,6 +34,12 @@ RAW_TEXT_KEYS = ("prompt", "negative_prompt", "sweep.baseline")
 
 QUOTING = " (quote the value, or escape , = ( ) [ ] { } with a backslash)"
 
+LORA_FILES = (
+    "lora chooses an option, none or adapters; its files are a knob: "
+    "lora=adapters 'lora.files=[{path: FILE.safetensors, scale: 0.8}]'"
+)
+"""``lora=[…]`` is a list of option names to Hydra."""
+
 HINTS = {
     "Ambiguous value": ": several values are a sweep, which needs --multirun",
     "no viable alternative": QUOTING,
@@ -185,6 +191,12 @@ def raise_as_refusal(error: Exception, overrides: Sequence[str], dirs: tuple[Pat
 
 def explain_composition(error: BaseException, overrides: Sequence[str], dirs: tuple[Path, ...]) -> str:
     """One line for an error of Hydra's: unknown option or key with the nearest name first, else its first line."""
+    if any(re.match(r"\+?lora=([\[{]|.*\.safetensors$)", override) for override in overrides):
+        return LORA_FILES
+    return _explained(error, overrides, dirs)
+
+
+def _explained(error: BaseException, overrides: Sequence[str], dirs: tuple[Path, ...]) -> str:
     text = str(error)
     catalog = Catalog(dirs)
     if match := re.search(r"Could not find '([\w-]+)/([^']+)'", text):

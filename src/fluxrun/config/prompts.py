@@ -11,7 +11,7 @@ from PIL import Image
 
 from fluxrun.config.schema import RunConfig
 from fluxrun.errors import ConfigError
-from fluxrun.formatting import shorten
+from fluxrun.formatting import counted, shorten
 from fluxrun.paths import expanded
 from fluxrun.pictures import open_picture
 from fluxrun.reading import Unreadable, parse_json, parse_yaml, read_text
@@ -20,6 +20,10 @@ ALLOWED_KEYS = ("prompt", "seed", "num_images")
 
 SEEDS = 2**63
 """Seeds are below this: torch's generator takes no larger ones."""
+
+
+MOST_IMAGES = 10_000
+"""More are refused: a run lists its pictures before it draws, and writes that list after each of them."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,14 @@ class Job:
 
 
 def jobs_of(config: RunConfig) -> list[Job]:
-    """Every image of a run: prompt by prompt, seeds counting up. Raises ConfigError for a bad prompts file."""
+    """Every image of a run: prompt by prompt, seeds counting up.
+
+    Raises ConfigError for a bad prompts file, and for more images than a run can have, before any is listed.
+    """
     entries = read_prompts(config.prompts_file) if config.prompts_file else _from_command_line(config)
+    images = sum(entry.get("num_images", config.num_images) for entry in entries)
+    if images > MOST_IMAGES:
+        raise ConfigError(f"this run has {counted(images)} images, and {MOST_IMAGES:,} are the most that one can have")
     jobs = []
     for entry in entries:
         first = entry.get("seed", config.seed)

@@ -19,6 +19,7 @@ from fluxrun.options.cache import CacheOption
 from fluxrun.options.compile import CompileOption
 from fluxrun.options.groups import ROWS
 from fluxrun.options.kernels import KernelsOption
+from fluxrun.options.lora import LoraOption
 from fluxrun.options.memory import MemoryOption
 from fluxrun.options.model import Flux2Model
 from fluxrun.options.quantization import QuantizationOption
@@ -93,6 +94,7 @@ class RunConfig(BaseModel):
     memory: Annotated[MemoryOption, _LOAD]
     quantization: Annotated[QuantizationOption, _LOAD]
     cache: Annotated[CacheOption, _LOAD]
+    lora: Annotated[LoraOption, _LOAD]
 
     source: dict[str, Any] = Field(default_factory=dict, exclude=True, repr=False)
     """The resolved config as plain data, as it goes into the record."""

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fluxrun.compilation.compiler import Compiler
     from fluxrun.compilation.cuda_graphs import Graphs
     from fluxrun.offload.pinning import Pins
+    from fluxrun.options.adapters import LoraWeights
 
 Facts = dict[str, Any]
 
@@ -185,6 +186,8 @@ class Context:
     weight_facts: Facts = field(default_factory=dict)
     """What was counted while the weights were loaded."""
     pins: Pins | None = None
+    lora: LoraWeights | None = None
+    """The LoRA files of the run, read for this transformer."""
 
     @property
     def machine(self) -> Machine:

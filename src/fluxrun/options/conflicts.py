@@ -11,6 +11,7 @@ from fluxrun.options.cache import CacheOption
 from fluxrun.options.compile import CompileOption, Target
 from fluxrun.options.groups import TABLE
 from fluxrun.options.kernels import KernelsOption
+from fluxrun.options.lora import LoraOption
 from fluxrun.options.memory import MemoryOption
 from fluxrun.options.model import Flux2Model
 from fluxrun.options.quantization import QuantizationOption
@@ -66,6 +67,7 @@ FAST_VAE = named(VaeOption, "fast")
 STEP_CACHE = when(CacheOption, lambda option: option.skips_steps)
 OFFLOADING = when(MemoryOption, lambda option: option.offloads)
 MOVING_WEIGHTS = when(MemoryOption, lambda option: option.offloads and not option.swaps_blocks)
+ADAPTED = when(LoraOption, lambda option: option.adapts)
 CUDAGRAPHS = when(CompileOption, lambda option: option.cudagraphs)
 
 CACHE_DECIDES = "a CUDA graph of the transformer replays every block, a step cache decides which ones run"
@@ -110,6 +112,11 @@ CONFLICTS = (
     Conflict(
         FUSED, when(QuantizationOption, lambda option: not option.fusable),
         "the fused kernels read plain weights or float8 ones with a scale per row (quantization=fp8)",
+        "kernels", "diffusers",
+    ),
+    Conflict(
+        FUSED, ADAPTED,
+        "the fused kernels multiply by the weights alone, and LoRA files stand beside them",
         "kernels", "diffusers",
     ),
     Conflict(

@@ -14,6 +14,7 @@ from fluxrun.options.base import Option
 from fluxrun.options.cache import CacheOption
 from fluxrun.options.compile import CompileOption
 from fluxrun.options.kernels import KernelsOption
+from fluxrun.options.lora import LoraOption
 from fluxrun.options.memory import MemoryOption
 from fluxrun.options.model import Flux2Model
 from fluxrun.options.quantization import QuantizationOption
@@ -41,20 +42,22 @@ class Group:
 
 TABLE = (
     Group("model", Flux2Model, None, None, None, loads_weights=True),
-    Group("memory", MemoryOption, 2, None, None, loads_weights=True),
-    Group("kernels", KernelsOption, 4, 3, 1, marks=("fluxrun/kernels/transformer/",)),
-    Group("vae", VaeOption, 5, 6, 5, marks=("fluxrun/kernels/vae/", "autoencoder")),
+    Group("memory", MemoryOption, 3, None, None, loads_weights=True),
+    Group("kernels", KernelsOption, 5, 3, 1, marks=("fluxrun/kernels/transformer/",)),
+    Group("vae", VaeOption, 6, 6, 5, marks=("fluxrun/kernels/vae/", "autoencoder")),
     Group(
-        "attention", AttentionOption, 3, 4, 2,
+        "attention", AttentionOption, 4, 4, 2,
         marks=("attention_dispatch", "xformers", "flash_attn", "sageattention", "flex_attention"),
     ),
     Group(
         "quantization", QuantizationOption, 1, 5, 4, loads_weights=True,
         marks=("torchao", "sdnq", "bitsandbytes", "gguf"),
     ),
-    Group("cache", CacheOption, 6, 2, 6, marks=("cache_dit",)),
+    # Before memory, which then places the adapters with the weights. What it draws is asked for: nothing falls back.
+    Group("lora", LoraOption, 2, None, None),
+    Group("cache", CacheOption, 7, 2, 6, marks=("cache_dit",)),
     Group(
-        "compile", CompileOption, 7, 1, 3,
+        "compile", CompileOption, 8, 1, 3,
         marks=("torch/_inductor", "torch/_dynamo", "torch/_functorch", "triton"),
     ),
 )  # fmt: skip

@@ -6,14 +6,17 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from PIL.Image import Image
 
 from fluxrun.errors import Interrupted, OptionFailed, OptionUnavailable, OutOfMemory, chain, one_line
-from fluxrun.options.base import Context
+from fluxrun.options.adapters import LoraWeights
+from fluxrun.options.base import Context, Option
 from fluxrun.options.groups import APPLY_ORDER
+from fluxrun.options.lora import Adapters
 from fluxrun.pipeline.blame import blame, is_out_of_memory
 from fluxrun.planning import fallbacks
 from fluxrun.planning.plan import Plan
@@ -24,6 +27,7 @@ from fluxrun.process.switches import ProcessState, import_diffusers
 from fluxrun.record.schema import Stage
 from fluxrun.types import Pipeline
 from fluxrun.weights.location import Located
+from fluxrun.weights.lora_files import LoraSource
 
 if TYPE_CHECKING:
     from fluxrun.weights.store import Base, WeightStore
@@ -47,6 +51,7 @@ class Session:
         interrupts: Interrupts | None = None,
         references: Sequence[Image] = (),
         located: Located | None = None,
+        adapters: Sequence[LoraSource] = (),
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         started = time.perf_counter()
@@ -64,6 +69,7 @@ class Session:
         self.plan = plan
         self.store = WeightStore() if store is None else store
         self.loader = WeightsLoader(plan, self.store, located)
+        self.loader.adapters = adapters
         self.prompts = PromptEncoder(self.loader)
         self.reporter = reporter or Reporter()
         self.interrupts = interrupts or Interrupts()
@@ -126,6 +132,33 @@ class Session:
         self.context.start_counting()
         on_change()
 
+    def can_swap_to(self, option: Option) -> bool:
+        """Whether the pipeline as it stands can draw with another ``lora`` option's files and scales.
+
+        Where weights are copied to and fro, what is written to the copies would be lost.
+        """
+        current = self.plan.choices["lora"].option
+        return option == current or (
+            isinstance(option, Adapters) and isinstance(current, Adapters) and not self.plan.memory.offloads
+        )
+
+    def swap(self, option: Option, adapters: Sequence[LoraSource]) -> bool:
+        """Put other LoRA files and scales in the place of the present ones; False where there is no room for them."""
+        choice = self.plan.choices["lora"]
+        if option == choice.option:
+            return True
+        assert self.context is not None
+        assert self.context.lora is not None
+        assert isinstance(option, Adapters)
+        self.loader.adapters = adapters
+        lora, room = self.loader.read_adapters(self.pipeline.transformer), self.context.lora.room
+        if lora is None or not room.holds(lora.room):
+            return False
+        self.context.lora = replace(lora, room=room)
+        choice.option = option
+        choice.facts = option.swap(self.pipeline, self.context)
+        return True
+
     def release(self) -> None:
         """Let go of the shell; the weights stay in the store."""
         if self.context is not None:
@@ -182,15 +215,16 @@ class Session:
             self.prompts.encode_first(self.reporter, self.interrupts)
         base = self.loader.load("image" if memory.staged else "all", self.reporter, self.interrupts)
         self.plan.choices["model"].facts = base.facts
+        lora = self.loader.read_adapters(base.pipeline.transformer)
         started = time.perf_counter()
         with self.interrupts.immediate():
-            self.context = self._new_context(base)
+            self.context = self._new_context(base, lora)
             self._pipeline = shell(base)
             for group in APPLY_ORDER:
                 self._apply(group)
         self.apply_s += time.perf_counter() - started
 
-    def _new_context(self, base: Base) -> Context:
+    def _new_context(self, base: Base, lora: LoraWeights | None) -> Context:
         from fluxrun.compilation.compiler import Compiler
         from fluxrun.compilation.cuda_graphs import Graphs
 
@@ -205,6 +239,7 @@ class Session:
             prompt_counts=self.prompts.counts,
             weight_facts={**base.facts, "components": self.loader.components},
             pins=base.pins,
+            lora=lora,
         )
 
     def _apply(self, group: str) -> None:

@@ -15,6 +15,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, TypedDict
 
 from fluxrun.errors import Interrupted
+from fluxrun.options.base import Option
+from fluxrun.options.lora import Adapters
 from fluxrun.pipeline.session import Session
 from fluxrun.planning.prepare import Prepared
 from fluxrun.process.console import Reporter
@@ -22,6 +24,7 @@ from fluxrun.process.device import free_memory
 from fluxrun.process.signals import Interrupts
 
 if TYPE_CHECKING:
+    from fluxrun.weights.lora_files import LoraSource
     from fluxrun.weights.store import WeightStore
 
 log = logging.getLogger("fluxrun.sessions")
@@ -48,6 +51,8 @@ class SessionPool:
         """A signal that came when a run was all but done: the runs that follow are not begun."""
         self.upcoming: Sequence[str] = ()
         """Prompts of the runs still to come over the same weights, where that is known."""
+        self.upcoming_adapters: Callable[[], Sequence[Sequence[LoraSource]]] = tuple
+        """Finds the LoRA files of each of them."""
 
     def __enter__(self) -> SessionPool:
         return self
@@ -80,15 +85,25 @@ class SessionPool:
 
     def _take(self, prepared: Prepared, caller: Caller) -> Session:
         key = build_key(prepared)
-        if self._session is not None and key == self._key and self._session.ready_for(prepared.texts):
-            log.info("options, model and size as before: the pipeline is used as it stands")
-            self._session.carry_on(prepared.plan, **caller)
+        if self._session is not None and key == self._key and self._carries_on(self._session, prepared, caller):
             return self._session
         self.close()
         graphs = graphs_key(prepared)
         self._clear_up(keep_graphs=graphs is not None and graphs == self._graphs)
         self._session, self._key, self._graphs = self._open(prepared, caller), key, graphs
         return self._session
+
+    def _carries_on(self, session: Session, prepared: Prepared, caller: Caller) -> bool:
+        """Go on with the pipeline as it stands, if it can draw this run: LoRA files are swapped in place."""
+        option = prepared.plan.choices["lora"].option
+        if not session.ready_for(prepared.texts) or not session.can_swap_to(option):
+            return False
+        session.carry_on(prepared.plan, **caller)
+        if not session.swap(option, prepared.adapters):
+            return False
+        log.info("options, model and size as before: the pipeline is used as it stands")
+        caller["on_change"]()
+        return True
 
     def _clear_up(self, keep_graphs: bool) -> None:
         """Free what the last pipeline left behind, so that a job starts with the weights' memory and nothing more."""
@@ -103,9 +118,11 @@ class SessionPool:
 
     def _open(self, prepared: Prepared, caller: Caller) -> Session:
         session = Session(
-            prepared.plan, store=self._store, references=prepared.references, located=prepared.located, **caller
-        )
+            prepared.plan, store=self._store, references=prepared.references, located=prepared.located,
+            adapters=prepared.adapters, **caller,
+        )  # fmt: skip
         self._store, session.prompts.upcoming = session.store, self.upcoming
+        session.loader.upcoming = self.upcoming_adapters() if prepared.adapters else ()
         session.__enter__()
         return session
 
@@ -131,11 +148,14 @@ def graphs_key(prepared: Prepared) -> str | None:
 
 
 def build_key(prepared: Prepared) -> str:
-    """What must agree for a built pipeline to be used again: everything but prompts, seeds, steps and guidance."""
+    """What must agree for a built pipeline to be used again: everything but prompts, seeds, steps and guidance.
+
+    Of LoRA files only that there are some: which ones, and how strong, is swapped in.
+    """
     config = prepared.config
     return json.dumps(
         {
-            "options": {group: [option.name, option.model_dump_json()] for group, option in config.options().items()},
+            "options": {group: _knobs(option) for group, option in config.options().items()},
             "source": prepared.located.source,
             "size": prepared.plan.size,
             "batch_size": config.batch_size,
@@ -146,3 +166,8 @@ def build_key(prepared: Prepared) -> str:
             "steps": config.steps if config.cache.skips_steps else None,
         }
     )
+
+
+def _knobs(option: Option) -> list[str]:
+    swapped = {"files", "scale"} if isinstance(option, Adapters) else None
+    return [option.name, option.model_dump_json(exclude=swapped)]

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
 
 from fluxrun.errors import Interrupted, OptionFailed
+from fluxrun.options.adapters import LoraWeights
 from fluxrun.options.base import Facts
+from fluxrun.options.lora import LoraOption
 from fluxrun.pipeline.blame import is_out_of_memory
 from fluxrun.planning.plan import Plan
 from fluxrun.process.console import Reporter
 from fluxrun.process.signals import Interrupts
 from fluxrun.weights.loading import Conversion, load
 from fluxrun.weights.location import Located
+from fluxrun.weights.lora_files import LoraSource, load_adapters
 from fluxrun.weights.store import Base, Part, WeightsKey, WeightStore
 
 log = logging.getLogger("fluxrun.build")
@@ -30,6 +34,10 @@ class WeightsLoader:
         self.plan = plan
         self.store = store
         self.located = located
+        self.adapters: Sequence[LoraSource] = ()
+        """The LoRA files of this run,"""
+        self.upcoming: Sequence[Sequence[LoraSource]] = ()
+        """and those of each later one over the same weights: room is made for them."""
         self.seconds = 0.0
         """Spent on loading for this run."""
         self.components: Facts = {}
@@ -70,6 +78,15 @@ class WeightsLoader:
             self.plan.note(f"weights loaded again: {self.store.reasons[-1]}")
             log.info("weights loaded again: %s", self.store.reasons[-1])
         return base
+
+    def read_adapters(self, transformer: nn.Module) -> LoraWeights | None:
+        """The run's LoRA files, read for this transformer; None for a run without. Raises ConfigError."""
+        if not self.plan.option(LoraOption, "lora").adapts:
+            return None
+        started = time.perf_counter()
+        found = load_adapters(self.adapters, self.upcoming, transformer, _say)
+        self.seconds += time.perf_counter() - started
+        return found
 
     def _load(self, part: Part, key: WeightsKey, reporter: Reporter) -> Base:
         text = f"Loading {self.plan.model.name} ({DESCRIPTIONS[part]}, {key.dtype}, {key.placement})"

@@ -14,12 +14,14 @@ from fluxrun.errors import ConfigError
 from fluxrun.hardware.detection import detect
 from fluxrun.hardware.machine import Machine
 from fluxrun.options.compile import autotune_note
+from fluxrun.options.lora import LoraOption
 from fluxrun.options.model import Flux2Model
 from fluxrun.planning.estimate import reference_tokens
 from fluxrun.planning.fallbacks import settle
 from fluxrun.planning.plan import Choice, Plan
 from fluxrun.weights.find import check_layers, find_weights, resolve
 from fluxrun.weights.location import Located
+from fluxrun.weights.lora_files import LoraSource, find_adapters
 
 
 @dataclass
@@ -31,6 +33,8 @@ class Prepared:
     references: list[Image]
     located: Located
     plan: Plan
+    adapters: tuple[LoraSource, ...] = ()
+    """The run's LoRA files."""
 
     @property
     def texts(self) -> list[str]:
@@ -55,7 +59,7 @@ def prepare(config: RunConfig, machine: Machine | None = None) -> Prepared:
         {name: str(declared) for name, declared in located.declared.items()},
     )
     check_layers(plan.model, located)
-    return Prepared(config, jobs, references, located, plan)
+    return Prepared(config, jobs, references, located, plan, find_adapters(plan.option(LoraOption, "lora")))
 
 
 def make_plan(

@@ -93,9 +93,12 @@ def say_last(text: str) -> None:
             os.write(2, (SHOW_CURSOR if os.isatty(2) else b"") + text.encode() + b"\n")
 
 
-def end_with_parent(end: Callable[[], None]) -> None:
-    """Call ``end`` once this process's parent is gone, however it went; its time is up, nobody waits for the job."""
-    parent = os.getppid()
+def end_with_parent(end: Callable[[], None], parent: int | None = None) -> None:
+    """Call ``end`` once this process's parent is gone, however it went; its time is up, nobody waits for the job.
+
+    ``parent`` is its number, where it may be gone already.
+    """
+    parent = parent or os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:

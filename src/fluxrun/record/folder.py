@@ -279,7 +279,12 @@ def read_record(folder: Path) -> RunRecord:
 
 def data_hash(data: dict[str, Any]) -> str:
     """Hash of a resolved config: equal for equal runs, whatever the command was. The config may be wrong."""
-    return hashlib.sha256(json.dumps(plain(data), sort_keys=True).encode()).hexdigest()[:16]
+    return plain_hash(plain(data))
+
+
+def plain_hash(data: dict[str, Any]) -> str:
+    """The same of what ``plain`` has made."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def plain(value: Any) -> Any:

@@ -29,6 +29,8 @@ class GridJob:
     overrides: tuple[str, ...]
     data: dict[str, Any]
     config_hash: str
+    for_hydra: tuple[str, ...] = ()
+    """What Hydra composes it with; ``overrides`` are those among them that say what the job is."""
 
 
 BASELINE = "baseline"

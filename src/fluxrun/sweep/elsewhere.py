@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from fluxrun.config.composition import to_data
 from fluxrun.config.schema import RunConfig
 from fluxrun.errors import Interrupted, one_line
 from fluxrun.process.ending import end_with_parent
-from fluxrun.process.signals import Interrupts
+from fluxrun.process.signals import EXIT_CODES, Interrupts
 from fluxrun.record.folder import is_running, write_failure
 from fluxrun.report.rows import run_folders
 from fluxrun.runner import run
@@ -39,6 +40,15 @@ def has_workers(node: DictConfig) -> bool:
 
 
 # --- in the sweep's process -------------------------------------------------------------------------------------------
+
+
+def end_workers_with_us() -> None:
+    """Have joblib's workers look for us from their start, not from their first job on: that may never come."""
+    from joblib.parallel import BACKENDS, register_parallel_backend
+
+    backend = getattr(BACKENDS["loky"], "func", BACKENDS["loky"])
+    ours = partial(backend, initializer=_end_with_parent, initargs=(os.getpid(),))
+    register_parallel_backend("loky", ours)
 
 
 def stop_jobs(sweep: Path) -> None:
@@ -86,6 +96,11 @@ def job(node: DictConfig, dirs: tuple[Path, ...], command: Sequence[str]) -> Non
 
 
 @cache
-def _end_with_parent() -> None:
+def _end_with_parent(parent: int | None = None) -> None:
     """Once a process, whatever jobs it gets; loky's own workers would finish what they have first."""
-    end_with_parent(lambda: Interrupts.end(signal.SIGTERM))
+    end_with_parent(_end, parent)
+
+
+def _end() -> None:
+    Interrupts.end(signal.SIGTERM)
+    os._exit(EXIT_CODES[signal.SIGTERM])  # between two jobs, or before the first one

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
-from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from fluxrun.config.composition import compose_node, parse, raise_as_refusal, shown, to_data
+from fluxrun.config.composition import compose_node, parse, shown, to_data
+from fluxrun.config.schema import validate_option
+from fluxrun.errors import ConfigError, TrustError
+from fluxrun.formatting import counted
 from fluxrun.options.groups import APPLY_ORDER, ROWS
-from fluxrun.record.folder import data_hash
+from fluxrun.options.lora import LoraOption
+from fluxrun.record.folder import plain, plain_hash
 from fluxrun.report.rows import GridJob, Row
+from fluxrun.sweep.axes import Axis, axes_of, changed, changes_of, differences
+from fluxrun.weights.lora_files import LoraSource, find_adapters
 
 WEIGHT_KEYS = ("preset", "model", "device", *(group for group in APPLY_ORDER if ROWS[group].loads_weights))
 """Whatever changes these loads other weights, so they change least often."""
 
-RUN_KEYS = ("steps", "guidance", "prompts_file", "prompt", "negative_prompt", "num_images", "seed")
-"""Whatever changes only these draws with the pipeline as it stands, so they change most often."""
+RUN_KEYS = ("lora", "steps", "guidance", "prompts_file", "prompt", "negative_prompt", "num_images", "seed")
+"""Whatever changes only these draws with the pipeline as it stands, so they change most often (LoRA: it is swapped)."""
+
+MOST_JOBS = 10_000
+"""More are refused: a grid is listed job by job in sweep.json and in the table."""
 
 GRID_SWEEPER = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 
@@ -53,26 +64,76 @@ def _rank(override: str) -> int:
     return 0 if name in ("hydra", "sweep") or name.startswith("hydra/") else 50
 
 
-def compose_grid(hydra: Hydra, overrides: Sequence[str], dirs: tuple[Path, ...]) -> list[GridJob]:
-    """Every job of Hydra's own sweeper. An unknown option or key refuses the whole sweep (ConfigError).
+def axes_of_grid(hydra: Hydra, overrides: Sequence[str], dirs: tuple[Path, ...]) -> list[Axis]:
+    """What a grid varies, slowest first, counted before anything is listed. Raises ConfigError for too many jobs."""
+    axes = axes_of(parse(hydra, overrides, dirs))
+    jobs = math.prod(axis.count for axis in axes)
+    if jobs > MOST_JOBS:
+        raise ConfigError(f"this sweep has {counted(jobs)} jobs, and {MOST_JOBS:,} are the most that one can have")
+    return axes
 
-    Values are not looked at: one that only some jobs have wrong fails those jobs.
+
+def compose_grid(hydra: Hydra, axes: Sequence[Axis], dirs: tuple[Path, ...]) -> list[GridJob]:
+    """Every job of a grid, as it will be when it is composed. An unknown option or key refuses it (ConfigError).
+
+    Each option is composed once, not each job. Values are not looked at: one that only some jobs have wrong fails
+    those jobs, and so does a combination that cannot be composed; jobs are composed when they come.
     """
-    given = parse(hydra, overrides, dirs)
+    compose = Composer(hydra, dirs)
+    values = [axis.values() for axis in axes]
+    first = [listed[0][0] for listed in values]
+    base = compose(first)
+    changes = [
+        changes_of(axis, values[place], base, hydra, partial(_beside, first, place, compose))
+        for place, axis in enumerate(axes)
+    ]
+    jobs = list(itertools.product(*([override for override, _ in listed] for listed in values)))
+    known = [
+        changed(base, {path: value for one in chosen for path, value in one.items()})
+        for chosen in itertools.product(*changes)
+    ]
+    if compose.interpolates or not _holds(known[-1], partial(compose, jobs[-1])):  # one axis depends on another
+        known = [compose(job) for job in jobs]
+    return [
+        GridJob(number, tuple(shown(job)), data, plain_hash(data), _for_task(job))
+        for number, (job, data) in enumerate(zip(jobs, known, strict=True))
+    ]
+
+
+class Composer:
+    """A job's overrides to its config as plain data."""
+
+    def __init__(self, hydra: Hydra, dirs: tuple[Path, ...]) -> None:
+        self._hydra, self._dirs = hydra, dirs
+        self.interpolates = False
+        """Whether a config so far had a value that is made of other ones."""
+
+    def __call__(self, overrides: Sequence[str]) -> dict[str, Any]:
+        node = compose_node(self._hydra, overrides, self._dirs)
+        raw = OmegaConf.to_container(node, resolve=False)
+        assert isinstance(raw, dict)
+        self.interpolates |= "${" in str([value for key, value in raw.items() if key not in ("hydra", "sweep")])
+        return dict(plain(to_data(node)))
+
+
+def _beside(first: Sequence[str], place: int, compose: Composer, override: str) -> dict[str, Any]:
+    """The config of one value beside the first values of all other axes."""
+    return compose([*first[:place], override, *first[place + 1 :]])
+
+
+def _holds(known: dict[str, Any], compose: Callable[[], dict[str, Any]]) -> bool:
+    """Whether a job is as its axes say; where it cannot be composed, that is its own failure, later."""
     try:
-        batches = BasicSweeper.split_arguments(given, max_batch_size=None)
-    except HydraException as error:  # interval(0,1), which only an optimising sweeper can use
-        raise_as_refusal(error, overrides, dirs)
-    jobs = []
-    for number, job in enumerate(job for batch in batches for job in batch):
-        data = to_data(compose_node(hydra, job, dirs))
-        jobs.append(GridJob(number, tuple(shown(job)), data, data_hash(data)))
-    return jobs
+        return not differences(known, compose())
+    except TrustError:
+        raise
+    except ConfigError:
+        return True
 
 
-def describe_order(hydra: Hydra, overrides: Sequence[str], dirs: tuple[Path, ...]) -> list[str]:
-    """The swept keys, slowest first."""
-    return [str(o.get_key_element()) for o in parse(hydra, overrides, dirs) if o.is_sweep_override()]
+def _for_task(job: Sequence[str]) -> tuple[str, ...]:
+    """What a job is composed with: Hydra's own overrides are the sweep's."""
+    return tuple(o for o in job if not o.lstrip("+~").startswith(("hydra.", "hydra/")))
 
 
 def prompts_beside(data: dict[str, Any], jobs: Sequence[dict[str, Any]]) -> list[str]:
@@ -82,8 +143,20 @@ def prompts_beside(data: dict[str, Any], jobs: Sequence[dict[str, Any]]) -> list
     return list(dict.fromkeys(text for found in texts for text in found if isinstance(text, str)))
 
 
+def adapters_beside(data: dict[str, Any], jobs: Sequence[dict[str, Any]]) -> list[tuple[LoraSource, ...]]:
+    """The LoRA files of all jobs with this one's model; those of a job that cannot be found are that job's affair."""
+    nodes = [job["lora"] for job in jobs if job.get("model") == data.get("model") and isinstance(job.get("lora"), dict)]
+    found = []
+    for node in {str(node.get("files")): node for node in nodes if node.get("name") == data["lora"]["name"]}.values():
+        with suppress(ConfigError):
+            option = validate_option("lora", node)
+            assert isinstance(option, LoraOption)
+            found.append(find_adapters(option))
+    return found
+
+
 def pending_row(job: GridJob) -> Row:
-    """A job that has not begun."""
+    """A job that has not begun; its config is made when it does."""
     name = str(job.number)
-    known = {"overrides": list(job.overrides), "config_hash": job.config_hash, "config": job.data}
+    known = {"overrides": list(job.overrides), "config_hash": job.config_hash}
     return Row(job=name, folder=name, status="pending", **known)

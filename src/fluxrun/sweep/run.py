@@ -1,18 +1,20 @@
 """A sweep: many runs from one command, with weights loaded once, each failing alone, and one table at the end.
 
-Hydra expands the grid and calls ``SweepTask`` for every job, which in this process is ``Sweep.job``; around that,
-everything is here, because Hydra's own end-of-multirun callback is not called once a job has failed.
+A job is composed when it comes, and Hydra calls ``SweepTask`` for it, which in this process is ``Sweep.job``; around
+that, everything is here, because Hydra's own end-of-multirun callback is not called once a job has failed.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from fluxrun.atomic import Reserve
-from fluxrun.config.composition import CONFIG_NAME, hydra_errors, shown, to_data
+from fluxrun.config.composition import CONFIG_NAME, explain_composition, hydra_errors, shown, to_data
 from fluxrun.config.schema import RunConfig, SweepConfig, sweep_config
-from fluxrun.errors import ConfigError, FluxrunError, Interrupted, exit_code_of, one_line
+from fluxrun.errors import ConfigError, FluxrunError, Interrupted, exit_code_of, is_said, one_line
 from fluxrun.paths import expanded
 from fluxrun.pipeline.session_pool import SessionPool
+from fluxrun.process.console import console
 from fluxrun.process.ending import end_children
 from fluxrun.process.signals import Interrupts
 from fluxrun.record.folder import RESERVE, data_hash, write_failure
@@ -37,10 +40,19 @@ from fluxrun.runner import run
 from fluxrun.streams import lasting
 from fluxrun.sweep.baseline import describes, missing
 from fluxrun.sweep.child import run_in_child
-from fluxrun.sweep.elsewhere import close_records, has_workers, stop_jobs
+from fluxrun.sweep.elsewhere import close_records, end_workers_with_us, has_workers, stop_jobs
 from fluxrun.sweep.elsewhere import job as job_elsewhere
 from fluxrun.sweep.folder import arrange, baseline_folder, locked
-from fluxrun.sweep.grid import compose_grid, describe_order, is_grid, ordered, pending_row, prompts_beside
+from fluxrun.sweep.grid import (
+    adapters_beside,
+    axes_of_grid,
+    compose_grid,
+    is_grid,
+    ordered,
+    pending_row,
+    prompts_beside,
+)
+from fluxrun.sweep.launch import launch_grid
 from fluxrun.sweep.live import SweepView
 from fluxrun.sweep.objective import objective
 
@@ -78,11 +90,14 @@ class Sweep:
     """Baselines that failed, by config hash: they are not tried again for every job."""
     started: float = field(default_factory=time.perf_counter)
     started_at: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    next_save: float = 0.0
+    """When sweep.json may be written again."""
     interrupted: KeyboardInterrupt | Interrupted | None = None
     """What ended a job, and the sweep with it."""
 
     def __post_init__(self) -> None:
         self.reserve = Reserve(self.folder / RESERVE)
+        self.pending = {str(job.number): pending_row(job) for job in self.grid or ()}
 
     # -- the whole ----------------------------------------------------------------------------------------------
 
@@ -111,9 +126,14 @@ class Sweep:
 
         Hydra writes a job's config before it calls the job: a full disk would end all of them there.
         """
+        if self.workers:
+            end_workers_with_us()
         try:
             with hydra_errors(self.overrides, self.dirs):
-                hydra.multirun(CONFIG_NAME, task, list(self.overrides))
+                if self.grid is None:
+                    hydra.multirun(CONFIG_NAME, task, list(self.overrides))
+                else:
+                    launch_grid(hydra, self.overrides, task, self._remaining(self.grid), self._not_composed)
         except ConfigError as error:
             if not isinstance(error.__cause__, OSError):
                 raise
@@ -123,6 +143,21 @@ class Sweep:
             for job in self.grid:
                 if str(job.number) not in self.rows:
                     self._take(job, self.folder / str(job.number))
+
+    def _remaining(self, grid: Sequence[GridJob]) -> Iterator[GridJob]:
+        """The jobs that no completed run stands for; those that one does are said on the way."""
+        for job in grid:
+            if job.config_hash in self.completed and not self.workers:
+                self._note(job, self.completed[job.config_hash])
+            else:
+                yield job
+
+    def _not_composed(self, job: GridJob, error: Exception) -> None:
+        """A job whose options do not go together: that fails it alone."""
+        folder = self.folder / str(job.number)
+        self.view.begin(str(job.number), " ".join(job.overrides))
+        self._record_failure(job, folder, ConfigError(explain_composition(error, job.for_hydra, self.dirs)))
+        self._note(job, folder)
 
     def _abandon(self) -> None:
         """The process ends at once: what is done so far, and what of the job that was running is on disk."""
@@ -160,19 +195,26 @@ class Sweep:
         self._save_progress()
 
     def _save_progress(self) -> None:
-        """sweep.json as it stands; what a full disk does not take now, it may take later."""
-        progress = self._progress("running")
+        """sweep.json as it stands, but no more often than may cost a twentieth of the time: a long one takes a second.
+
+        What it lacks then is in the jobs' folders. What a full disk does not take now, it may take later.
+        """
+        began = time.perf_counter()
+        if began < self.next_save:
+            return
         path = self.folder / "sweep.json"
         try:
-            progress.write(self.folder, list(self.rows.values()))
+            self._progress("running").write(self.folder, list(self.rows.values()))
         except OSError as error:
             log.warning("cannot write %s: %s", path, one_line(error))
             return
+        ended = time.perf_counter()
+        self.next_save = ended + 20 * (ended - began)
         with suppress(OSError):  # what is held already stays
             self.reserve.hold(max(LEAST_RESERVE_BYTES, path.stat().st_size))
 
     def _progress(self, status: str) -> SweepProgress:
-        pending = [pending_row(job) for job in self.grid or () if str(job.number) not in self.rows]
+        pending = [row for name, row in self.pending.items() if name not in self.rows]
         return SweepProgress(
             status=status,
             command=self.command,
@@ -227,12 +269,12 @@ class Sweep:
     def _record_failure(self, job: GridJob, folder: Path, error: BaseException) -> None:
         """A job's failure in its record, or, where the disk does not take one, in the table alone."""
         try:
-            if write_failure(folder, job.data, error):
+            if write_failure(folder, job.data, error) and not is_said(error):
                 log.error("%s", one_line(error), exc_info=error)
         except OSError as problem:
             log.error("%s (and no record of it: %s)", one_line(error), one_line(problem), exc_info=error)
             reason = f"{type(error).__name__}: {one_line(error)}"
-            row = pending_row(job).model_copy(update={"status": "failed", "reason": reason})
+            row = pending_row(job).model_copy(update={"status": "failed", "reason": reason, "config": job.data})
             self.unrecorded[folder.name] = row.model_copy(update={"job": folder.name, "folder": folder.name})
 
     def _draw_baselines(self, job: GridJob) -> None:
@@ -279,7 +321,9 @@ def draw(data: dict[str, Any], dirs: tuple[Path, ...], folder: Path, sweep: Swee
         return
 
     config = RunConfig.from_dict(data, dirs)
-    sweep.pool.upcoming = prompts_beside(data, [job.data for job in sweep.grid or ()])
+    jobs = [job.data for job in sweep.grid or ()]
+    sweep.pool.upcoming = prompts_beside(data, jobs)
+    sweep.pool.upcoming_adapters = partial(adapters_beside, data, jobs)
     run(config, folder, command=sweep.command, pool=sweep.pool, reporter=sweep.view.reporter)
     if sweep.pool.interrupted is not None:
         raise sweep.pool.interrupted
@@ -309,9 +353,13 @@ def plan_sweep(
     assert params is None or isinstance(params, dict)
     # Given in full on the command line, so that the order is ours and not the sweep file's.
     ours = ordered(rest, {str(key): value for key, value in (params or {}).items()})
-    grid = compose_grid(hydra, ours, dirs)
+    axes = axes_of_grid(hydra, ours, dirs)
+    # On the screen before anything is composed; logging is Hydra's to set up, later.
+    count = math.prod(axis.count for axis in axes)
+    console.print(f"{count:,} jobs, into {folder}", markup=False, highlight=False, soft_wrap=True)
+    grid = compose_grid(hydra, axes, dirs)
     _check_baseline(config, grid)
-    order = describe_order(hydra, ours, dirs)
+    order = [axis.key for axis in axes if axis.override.is_sweep_override()]
     return Sweep(config, folder, dirs, [*ours, "hydra.sweeper.params=null", *pinned], [*command], grid, order, workers)
 
 

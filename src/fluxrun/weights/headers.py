@@ -24,6 +24,11 @@ class Tensor(NamedTuple):
 
 def read_header(file: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, by name. Raises Unreadable where the file cannot be whole."""
+    return read_whole_header(file)[0]
+
+
+def read_whole_header(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, and what its writer noted beside them. Raises as ``read_header``."""
     try:
         with open(file, "rb") as stream:
             size = os.fstat(stream.fileno()).st_size
@@ -40,11 +45,13 @@ def read_header(file: Path) -> dict[str, Tensor]:
         raise Unreadable("is not a safetensors file: its header is no text") from error
     except OSError as error:
         raise error if isinstance(error, Unreadable) else Unreadable(f"cannot be read: {error.strerror}") from error
-    tensors, ends = _tensors(_parsed(text))
+    header = _parsed(text)
+    noted = header.pop("__metadata__", None)
+    tensors, ends = _tensors(header)
     expected = 8 + length + ends
     if size < expected:
         raise Unreadable(f"is truncated ({size:,} of {expected:,} bytes)")
-    return tensors
+    return tensors, noted if isinstance(noted, dict) else {}
 
 
 def is_special(file: Path) -> bool:
@@ -63,7 +70,6 @@ def _parsed(text: str) -> dict[str, Any]:
         raise Unreadable(f"is not a safetensors file: its header {error}") from error
     if not isinstance(header, dict):
         raise Unreadable("is not a safetensors file: its header is no JSON object")
-    header.pop("__metadata__", None)
     return header
 
 

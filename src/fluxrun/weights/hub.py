@@ -19,7 +19,7 @@ from typing import Any
 
 from fluxrun.architectures import MODEL_COMPONENTS
 from fluxrun.errors import ConfigError, FluxrunError, one_line
-from fluxrun.formatting import gigabytes
+from fluxrun.formatting import gigabytes, nearest
 from fluxrun.options.model import Flux2Model
 from fluxrun.quantization.declared import Declared, declared_by
 from fluxrun.weights.folder import (
@@ -42,6 +42,8 @@ HUB_TIMEOUT_S = 2.0
 
 HUB_READ_TIMEOUT_S = 10.0
 """Seconds a hub that was reached may take for a small answer."""
+
+MODEL_OTHERWISE = "use model.path=FOLDER, or model.offline=true when it is in the cache"
 
 TEXT_FILE = re.compile(r"\.(json|txt|model|jinja)$")
 
@@ -147,20 +149,19 @@ def _small_file(model: Flux2Model, name: str, revision: str | None) -> dict[str,
     from huggingface_hub import hf_hub_download
 
     assert model.id is not None
-    with _hub_bars_off(), _explaining(model):
+    with _hub_bars_off(), _explaining(model.id, model.revision, MODEL_OTHERWISE):
         return read_json(Path(hf_hub_download(model.id, name, revision=revision, etag_timeout=HUB_READ_TIMEOUT_S)))
 
 
 @contextmanager
-def _explaining(model: Flux2Model) -> Iterator[None]:
+def _explaining(repo: str, revision: str | None, otherwise: str) -> Iterator[None]:
     """What the hub's client raises, as one line."""
     try:
         yield
     except Exception as error:
-        # The client's exceptions share no base class, and its HTTP library's differ between its versions.
-        if not isinstance(error, OSError) and not type(error).__module__.startswith(("httpx", "huggingface_hub")):
+        if not _is_the_hubs(error):
             raise
-        raise _explained(error, model) from error
+        raise _explained(error, repo, revision, otherwise) from error
 
 
 def _ask_hub(model: Flux2Model) -> tuple[Any, dict[str, Any]]:
@@ -168,12 +169,64 @@ def _ask_hub(model: Flux2Model) -> tuple[Any, dict[str, Any]]:
     from huggingface_hub import HfApi
 
     assert model.id is not None
-    with _explaining(model):
+    with _explaining(model.id, model.revision, MODEL_OTHERWISE):
         _reach(HfApi().endpoint)
         info = HfApi().model_info(model.id, revision=model.revision, files_metadata=True, timeout=HUB_READ_TIMEOUT_S)
     if "model_index.json" not in [entry.rfilename for entry in info.siblings or []]:
         raise ConfigError(f"{model.id} on the hub is not a diffusers repository: it has no model_index.json")
     return info, _small_file(model, "model_index.json", model.revision)
+
+
+def locate_file(repo: str, choose: Callable[[list[str]], str], name: str | None, most: int) -> Located:
+    """One file of a repository that need be no model: as it lies in the cache, else what its download takes.
+
+    ``choose`` picks it from the repository's file names where ``name`` is not given. Raises ConfigError.
+    """
+    from huggingface_hub import HfApi, constants
+
+    cache = Path(constants.HF_HUB_CACHE)
+    found = Located("hub", f"hub {repo}", "klein", True, id=repo, cache=cache, free_disk_bytes=free_disk(cache))
+    if name is not None and (file := _cached_file(repo, name)) is not None:
+        return replace(found, files=(name,), folder=file.parents[len(Path(name).parts) - 1])
+    if constants.HF_HUB_OFFLINE:
+        raise ConfigError(f"{repo}: {name or 'its file list'} is not in {cache}, and HF_HUB_OFFLINE is set")
+    with _explaining(repo, None, "give a path, or run again once it can be"):
+        _reach(HfApi().endpoint)
+        info = HfApi().model_info(repo, files_metadata=True, timeout=HUB_READ_TIMEOUT_S)
+    sizes = {entry.rfilename: entry.size or 0 for entry in info.siblings or []}
+    name = choose(list(sizes)) if name is None else name
+    if name not in sizes:
+        raise ConfigError(f"{repo} on the hub has no {name}: {nearest(name, sorted(sizes)[:20])}")
+    if sizes[name] > most:
+        raise ConfigError(f"{repo}: {name} has {gigabytes(sizes[name])}, at most {gigabytes(most)} are read")
+    if sizes[name] > found.free_disk_bytes:
+        free = gigabytes(found.free_disk_bytes)
+        raise ConfigError(f"{repo}: {name} needs {gigabytes(sizes[name])}, {cache} has {free} free")
+    if (file := _cached_file(repo, name)) is not None:
+        return replace(found, files=(name,), folder=file.parents[len(Path(name).parts) - 1])
+    return replace(found, files=(name,), revision=info.sha, download_bytes=sizes[name])
+
+
+def _cached_file(repo: str, name: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        file = try_to_load_from_cache(repo, name)
+    except HFValidationError as error:
+        raise ConfigError(f"{repo}: neither a file or folder nor a hub id (OWNER/NAME)") from error
+    return Path(file) if isinstance(file, str) else None
+
+
+def download_file(located: Located, progress: Callable[[str], None]) -> Path:
+    """The file that ``locate_file`` found, fetched first if it must be."""
+    if located.folder is not None:
+        return located.folder / located.files[0]
+    assert located.id is not None
+    if (file := _cached_file(located.id, located.files[0])) is not None:
+        return file
+    progress(located.announcement() or f"fetching {located.id}")
+    return _fetch(located, progress) / located.files[0]
 
 
 @contextmanager
@@ -210,25 +263,29 @@ def _reach(endpoint: str) -> None:
     socket.create_connection((host, url.port or (80 if url.scheme == "http" else 443)), timeout=HUB_TIMEOUT_S).close()
 
 
-def _explained(error: Exception, model: Flux2Model) -> ConfigError:
-    """What a hub error means and what to do about it."""
+def _is_the_hubs(error: Exception) -> bool:
+    """Whether the hub's client raised it: its exceptions share no base class, its HTTP library's change."""
+    return isinstance(error, OSError) or type(error).__module__.startswith(("httpx", "huggingface_hub"))
+
+
+def _explained(error: Exception, repo: str, revision: str | None, otherwise: str) -> ConfigError:
+    """What a hub error means and what to do about it; ``otherwise``: without a hub."""
     from huggingface_hub import errors
 
     status = getattr(getattr(error, "response", None), "status_code", None)
-    page = f"https://huggingface.co/{model.id}"
+    page = f"https://huggingface.co/{repo}"
     licence = f"accept the licence at {page}, then log in: hf auth login"
     if isinstance(error, errors.GatedRepoError):
-        return ConfigError(f"{model.id} is gated: {licence}")
+        return ConfigError(f"{repo} is gated: {licence}")
     if isinstance(error, errors.RevisionNotFoundError):
-        return ConfigError(f"model.revision={model.revision}: {model.id} has no such branch, tag or commit")
+        return ConfigError(f"model.revision={revision}: {repo} has no such branch, tag or commit")
     if isinstance(error, errors.RepositoryNotFoundError):
-        return ConfigError(f"{model.id} was not found on the hub; if it is private, log in: hf auth login")
+        return ConfigError(f"{repo} was not found on the hub; if it is private, log in: hf auth login")
     if status in (401, 403):
-        return ConfigError(f"{model.id}: the hub refused access ({status}): {licence}")
+        return ConfigError(f"{repo}: the hub refused access ({status}): {licence}")
     if isinstance(error, errors.HfHubHTTPError) and status is not None:
-        return ConfigError(f"{model.id}: the hub answered with an error {status}; try again later")
-    offline = "use model.path=FOLDER, or model.offline=true when it is in the cache"
-    return ConfigError(f"{model.id}: the hub cannot be reached ({one_line(error, 120)}); {offline}")
+        return ConfigError(f"{repo}: the hub answered with an error {status}; try again later")
+    return ConfigError(f"{repo}: the hub cannot be reached ({one_line(error, 120)}); {otherwise}")
 
 
 def wanted_files(names: list[str], components: list[str], variant: str | None) -> list[str]:
