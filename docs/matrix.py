@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
 from fluxrun.config.catalog import Catalog  # noqa: E402
 from fluxrun.config.composition import compose  # noqa: E402
@@ -29,6 +29,7 @@ from fluxrun.errors import FluxrunError  # noqa: E402
 from fluxrun.formatting import GIB  # noqa: E402
 from fluxrun.hardware.machine import Gpu, Machine, Proof  # noqa: E402
 from fluxrun.options.base import Option  # noqa: E402
+from fluxrun.options.lora import LoraFile  # noqa: E402
 from fluxrun.options.memory import Offload  # noqa: E402
 from fluxrun.planning.prepare import make_plan  # noqa: E402
 
@@ -39,7 +40,7 @@ SMALL = ("height=64", "width=64", "steps=8", "batch_size=2", "num_images=2", "mo
 
 LIBRARIES = (
     "torchao", "xformers", "flash-attn", "flash-attn-3", "flash-attn-4", "sageattention", "nvidia-cudnn-frontend",
-    "cache-dit", "sdnq", "gguf", "bitsandbytes", "torchvision", "kernels", "triton",
+    "cache-dit", "sdnq", "gguf", "bitsandbytes", "torchvision", "kernels", "triton", "peft",
 )  # fmt: skip
 PACKAGES = {"torch": "2.13.0+cu130", "diffusers": "0.42.1", **dict.fromkeys(LIBRARIES, "99")}
 
@@ -109,6 +110,8 @@ def planned(pair: Pair, machine: Machine) -> Outcome:
 @functools.cache
 def _option(group: str, name: str) -> Option:
     option = Catalog().load(group, name)
+    if name == "adapters":
+        return option.model_copy(update={"files": (LoraFile(path=Path(__file__)),)})
     return option.model_copy(update={"file": Path(__file__)}) if name in FILES else option
 
 
@@ -202,15 +205,24 @@ def checkpoint(pair: Pair, work: Path) -> Path:
 
 
 def _files(pair: Pair, work: Path) -> list[str]:
+    """The overrides that name the files which an option reads."""
+    found = [f"quantization.file={_single_file(name, work)}" for name in FILES if f"quantization={name}" in str(pair)]
+    return found + ([f"lora.files=[{{path: {_lora(work)}}}]"] if "lora=adapters" in str(pair) else [])
+
+
+@functools.cache
+def _single_file(name: str, work: Path) -> Path:
     from bench.single_files import write_bfl_fp8, write_gguf
 
-    for name, file in FILES.items():
-        if f"quantization={name}" in str(pair):
-            path = work / file
-            if not path.exists():
-                write_gguf(_tiny(work), path, "Q8_0") if name == "gguf" else write_bfl_fp8(_tiny(work), path)
-            return [f"quantization.file={path}"]
-    return []
+    file = work / FILES[name]
+    return write_gguf(_tiny(work), file, "Q8_0") if name == "gguf" else write_bfl_fp8(_tiny(work), file)
+
+
+@functools.cache
+def _lora(work: Path) -> Path:
+    from loras import write_lora
+
+    return write_lora(work / "lora.safetensors")
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------

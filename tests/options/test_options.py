@@ -28,6 +28,8 @@ RUNS_ON_CPU = {
     ("vae", "sliced"), ("vae", "fast"), ("memory", "resident"), ("memory", "staged"), ("quantization", "none"),
     ("kernels", "diffusers"), ("compile", "none"), ("cache", "none"),
     *(("cache", name) for name in ("dbcache", "fixed") if find_spec("cache_dit")),
+    *(("quantization", name) for name in ("int8", "int8_weight_only", "fp8_weight_only") if find_spec("torchao")),
+    *(("quantization", name) for name in ("sdnq",) if find_spec("sdnq")),
     *(("compile", name) for name in COMPILED),
 }  # fmt: skip
 

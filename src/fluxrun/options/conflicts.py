@@ -120,6 +120,11 @@ CONFLICTS = (
         "kernels", "diffusers",
     ),
     Conflict(
+        named(QuantizationOption, "gguf"), when(MemoryOption, lambda option: option.swaps_blocks),
+        "block swap lays the weights out anew and loses the format that a .gguf file has for each",
+        "memory", "group", ("blocks_to_swap",),
+    ),
+    Conflict(
         FUSED, _for("transformer", lambda option: option.compiles),
         "kernels=fused leaves the compiler nothing to fuse in the transformer",
         "compile", "cudagraphs", ("mode", "scope", "fullgraph", "dynamic", "inductor_options", "cuda_graph"),

@@ -32,7 +32,8 @@ def declared_by(config: Mapping[str, Any]) -> Declared | None:
     node = config.get("quantization_config")
     if not isinstance(node, Mapping):
         return None
-    method = str(node.get("quant_method") or "a method that it does not name")
+    named = node.get("quant_method") or "a method that it does not name"
+    method = str(getattr(named, "value", named))  # of a loaded component it is an enum's member
     return Declared(method, _details(method, node))
 
 
