@@ -5,8 +5,12 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import re
+import textwrap
+from itertools import pairwise
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -20,7 +24,7 @@ from fluxrun.formatting import gigabytes, seconds
 from fluxrun.options.base import Option
 from fluxrun.options.conflicts import CONFLICTS
 from fluxrun.paths import PACKAGE, conf_dir
-from fluxrun.record.schema import RunRecord
+from fluxrun.record.schema import RecordModel, RunRecord
 from fluxrun.trust import OpenWhere, why_closed
 
 ABOUT_OPENNESS = """\
@@ -36,10 +40,40 @@ def documents(root: Path) -> dict[Path, str]:
     readme, quantization = root / "README.md", root / "docs" / "quantization.md"
     return {
         root / "docs" / "options.md": options_reference(),
-        root / "docs" / "run.schema.json": json.dumps(RunRecord.model_json_schema(), indent=1) + "\n",
+        root / "docs" / "run.schema.json": json.dumps(record_schema(), indent=1) + "\n",
         readme: with_table(readme.read_text(encoding="utf-8"), readme_table()),
         quantization: with_table(quantization.read_text(encoding="utf-8"), measured_quantizations(root)),
     }
+
+
+def record_schema() -> dict[str, Any]:
+    """The record's JSON Schema, with what the classes say of their fields."""
+    schema = RunRecord.model_json_schema()
+    models = {model.__name__: model for model in subclasses(RecordModel)}
+    for name, definition in {**schema["$defs"], "RunRecord": schema}.items():
+        texts, properties = field_texts(models[name]), definition["properties"]
+        for key in texts.keys() & properties.keys():
+            properties[key] = dict(sorted({"description": texts[key], **properties[key]}.items()))
+    return schema
+
+
+def subclasses(cls: type[BaseModel]) -> list[type[BaseModel]]:
+    """A class's subclasses and theirs."""
+    return [found for subclass in cls.__subclasses__() for found in (subclass, *subclasses(subclass))]
+
+
+def field_texts(cls: type[BaseModel]) -> dict[str, str]:
+    """The string below each of a model's fields, inherited ones too; read when the documents are made.
+
+    pydantic could read them (``use_attribute_docstrings``), at every start of every process.
+    """
+    found: dict[str, str] = {}
+    for one in reversed([c for c in cls.__mro__ if issubclass(c, BaseModel) and c is not BaseModel]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(one))).body[0].body  # type: ignore[attr-defined]
+        for field, text in pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                found[ast.unparse(field.target)] = inspect.cleandoc(str(text.value.value))
+    return found
 
 
 def with_table(text: str, table: str) -> str:
@@ -108,11 +142,12 @@ def group_reference(group: str) -> str:
 def knob_table(cls: Any, skip: tuple[str, ...] = ()) -> str:
     """Name, type, default and meaning of a model's fields."""
     rows = ["| key | type | default | others' files | meaning |", "|---|---|---|---|---|"]
+    texts = field_texts(cls)
     for name, field in cls.model_fields.items():
         if name in skip or field.exclude:
             continue
         default = "required" if field.is_required() else f"`{field.get_default(call_default_factory=True)}`"
-        meaning = " ".join((field.description or "").split()).replace("``", "`")
+        meaning = " ".join(texts.get(name, "").split()).replace("``", "`")
         row = f"| `{name}` | {_type(field.annotation)} | {default} | {openness(field)} | {meaning} |"
         rows.append(row.replace("None`", "null`"))
     return "\n".join(rows)

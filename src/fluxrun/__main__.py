@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 
 from fluxrun.errors import Interrupted
-from fluxrun.process.ending import leave
+from fluxrun.process import spans
+from fluxrun.process.ending import leave, leave_in_order
 from fluxrun.process.signals import EXIT_CODES, Interrupts
 from fluxrun.process.watch import watched
+from fluxrun.startup.owner import own_process
 
 
 def main() -> None:
     """Run the command line, in a process of its own; Ctrl+C while it is still being imported ends in one line too."""
+    own_process()
+    spans.add("interpreter", spans.process_start(), time.perf_counter())
     with watched(), Interrupts() as interrupts:
         code = _run(interrupts)
         if code in EXIT_CODES.values():
             leave(code)
-    for number in EXIT_CODES:  # all is done: while the interpreter takes itself apart, a signal just ends it
+    for number in EXIT_CODES:  # all is done: a signal now just ends the process
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
-    sys.exit(code)
+    leave_in_order(code)
 
 
 def _run(interrupts: Interrupts) -> int:
     try:
         with interrupts.immediate():
-            from fluxrun.cli.app import main as run
+            with spans.span("import"):
+                from fluxrun.cli.app import main as run
 
             run()
     except SystemExit as ended:

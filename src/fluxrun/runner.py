@@ -16,6 +16,7 @@ from fluxrun.pipeline.session_pool import SessionPool
 from fluxrun.planning.fallbacks import announce, settle
 from fluxrun.planning.plan import Plan
 from fluxrun.planning.prepare import Prepared, prepare
+from fluxrun.process import spans
 from fluxrun.process.console import Reporter
 from fluxrun.process.signals import Interrupts
 from fluxrun.record.environment import environment
@@ -52,7 +53,7 @@ def run(
     with interrupts:
         try:
             with _borrowed(pool) as sessions:
-                with interrupts.immediate():
+                with interrupts.immediate(), spans.span("plan"):
                     prepared = prepare(config, machine)
                 _run(prepared, folder, interrupts, stage, sessions, reporter or Reporter())
         except BaseException as error:
@@ -103,7 +104,8 @@ def _run(
         folder.write()
         _announce(prepared)
         stage.read = lambda: "load"
-        from fluxrun.drawing.generation import Generation
+        with spans.span("import"):
+            from fluxrun.drawing.generation import Generation
 
     with pool.session(prepared, reporter=reporter, interrupts=interrupts, on_change=note_options) as session:
         plan = session.plan
@@ -128,6 +130,8 @@ def _announce(prepared: Prepared) -> None:
 
 def _finish(folder: RunFolder, started: float, error: BaseException | None, stage: str) -> None:
     folder.record.timings.total_s = time.perf_counter() - started
+    folder.note_spans(spans.recorded())
+    spans.forget()
     unrecorded = ""
     try:
         folder.finish("completed" if error is None else status_of(error), error, stage)

@@ -36,6 +36,8 @@ class Pipeline(Protocol):
 
     transformer: Flux2Transformer2DModel
     vae: AutoencoderKLFlux2
+    scheduler: Any
+    """A FlowMatchEuler, or what a ``scheduler`` option puts in its place."""
     text_encoder: PreTrainedModel | None
     """None while ``memory=staged`` draws: it was freed when every prompt was encoded."""
     image_processor: ImageProcessor
@@ -44,6 +46,9 @@ class Pipeline(Protocol):
     """What a ``cache`` option leaves on its pipeline: steps computed, skipped and so on in each call."""
 
     load_lora_weights: Callable[..., None]
+    magnitudes: Any
+    """What a calibration leaves on its pipeline."""
+
     encode_prompt: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     """Prompts -> (embeddings, position ids)."""
     prepare_latents: Callable[..., tuple[torch.Tensor, torch.Tensor]]

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from helpers import CPU, H100, draw, effective, hashes, plan_on, small
+import yaml
+from helpers import CPU, H100, SMALL, draw, effective, fluxrun, hashes, plan_on, small
 
 from fluxrun.hardware.machine import Machine
-from fluxrun.options.cache import spread_out
+from fluxrun.options.cache import by_magnitude, spread_out
 from fluxrun.pipeline.session_pool import SessionPool
 
 PIPELINES = ("klein", "dev")
@@ -206,3 +207,65 @@ def test_the_screen_shows_nothing_of_cache_dit(tmp_path, bench, capfd):
     picture(tmp_path / "cached", bench, "klein", STEPS, "cache=dbcache")
     out, err = capfd.readouterr()
     assert "DBCache" not in out + err
+
+
+# --- MagCache -----------------------------------------------------------------------------------------------------
+
+
+def test_magcaches_schedule_follows_from_the_ratios_alone():
+    flat = [1.0] * 12
+    assert by_magnitude(flat, 12, 2, 0.06, 3) == [1, 1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0]
+    falling = [1.0, 1.1, 1.0, 0.99, 0.98, 0.97, 0.9, 0.8]
+    assert by_magnitude(falling, 8, 2, 0.06, 3) == [1, 1, 0, 0, 0, 1, 1, 1]
+    assert by_magnitude(falling, 8, 2, 0.01, 3) == [1, 1, 0, 1, 1, 1, 1, 1]
+    assert by_magnitude(flat, 5, 5, 0.06, 3) == [1] * 5
+    assert len(by_magnitude(falling, 20, 4, 0.06, 3)) == 20, "the nearest ratios serve other numbers of steps"
+
+
+def test_magcache_is_diffusers_own():
+    """The same decisions as diffusers' hook makes while it draws."""
+    import torch
+    from diffusers.hooks.mag_cache import MagCacheConfig, nearest_interp
+
+    random = torch.Generator().manual_seed(0)
+    for steps in (7, 12, 28):
+        ratios = (1 + 0.1 * torch.randn(12, generator=random)).tolist()
+        config = MagCacheConfig(mag_ratios=ratios, num_inference_steps=steps, retention_ratio=3 / steps)
+        scales = nearest_interp(torch.tensor(ratios), steps).tolist()
+        expected, product, error, count = [], 1.0, 0.0, 0
+        for step, scale in enumerate(scales):
+            skip = False
+            if step >= 3:
+                product, count = product * scale, count + 1
+                error += abs(1 - product)
+                skip = error <= config.threshold and count <= config.max_skip_steps
+                if not skip:
+                    product, error, count = 1.0, 0.0, 0
+            expected.append(int(not skip))
+        assert by_magnitude(ratios, steps, 3, config.threshold, config.max_skip_steps) == expected
+
+
+def test_magcache_without_ratios_says_how_to_get_them(cached_cpu):
+    plan = plan_on(cached_cpu, "cache=magcache", "steps=20")
+    assert plan.choices["cache"].effective == "none"
+    assert "fluxrun calibrate" in plan.choices["cache"].fallbacks[0].reason
+
+
+@pytest.mark.slow
+def test_calibrate_writes_an_option_that_is_used(tmp_path):
+    small = [*SMALL, "steps=12", "hydra.run.dir=a"]
+    done = fluxrun("calibrate", "--output", "mine/cache/mag_tiny.yaml", *small, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "--config-dir mine cache=mag_tiny" in done.stderr
+    written = yaml.safe_load((tmp_path / "mine/cache/mag_tiny.yaml").read_text())
+    assert len(written["ratios"]) == 12
+    assert written["ratios"][0] == 1
+    again = fluxrun("calibrate", "--output", "mine/cache/mag_tiny.yaml", *small, cwd=tmp_path)
+    assert again.returncode == 2
+    assert "is there already" in again.stderr
+    record = draw(tmp_path / "run", "cache=mag_tiny", "steps=12", config_dir=tmp_path / "mine")
+    facts = record.options["cache"].facts
+    expected = sum(by_magnitude(written["ratios"], 12, 4, 0.06, 3))
+    assert record.options["cache"].effective == "mag_tiny"
+    assert facts["steps_computed"] == expected
+    assert facts["steps_skipped"] == 12 - expected

@@ -31,8 +31,18 @@ def test_every_option_of_a_group_is_of_its_class(group: str) -> None:
 
 
 def test_the_orders() -> None:
-    assert APPLY_ORDER == ("quantization", "lora", "memory", "attention", "kernels", "vae", "cache", "compile")
-    assert BLAME_ORDER == ("compile", "cache", "kernels", "attention", "quantization", "vae")
+    assert APPLY_ORDER == (
+        "quantization",
+        "lora",
+        "memory",
+        "scheduler",
+        "attention",
+        "kernels",
+        "vae",
+        "cache",
+        "compile",
+    )
+    assert BLAME_ORDER == ("compile", "cache", "kernels", "attention", "quantization", "vae", "scheduler")
     assert SEARCH_ORDER == ("kernels", "attention", "compile", "quantization", "vae", "cache")
 
 
@@ -49,7 +59,7 @@ def test_what_does_something_to_a_pipeline_is_applied() -> None:
 
 
 def test_every_group_is_searched_or_stays_as_it_was_asked_for() -> None:
-    assert set(GROUPS) - set(SEARCH_ORDER) == {"model", "memory", "lora"}
+    assert set(GROUPS) - set(SEARCH_ORDER) == {"model", "memory", "lora", "scheduler"}
 
 
 def test_the_ladder_is_of_memory_options() -> None:

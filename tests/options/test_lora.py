@@ -66,12 +66,14 @@ def test_a_files_text_is_its_path_and_unknown_keys_are_named() -> None:
         compose(["lora=adapters", "lora.scale=inf"])
 
 
-def test_without_a_file_or_peft_it_is_refused() -> None:
-    with pytest.raises(OptionUnavailable, match=r"no file is given: lora=adapters") as caught:
-        plan_on(H100.__class__(packages=PEFT), "lora=adapters")
+def test_without_a_file_or_peft_it_falls_back_or_is_refused() -> None:
+    plan = plan_on(H100.__class__(packages=PEFT), "lora=adapters")
+    assert "no file is given: lora=adapters" in plan.choices["lora"].fallbacks[0].reason
+    plan = plan_on(H100, "lora=adapters", "lora.files=[a.safetensors]")
+    assert "peft is not installed (pip install 'peft>=0.18')" in plan.choices["lora"].fallbacks[0].reason
+    with pytest.raises(OptionUnavailable, match=r"peft is not installed") as caught:
+        plan_on(H100, "lora=adapters", "lora.files=[a.safetensors]", "lora.fallback=error")
     assert caught.value.exit_code == 2
-    with pytest.raises(OptionUnavailable, match=r"peft is not installed \(pip install 'peft>=0\.18'\)"):
-        plan_on(H100, "lora=adapters", "lora.files=[a.safetensors]")
 
 
 def test_files_that_the_option_does_not_use_are_said() -> None:

@@ -26,7 +26,8 @@ NEUTRAL = {
 RUNS_ON_CPU = {
     ("attention", "sdpa"), ("attention", "math"), ("attention", "flex"), ("vae", "full"), ("vae", "tiled"),
     ("vae", "sliced"), ("vae", "fast"), ("memory", "resident"), ("memory", "staged"), ("quantization", "none"),
-    ("kernels", "diffusers"), ("compile", "none"), ("cache", "none"),
+    ("kernels", "diffusers"), ("compile", "none"), ("cache", "none"), ("lora", "none"),
+    *(("scheduler", name) for name in option_names("scheduler")),
     *(("cache", name) for name in ("dbcache", "fixed") if find_spec("cache_dit")),
     *(("quantization", name) for name in ("int8", "int8_weight_only", "fp8_weight_only") if find_spec("torchao")),
     *(("quantization", name) for name in ("sdnq",) if find_spec("sdnq")),

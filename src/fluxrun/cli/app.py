@@ -20,6 +20,7 @@ from fluxrun.config.composition import CONFIG_NAME, compose_node, config_dirs, h
 from fluxrun.errors import ConfigError, FluxrunError, one_line
 from fluxrun.formatting import nearest, shorten, utf8
 from fluxrun.paths import cache_dir, check_folders
+from fluxrun.process import spans
 from fluxrun.process.console import console, one_line_warning
 from fluxrun.process.signals import Interrupts
 from fluxrun.streams import drop, lasting
@@ -35,6 +36,7 @@ SUBCOMMANDS = {
     "eval": "fluxrun.cli.evaluate",
     "report": "fluxrun.cli.report",
     "tune": "fluxrun.cli.tune",
+    "calibrate": "fluxrun.cli.calibrate",
     "quantize": "fluxrun.cli.quantize",
 }
 """The module of each subcommand, imported when it is asked for: a typo must not wait for all of them."""
@@ -125,6 +127,7 @@ def run_app(arguments: Sequence[str], typed: Sequence[str]) -> int:
     ``arguments`` are what was ``typed``, with raw text quoted. Hydra's own ``main`` would read them from ``sys.argv``,
     once more, and compose with the user's folders after fluxrun's own.
     """
+    spans.begin("compose")
     parser = flags_parser("fluxrun")
     options = parser.parse_args(arguments)
     if options.shell_completion and not options.config_dir:
@@ -143,12 +146,17 @@ def _draw(app: Hydra, options: Namespace, dirs: tuple[Path, ...], command: Seque
     node = compose_node(app, overrides, dirs, RunMode.MULTIRUN if multirun else RunMode.RUN)
     # Only now: a typo must not wait for the import of all that draws.
     if multirun or node.hydra.mode == RunMode.MULTIRUN:
-        from fluxrun.sweep.run import plan_sweep
+        with spans.span("import"):
+            from fluxrun.startup.lean import ANY_OF_THEM, start_lean
+            from fluxrun.sweep.run import plan_sweep
 
         with console.status("looking at the options of the sweep"):
             sweep = plan_sweep(app, node, overrides, dirs, typed)
+        start_lean(ANY_OF_THEM if len(dirs) == 1 else None)  # a folder of the user's may hold options of their own
+        spans.end("compose")
         return sweep.run(app)
-    from fluxrun.cli.draw import draw_run
+    with spans.span("import"):
+        from fluxrun.cli.draw import draw_run
 
     return draw_run(app, node, overrides, dirs, command)
 

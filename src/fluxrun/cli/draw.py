@@ -10,15 +10,19 @@ from typing import Any
 
 from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.core.utils import configure_log
 from omegaconf import DictConfig
 
 from fluxrun.config.composition import CONFIG_NAME, hydra_errors, to_data
 from fluxrun.config.schema import RunConfig
 from fluxrun.errors import ConfigError, FluxrunError, Interrupted, exit_code_of, is_said, one_line
+from fluxrun.hardware.machine import Machine
+from fluxrun.planning.libraries import libraries_of
 from fluxrun.planning.prepare import prepare
+from fluxrun.process import spans
 from fluxrun.record.folder import claimed
 from fluxrun.runner import run
+from fluxrun.startup.lean import start_lean
 from fluxrun.streams import lasting
 
 log = logging.getLogger("fluxrun")
@@ -30,22 +34,30 @@ def draw_run(
     """Check one run's config, then let Hydra make its folder and call the job in it; returns the exit code."""
     if stray := next((o for o in overrides if o.lstrip("+~").startswith("sweep.")), None):
         raise ConfigError(f"{stray}: the sweep keys belong to a sweep; add --multirun, or +sweep=NAME")
-    prepare(RunConfig.from_dict(to_data(node), dirs))
-    folder = Path(str(node.hydra.run.dir))
-    # Composed once more, the folder would be that of another moment.
-    rest = [o for o in overrides if not o.startswith("hydra.run.dir=")]
-    pinned = f"hydra.run.dir={QuotedString(str(folder), Quote.single).with_quotes()}"
-    job = functools.partial(_job, dirs=dirs, command=command)
-    with lasting("stdout"), claimed(folder), hydra_errors(overrides, dirs):
-        return int(app.run(CONFIG_NAME, job, [*rest, pinned, "hydra.mode=RUN"]).return_value)
+    config = RunConfig.from_dict(to_data(node), dirs)
+    with spans.span("plan"):
+        prepared = prepare(config)
+        start_lean(libraries_of(prepared))
+    job = functools.partial(_job, config=config, machine=prepared.plan.machine, command=command)
+    with lasting("stdout"), claimed(Path(str(node.hydra.run.dir))), hydra_errors(overrides, dirs):
+        app.compose_config = functools.partial(_composed, node)  # type: ignore[method-assign]
+        return int(app.run(CONFIG_NAME, job, list(overrides)).return_value)
 
 
-def _job(node: DictConfig, dirs: tuple[Path, ...], command: Sequence[str]) -> int:
+def _composed(node: DictConfig, with_log_configuration: bool, **_: Any) -> DictConfig:
+    """What Hydra's run asks for first: the config as it was composed, and checked, before."""
+    if with_log_configuration:
+        configure_log(node.hydra.hydra_logging, node.hydra.verbose)
+    return node
+
+
+def _job(node: DictConfig, config: RunConfig, machine: Machine, command: Sequence[str]) -> int:
     """The run, in the folder Hydra made; returns its exit code, never raises an ordinary error."""
     hydra: Any = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
+    spans.end("compose")
     try:
-        run(RunConfig.from_dict(to_data(node, hydra.runtime.choices), dirs), folder, command=command)
+        run(config, folder, command=command, machine=machine)
     except KeyboardInterrupt:
         return 130
     except FluxrunError as error:

@@ -18,6 +18,7 @@ from fluxrun.errors import ConfigError, exit_code_of
 from fluxrun.options.base import option_class
 from fluxrun.paths import expanded
 from fluxrun.pictures import open_picture
+from fluxrun.planning.libraries import libraries_of
 from fluxrun.planning.prepare import prepare
 from fluxrun.process.console import log_to
 from fluxrun.reading import Unreadable
@@ -26,6 +27,7 @@ from fluxrun.record.picture import pixel_hash, read_metadata
 from fluxrun.record.schema import RunRecord
 from fluxrun.record.signature import is_own
 from fluxrun.runner import run
+from fluxrun.startup.lean import start_lean
 from fluxrun.trust import trusted
 
 log = logging.getLogger("fluxrun.rerun")
@@ -48,7 +50,7 @@ def rerun(target: str, overrides: Sequence[str] = ()) -> int:
     path = expanded(target)
     config, hashes = from_folder(path) if os.path.isdir(path) else from_image(path)
     folder = output_dir(overrides)
-    prepare(config)
+    start_lean(libraries_of(prepare(config)))
     with claimed(folder):
         log_to(folder)
         try:

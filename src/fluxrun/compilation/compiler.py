@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch._dynamo.utils as dynamo_utils
 
 from fluxrun.compilation.artifacts import Artifacts, made_with
 from fluxrun.hardware.machine import Machine
@@ -81,14 +80,17 @@ class LimitWatch(logging.Handler):
 
 
 class Compiler:
-    """What a build needs of torch.compile: backends, cache folder, and the counts since it was made."""
+    """What a build needs of torch.compile: backends, cache folder, and the counts since it was made.
+
+    Until a backend is asked for, nothing of torch's compiler is imported, and there is nothing to count.
+    """
 
     _last_identity: str | None = None
 
     def __init__(self) -> None:
         self.active = False
         self.artifacts: Artifacts | None = None
-        self._start = _counts()
+        self._start: dict[str, float] = {}
 
     def backend(self, mode: str | None, options: Mapping[str, Json]) -> CountingBackend:
         """The backend of these settings. Settings other than the last ones reset dynamo first: after eight
@@ -121,7 +123,8 @@ class Compiler:
 
     def start_counting(self) -> None:
         """Count from here on: another run carries on with the same compiled pipeline."""
-        self._start = _counts()
+        if self.active:
+            self._start = _counts()
 
     @staticmethod
     def forget() -> None:
@@ -147,7 +150,8 @@ class Compiler:
 
 
 def _counts() -> dict[str, float]:
-    counters = dynamo_utils.counters
+    from torch._dynamo.utils import counters
+
     inductor, autograd = counters["inductor"], counters["aot_autograd"]
     return {
         "compile_s": _compile_seconds(),
@@ -163,6 +167,8 @@ def _counts() -> dict[str, float]:
 
 
 def _compile_seconds() -> float:
+    import torch._dynamo.utils as dynamo_utils
+
     return float(dynamo_utils.calculate_time_spent().get(COMPILE_TIME_KEY, 0.0))
 
 

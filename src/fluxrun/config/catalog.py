@@ -15,9 +15,21 @@ from fluxrun.formatting import nearest
 from fluxrun.options.base import Option
 from fluxrun.paths import conf_dir
 
+RANDOM = (
+    "draws with fresh noise at every step, which the seed's generator does not make: a seed would not mean one picture"
+)
+REFUSED_SCHEDULERS = {
+    ("deis",): "DEIS does not converge on flow matching in diffusers 0.42.1 (15 dB from the converged picture)",
+    ("sde", "dpmpp_sde", "dpmpp_2m_sde", "sasolver", "euler_a", "euler_ancestral"): RANDOM,
+    ("lcm",): "FlowMatchLCM is for models that were distilled for it, which no FLUX.2 is",
+    ("ddim", "pndm", "lms", "ddpm"): "it is for models that predict noise, FLUX.2 predicts a flow",
+}
+"""Schedulers that cannot be used, and why."""
+
 REFUSED_WORDS = {
     ("attention", "slicing"): "attention slicing is not offered: sdpa and the other kernels already use little "
     "memory, and slicing only makes them slower (see docs/performance.md); for less memory use memory=balanced",
+    **{("scheduler", name): why for names, why in REFUSED_SCHEDULERS.items() for name in names},
 }
 """Options users ask for by habit, and why they are not there."""
 

@@ -23,6 +23,7 @@ from fluxrun.options.lora import LoraOption
 from fluxrun.options.memory import MemoryOption
 from fluxrun.options.model import Flux2Model
 from fluxrun.options.quantization import QuantizationOption
+from fluxrun.options.scheduler import SchedulerOption
 from fluxrun.options.vae import VaeOption
 from fluxrun.trust import Closed, Open, OpenWhere
 
@@ -34,7 +35,7 @@ READ = "it names a file or folder of this machine, which is read"
 class Measure(BaseModel):
     """How often an image is drawn when its speed is measured."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     warmup: Open[int] = Field(0, ge=0)
     """Images drawn and thrown away before the first one that counts."""
@@ -53,7 +54,7 @@ PathList = Annotated[tuple[Path, ...], BeforeValidator(_as_list)]
 class RunConfig(BaseModel):
     """One run, composed and validated. Sizes in pixels; ``None`` means the model's own default."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     prompt: Open[str | tuple[str, ...] | None] = None
     """What to draw: one text or a list of texts."""
@@ -95,6 +96,7 @@ class RunConfig(BaseModel):
     quantization: Annotated[QuantizationOption, _LOAD]
     cache: Annotated[CacheOption, _LOAD]
     lora: Annotated[LoraOption, _LOAD]
+    scheduler: Annotated[SchedulerOption, _LOAD]
 
     source: dict[str, Any] = Field(default_factory=dict, exclude=True, repr=False)
     """The resolved config as plain data, as it goes into the record."""
@@ -130,7 +132,7 @@ GROUPS: tuple[str, ...] = tuple(n for n, field in RunConfig.model_fields.items()
 class SweepConfig(BaseModel):
     """The ``sweep`` node of the config: how a multirun's jobs are run and compared."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     isolation: Open[Literal["none", "process"]] = "none"
     """``none``: all jobs in this process, over weights loaded once. ``process``: every job in a process of its own."""

@@ -19,6 +19,7 @@ from fluxrun.drawing.stopwatch import Stopwatch
 from fluxrun.errors import Interrupted, NotFinite
 from fluxrun.pipeline.neutral_trials import find_culprit, has_suspects
 from fluxrun.pipeline.session import Session
+from fluxrun.process import spans
 from fluxrun.process.device import peak_bytes, reset_peak, used_bytes
 from fluxrun.record.folder import RunFolder
 from fluxrun.record.schema import MemoryRecord, Timings, spread
@@ -189,7 +190,7 @@ class Generation:
         with self.session.interrupts.immediate():
             arguments = self._arguments(batch)
         self.stage = "denoise"
-        with self.session.reporter.steps(text, arguments["num_inference_steps"]) as display:
+        with self.session.reporter.steps(text, self.plan.scheduler.calls(arguments["num_inference_steps"])) as display:
             watch = Stopwatch(self.device, display, self._after_step, self._after_denoising, compiles=compiles)
 
             def after_step(pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -198,10 +199,21 @@ class Generation:
 
             with self._interruptible(compiles), watch.timing(pipeline), inspection.of(pipeline):
                 images = pipeline(**arguments, callback_on_step_end=after_step).images
+        self._note_spans(watch)
         self._note_memory("decode")
         embeddings = [value for name, value in arguments.items() if name.endswith("prompt_embeds")]
         findings = inspection.findings(images, embeddings)
         return Drawn(images, watch.step_seconds(), watch.denoise_s, watch.decode_s, findings)
+
+    def _note_spans(self, watch: Stopwatch) -> None:
+        """The call's parts; the first step of a fresh pipeline, which may compile, is one of its own."""
+        begun, steps = watch.started_at, watch.step_seconds()
+        if self._fresh and steps:
+            first = min(watch.denoising_at + steps[0], watch.denoised_at)
+            spans.add("first call", begun, first)
+            begun = first
+        spans.add("steps", begun, watch.denoised_at)
+        spans.add("decode", watch.denoised_at, watch.denoised_at + watch.decode_s)
 
     def _after_step(self) -> None:
         assert self.session.context is not None
@@ -236,6 +248,8 @@ class Generation:
             "num_inference_steps": self.plan.steps,
             "generator": generators[0] if len(generators) == 1 else generators,
         }
+        if self.plan.scheduler.sigmas is not None:
+            arguments["sigmas"] = list(self.plan.scheduler.sigmas)
         if self.plan.model.distilled:
             arguments["guidance_scale"] = 1.0  # a distilled model warns about anything above 1
         elif self.plan.guidance is not None:
@@ -286,6 +300,7 @@ class Generation:
         steps = [s for image in self.timings.step_s for s in image]
         warm = self.config.measure.warmup > 0
         self.timings.steady_step_s = spread(steps if warm else steps[1:])
+        self.folder.note_spans(spans.recorded())
         self.folder.write()
 
     def _note_memory(self, stage: str) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from fluxrun.config.prompts import Job
 from fluxrun.drawing.inspection import SOUND, Finding
 from fluxrun.errors import one_line
+from fluxrun.process import spans
 from fluxrun.record.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -64,7 +65,8 @@ class Saver:
             self._waiting.popleft().result()
 
     def _write(self, number: int, image: Image, job: Job, about: str, finding: Finding) -> None:
-        path = self._folder.save(
-            number, image, job.prompt, job.seed, self._format, finite=finding.finite, constant=finding.constant
-        )
+        with spans.span("save"):
+            path = self._folder.save(
+                number, image, job.prompt, job.seed, self._format, finite=finding.finite, constant=finding.constant
+            )
         log.info("saved %s (seed %d, %s)", path, job.seed, about)

@@ -35,7 +35,8 @@ class Stopwatch:
         self._compiles = compiles
         self._clock: list[float] = []
         self._events: list[torch.cuda.Event] = []
-        self._denoised_at = time.perf_counter()
+        self.started_at = self.denoising_at = self.denoised_at = time.perf_counter()
+        """When the call, its denoising loop and its decoding began."""
         self.denoise_s = 0.0
         self.decode_s = 0.0
 
@@ -44,9 +45,10 @@ class Stopwatch:
         """Around the call: the device is synchronised at both ends."""
         pipeline.progress_bar = self.progress_bar
         synchronize(self._device)
+        self.started_at = time.perf_counter()
         yield self
         synchronize(self._device)
-        self.decode_s = time.perf_counter() - self._denoised_at
+        self.decode_s = time.perf_counter() - self.denoised_at
 
     @contextmanager
     def progress_bar(
@@ -56,12 +58,12 @@ class Stopwatch:
         if self._compiles:
             self._display.compiling()
         synchronize(self._device)
-        started = time.perf_counter()
+        self.denoising_at = time.perf_counter()
         self._mark()
         yield self
         synchronize(self._device)
-        self._denoised_at = time.perf_counter()
-        self.denoise_s = self._denoised_at - started
+        self.denoised_at = time.perf_counter()
+        self.denoise_s = self.denoised_at - self.denoising_at
         self._on_denoised()
 
     def update(self, n: int = 1) -> None:

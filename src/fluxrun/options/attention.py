@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 
 from fluxrun.hardware.machine import Machine
-from fluxrun.options.base import Context, Facts, Option
+from fluxrun.options.base import NOTHING_MORE, Context, Facts, Option
 from fluxrun.trust import Closed, Open, OpenWhere
 from fluxrun.types import Pipeline
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     import torch
     from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
     from torch._ops import OpOverload
+
+TORCHS_OWN = ("native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math")
+"""Backends that are operators of torch's; FlexAttention is none: it asks for the compiler."""
 
 HUB = "a kernel from the kernels hub is code that is downloaded and run"
 
@@ -58,6 +61,11 @@ class Attention(AttentionOption):
 
     dtypes: Open[tuple[str, ...] | None] = None
     """Dtypes the kernel takes; None takes all."""
+
+    @property
+    def libraries(self) -> frozenset[str] | None:
+        others = self.package or self.hub or self.flash_impl
+        return NOTHING_MORE if self.backend in TORCHS_OWN and not others else None
 
     @property
     def needs_proof(self) -> bool:
@@ -143,6 +151,14 @@ class AutoAttention(AttentionOption):
 
     repeats: Open[int] = Field(5, ge=1)
     """Timed calls per candidate; the median counts."""
+
+    @property
+    def libraries(self) -> frozenset[str] | None:
+        return NOTHING_MORE
+
+    @property
+    def alternatives(self) -> tuple[str, ...]:
+        return self.candidates
 
     def choose(self, pipeline: Pipeline, context: Context) -> tuple[str, Facts]:
         """The fastest candidate and the probe's figures in milliseconds (or why a candidate was left out)."""

@@ -30,6 +30,12 @@ if TYPE_CHECKING:
 
 Facts = dict[str, Any]
 
+COMPILER = "torch._dynamo"
+"""The module of torch's compiler: the largest of the libraries that an option may do without."""
+
+NOTHING_MORE: frozenset[str] = frozenset()
+"""The libraries of an option that gets by with torch, diffusers and transformers."""
+
 
 class Option(BaseModel):
     """One choice in an option group: a YAML file's knobs, and what they do to a pipeline.
@@ -39,7 +45,7 @@ class Option(BaseModel):
     ``apply`` does its work on a diffusers pipeline and returns what it counted.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     name: Open[str] = ""
     """The option's name, which is its YAML file's; filled in when the config is composed."""
@@ -54,6 +60,19 @@ class Option(BaseModel):
     def needs_proof(self) -> bool:
         """Whether only a real call (``prove``) shows that it works here: its kernels are not torch's own."""
         return False
+
+    @property
+    def libraries(self) -> frozenset[str] | None:
+        """Optional libraries that it may use, by module name, ``torch._dynamo`` (torch's compiler) among them.
+
+        None: any of them. What no option of a run may use is not imported.
+        """
+        return None
+
+    @property
+    def alternatives(self) -> tuple[str, ...]:
+        """Options of its group that it may choose among once the pipeline is built (``choose``)."""
+        return ()
 
     @property
     def autotunes(self) -> bool:
@@ -225,9 +244,14 @@ class Context:
         return time.perf_counter() - started
 
 
+def is_own(cls: type[Option]) -> bool:
+    """Whether a class is fluxrun's own."""
+    return cls.__module__.startswith(OWN_TARGETS)
+
+
 def own_options(base: type[Option] = Option) -> list[type[Option]]:
     """Every option class of fluxrun's own modules: what a config can name without being trusted."""
-    found = [base] if base.__module__.startswith(OWN_TARGETS) else []
+    found = [base] if is_own(base) else []
     return found + [cls for subclass in base.__subclasses__() for cls in own_options(subclass)]
 
 

@@ -17,12 +17,15 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from fluxrun.hardware.machine import Machine
-from fluxrun.options.base import Context, Facts, Option, Workload
+from fluxrun.options.base import COMPILER, NOTHING_MORE, Context, Facts, Option, Workload
 from fluxrun.trust import Open
 from fluxrun.types import Pipeline
 
 FEW_STEPS = 4
 """Up to so many steps each one counts: nothing that could be skipped."""
+
+MOST_SKIPPED = 3
+"""magcache: steps in a row, where the user says nothing."""
 
 CALLS = "cached_calls"
 """Context counter: pipeline calls whose steps were counted."""
@@ -58,6 +61,13 @@ class CacheOption(Option):
     mask: Open[str | None] = Field(None, pattern=r"^1[01]*$")
     """fixed: the schedule itself, a digit per step (1 computed, 0 skipped), instead of ``compute``."""
 
+    ratios: Open[tuple[float, ...] | None] = Field(None, min_length=1, max_length=1000)
+    """magcache: how much each step changes, over the step before it, by ``fluxrun calibrate``; for another number of
+    steps the nearest ones."""
+
+    error_threshold: Open[float] = Field(0.06, gt=0)
+    """magcache: the most that the changes since the last computed step may add up to, by the ratios."""
+
     taylor_order: Open[int] = Field(1, ge=0, le=4)
     """Extrapolate a skipped step from so many differences of the last ones (TaylorSeer); 0 reuses the last as it is."""
 
@@ -70,12 +80,20 @@ class NoCache(CacheOption):
 
     skips_steps: ClassVar[bool] = False
 
+    @property
+    def libraries(self) -> frozenset[str] | None:
+        return NOTHING_MORE
+
     def unused_knobs(self) -> list[str]:
         return self.changed_knobs()
 
 
 class StepCache(CacheOption):
     """What both caches do with cache-dit."""
+
+    @property
+    def libraries(self) -> frozenset[str] | None:
+        return frozenset({"cache_dit", COMPILER})
 
     def requires(self, machine: Machine) -> str | None:
         return machine.lacks("cache-dit", "1.5.3")
@@ -146,16 +164,15 @@ class DBCache(StepCache):
     """cache-dit's DBCache: skips a step when the first blocks' output hardly changed."""
 
     def unused_knobs(self) -> list[str]:
-        return _within(self.changed_knobs(), {"compute", "mask"})
+        return _within(self.changed_knobs(), {"compute", "mask", "ratios", "error_threshold"})
 
 
 class FixedCache(StepCache):
     """A fixed schedule: the same steps are skipped in every image, so that the time is known beforehand."""
 
     def unused_knobs(self) -> list[str]:
-        return _within(
-            self.changed_knobs(), {"residual_diff_threshold", "max_cached_steps", "max_continuous_cached_steps"}
-        )
+        others = {"residual_diff_threshold", "max_cached_steps", "max_continuous_cached_steps"}
+        return _within(self.changed_knobs(), others | {"ratios", "error_threshold"})
 
     def inapplicable(self, workload: Workload) -> str | None:
         steps = workload.steps
@@ -167,6 +184,58 @@ class FixedCache(StepCache):
         if self.mask and len(self.mask) == steps:
             return [int(digit) for digit in self.mask]
         return spread_out(steps, self.compute, self.warmup_steps)
+
+
+class MagCache(FixedCache):
+    """MagCache: a schedule that follows from how much each step of this model changes, measured once.
+
+    Its decision depends on the ratios alone and on no picture, so it is a fixed schedule, known beforehand.
+    """
+
+    def unused_knobs(self) -> list[str]:
+        return _within(self.changed_knobs(), {"residual_diff_threshold", "max_cached_steps", "compute", "mask"})
+
+    def inapplicable(self, workload: Workload) -> str | None:
+        if not self.ratios:
+            return "cache.ratios is empty: fluxrun calibrate measures a model's, and writes them as an option file"
+        return StepCache.inapplicable(self, workload)
+
+    def schedule(self, steps: int) -> list[int]:
+        most = self.max_continuous_cached_steps or MOST_SKIPPED
+        return by_magnitude(self.ratios or (), steps, self.warmup_steps, self.error_threshold, most)
+
+
+class MagCalibration(CacheOption):
+    """Every step is computed, and how much it changes is measured: ``fluxrun calibrate`` is a run with it."""
+
+    skips_steps: ClassVar[bool] = False
+
+    def apply(self, pipeline: Pipeline, context: Context) -> Facts:
+        """Watch what all blocks together add to the picture's tokens."""
+        from fluxrun.options.magnitudes import Magnitudes
+
+        assert context.workload.steps is not None
+        pipeline.magnitudes = Magnitudes(pipeline.transformer, context.workload.steps, twice=context.workload.guided)
+        return {}
+
+    def observe(self, pipeline: Pipeline, context: Context) -> Facts:
+        """The ratios, a step each, averaged over all pictures so far."""
+        return {"ratios": [round(ratio, 5) for ratio in pipeline.magnitudes.ratios()]}
+
+
+def by_magnitude(ratios: Sequence[float], steps: int, warmup: int, threshold: float, most: int) -> list[int]:
+    """MagCache's schedule: steps are skipped while their ratios, multiplied up, stay near to 1."""
+    last = len(ratios) - 1
+    nearest = [ratios[round(step * last / max(1, steps - 1))] for step in range(steps)]
+    computed, product, error, skipped = [], 1.0, 0.0, 0
+    for step, ratio in enumerate(nearest):
+        product, skipped = product * ratio, skipped + 1
+        error += abs(1 - product)
+        skip = step >= warmup and error <= threshold and skipped <= most
+        if not skip:
+            product, error, skipped = 1.0, 0.0, 0
+        computed.append(int(not skip))
+    return computed
 
 
 def spread_out(steps: int, share: float, warmup: int) -> list[int]:

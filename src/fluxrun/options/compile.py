@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from fluxrun.hardware.machine import Machine
-from fluxrun.options.base import Context, Facts, Option
+from fluxrun.options.base import COMPILER, NOTHING_MORE, Context, Facts, Option
 from fluxrun.trust import Closed, Open
 from fluxrun.types import Pipeline
 
@@ -69,6 +69,10 @@ class CompileOption(Option):
 
     cache_artifacts: Annotated[Path | None, Closed("compiled code that lies in the file is run")] = None
     """File of compiled code to share between machines: used when it is there, written when something was compiled."""
+
+    @property
+    def libraries(self) -> frozenset[str] | None:
+        return frozenset({COMPILER}) if self.compiles else NOTHING_MORE
 
     @property
     def cudagraphs(self) -> bool:

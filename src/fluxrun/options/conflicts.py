@@ -15,6 +15,7 @@ from fluxrun.options.lora import LoraOption
 from fluxrun.options.memory import MemoryOption
 from fluxrun.options.model import Flux2Model
 from fluxrun.options.quantization import QuantizationOption
+from fluxrun.options.scheduler import SchedulerOption
 from fluxrun.options.vae import VaeOption
 
 Options = Mapping[str, Option]
@@ -192,6 +193,11 @@ CONFLICTS = (
         "a step cache decides between the blocks, so the transformer is no single graph (compile.fullgraph=false runs "
         "with nine graph breaks, blocks one by one with none)",
         "compile", "regional", ("mode", "scope"),
+    ),
+    Conflict(
+        STEP_CACHE, when(SchedulerOption, lambda option: option.calls_twice),
+        "a step cache counts a call of the transformer for each step, this scheduler makes two",
+        "cache", "none",
     ),
     Conflict(
         STEP_CACHE, when(MemoryOption, lambda option: option.prefetches),

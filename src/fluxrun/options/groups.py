@@ -18,6 +18,7 @@ from fluxrun.options.lora import LoraOption
 from fluxrun.options.memory import MemoryOption
 from fluxrun.options.model import Flux2Model
 from fluxrun.options.quantization import QuantizationOption
+from fluxrun.options.scheduler import SchedulerOption
 from fluxrun.options.vae import VaeOption
 
 
@@ -43,21 +44,22 @@ class Group:
 TABLE = (
     Group("model", Flux2Model, None, None, None, loads_weights=True),
     Group("memory", MemoryOption, 3, None, None, loads_weights=True),
-    Group("kernels", KernelsOption, 5, 3, 1, marks=("fluxrun/kernels/transformer/",)),
-    Group("vae", VaeOption, 6, 6, 5, marks=("fluxrun/kernels/vae/", "autoencoder")),
+    Group("kernels", KernelsOption, 6, 3, 1, marks=("fluxrun/kernels/transformer/",)),
+    Group("vae", VaeOption, 7, 6, 5, marks=("fluxrun/kernels/vae/", "autoencoder")),
     Group(
-        "attention", AttentionOption, 4, 4, 2,
+        "attention", AttentionOption, 5, 4, 2,
         marks=("attention_dispatch", "xformers", "flash_attn", "sageattention", "flex_attention"),
     ),
     Group(
         "quantization", QuantizationOption, 1, 5, 4, loads_weights=True,
         marks=("torchao", "sdnq", "bitsandbytes", "gguf"),
     ),
-    # Before memory, which then places the adapters with the weights. What it draws is asked for: nothing falls back.
+    # Before memory, which then places the adapters with the weights. Never suspected: what it draws is asked for.
     Group("lora", LoraOption, 2, None, None),
-    Group("cache", CacheOption, 7, 2, 6, marks=("cache_dit",)),
+    Group("scheduler", SchedulerOption, 4, 7, None, marks=("diffusers/schedulers/", "flow_schedulers")),
+    Group("cache", CacheOption, 8, 2, 6, marks=("cache_dit",)),
     Group(
-        "compile", CompileOption, 8, 1, 3,
+        "compile", CompileOption, 9, 1, 3,
         marks=("torch/_inductor", "torch/_dynamo", "torch/_functorch", "triton"),
     ),
 )  # fmt: skip

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from fluxrun.hardware.machine import Machine
 from fluxrun.options.attention import AttentionOption
-from fluxrun.options.base import Context, Facts, Option, Workload
+from fluxrun.options.base import NOTHING_MORE, Context, Facts, Option, Workload
 from fluxrun.options.memory import MemoryOption
 from fluxrun.types import Pipeline
 
@@ -19,6 +19,10 @@ class KernelsOption(Option):
 
     joins_projections: ClassVar[bool] = False
     """Whether a copy is kept of projections over the same input, side by side: the memory estimate counts it."""
+
+    @property
+    def libraries(self) -> frozenset[str] | None:
+        return NOTHING_MORE
 
 
 class DiffusersKernels(KernelsOption):

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fluxrun.formatting import nearest, shorten
 from fluxrun.hardware.machine import Machine
-from fluxrun.options.base import Context, Facts, Option, Workload
+from fluxrun.options.base import COMPILER, NOTHING_MORE, Context, Facts, Option, Workload
 from fluxrun.trust import Closed, Open
 from fluxrun.types import Pipeline
 
@@ -75,6 +75,10 @@ class LoraOption(Option):
 class NoLora(LoraOption):
     """The model as it is."""
 
+    @property
+    def libraries(self) -> frozenset[str] | None:
+        return NOTHING_MORE
+
     def unused_knobs(self) -> list[str]:
         return self.changed_knobs()
 
@@ -83,6 +87,10 @@ class Adapters(LoraOption):
     """LoRA files beside the weights, through diffusers and peft: other files and scales are swapped in place."""
 
     adapts: ClassVar[bool] = True
+
+    @property
+    def libraries(self) -> frozenset[str] | None:
+        return frozenset({"peft", COMPILER})
 
     def requires(self, machine: Machine) -> str | None:
         return machine.lacks("peft", "0.18")

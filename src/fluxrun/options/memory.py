@@ -9,7 +9,7 @@ from pydantic import Field
 
 from fluxrun.formatting import GIB
 from fluxrun.hardware.machine import CONTEXT_BYTES, Machine
-from fluxrun.options.base import Context, Facts, Option, Resolution, Workload
+from fluxrun.options.base import NOTHING_MORE, Context, Facts, Option, Resolution, Workload
 from fluxrun.trust import Open
 from fluxrun.types import Pipeline
 
@@ -57,6 +57,10 @@ class MemoryOption(Option):
 
     moves_per_layer: ClassVar[bool] = False
     """Whether weights move inside the transformer's forward, by layer or block."""
+
+    @property
+    def libraries(self) -> frozenset[str] | None:
+        return NOTHING_MORE
 
     @property
     def prefetches(self) -> bool:

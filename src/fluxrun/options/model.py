@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from fluxrun.architectures import ArchitectureName, PipelineKind, architecture
 from fluxrun.errors import ConfigError
 from fluxrun.hardware.machine import Machine
-from fluxrun.options.base import Option
+from fluxrun.options.base import NOTHING_MORE, Option
 from fluxrun.paths import expanded
 from fluxrun.trust import Closed, Open, OpenWhere
 
@@ -85,6 +85,10 @@ class Flux2Model(Option):
         if self.architecture:
             architecture(self.architecture, self.pipeline)
         return self
+
+    @property
+    def libraries(self) -> frozenset[str] | None:
+        return NOTHING_MORE
 
     @property
     def classifier_free(self) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from fluxrun.hardware.machine import Machine
-from fluxrun.options.base import Context, Facts, Option, Resolution, Workload
+from fluxrun.options.base import COMPILER, NOTHING_MORE, Context, Facts, Option, Resolution, Workload
 from fluxrun.paths import expanded
 from fluxrun.quantization.declared import declared_by
 from fluxrun.quantization.libraries import import_library
@@ -115,6 +115,10 @@ class NoQuantization(QuantizationOption):
     def unused_knobs(self) -> list[str]:
         return self.changed_knobs()
 
+    @property
+    def libraries(self) -> frozenset[str] | None:
+        return NOTHING_MORE
+
 
 class Checkpoint(QuantizationOption):
     """The quantization that the checkpoint itself declares, component by component, in its config.json."""
@@ -164,6 +168,10 @@ class TorchaoOption(OnTheFly):
     @property
     def bits(self) -> float | None:
         return 8
+
+    @property
+    def libraries(self) -> frozenset[str] | None:
+        return frozenset({"torchao", COMPILER})
 
     def requires(self, machine: Machine) -> str | None:
         return machine.lacks("torchao", "0.15")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from fluxrun.hardware.machine import Machine
-from fluxrun.options.base import Context, Facts, Option, Resolution, Workload
+from fluxrun.options.base import NOTHING_MORE, Context, Facts, Option, Resolution, Workload
 from fluxrun.options.compile import CompileOption
 from fluxrun.trust import Open
 from fluxrun.types import Pipeline
@@ -43,6 +43,10 @@ class VaeOption(Option):
     def decoded_at_once(self, height: int, width: int) -> tuple[int, int]:
         """Height and width in pixels of what the decoder is given at once, of a picture of this size."""
         return height, width
+
+    @property
+    def libraries(self) -> frozenset[str] | None:
+        return NOTHING_MORE
 
     @property
     def splits_batches(self) -> bool:

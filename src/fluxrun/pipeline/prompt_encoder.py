@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fluxrun.pipeline.weights_loader import WeightsLoader
+from fluxrun.process import spans
 from fluxrun.process.console import Reporter
 from fluxrun.process.device import synchronize
 from fluxrun.process.signals import Interrupts
@@ -120,8 +121,8 @@ class PromptEncoder:
             arguments["text_encoder_out_layers"] = model.text_encoder_out_layers
         synchronize(self._device)
         started = time.perf_counter()
-        with torch.no_grad():
+        with spans.span("encode"), torch.no_grad():
             embeds, _ = pipeline.encode_prompt(text, device=pipeline._execution_device, **arguments)
-        synchronize(self._device)
+            synchronize(self._device)
         self._on_encoded(time.perf_counter() - started)
         return embeds

@@ -20,6 +20,7 @@ from fluxrun.options.lora import Adapters
 from fluxrun.pipeline.blame import blame, is_out_of_memory
 from fluxrun.planning import fallbacks
 from fluxrun.planning.plan import Plan
+from fluxrun.process import spans
 from fluxrun.process.console import Reporter
 from fluxrun.process.device import free_memory
 from fluxrun.process.signals import Interrupts
@@ -55,14 +56,15 @@ class Session:
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         started = time.perf_counter()
-        import_diffusers()
-        from fluxrun.pipeline.prompt_encoder import PromptEncoder
-        from fluxrun.pipeline.weights_loader import WeightsLoader
-        from fluxrun.weights.loading import pipeline_class
-        from fluxrun.weights.store import WeightStore
+        with spans.span("import"):
+            import_diffusers()
+            from fluxrun.pipeline.prompt_encoder import PromptEncoder
+            from fluxrun.pipeline.weights_loader import WeightsLoader
+            from fluxrun.weights.loading import pipeline_class
+            from fluxrun.weights.store import WeightStore
 
-        if located is not None:
-            pipeline_class(located.pipeline)
+            if located is not None:
+                pipeline_class(located.pipeline)
         self.import_s = time.perf_counter() - started
         self.apply_s = 0.0
 
@@ -217,7 +219,7 @@ class Session:
         self.plan.choices["model"].facts = base.facts
         lora = self.loader.read_adapters(base.pipeline.transformer)
         started = time.perf_counter()
-        with self.interrupts.immediate():
+        with self.interrupts.immediate(), spans.span("apply"):
             self.context = self._new_context(base, lora)
             self._pipeline = shell(base)
             for group in APPLY_ORDER:

@@ -15,6 +15,7 @@ from fluxrun.options.base import Facts
 from fluxrun.options.lora import LoraOption
 from fluxrun.pipeline.blame import is_out_of_memory
 from fluxrun.planning.plan import Plan
+from fluxrun.process import spans
 from fluxrun.process.console import Reporter
 from fluxrun.process.signals import Interrupts
 from fluxrun.weights.loading import Conversion, load
@@ -62,7 +63,7 @@ class WeightsLoader:
         loads = len(self.store.reasons)
         started = time.perf_counter()
         try:
-            with interrupts.immediate():
+            with interrupts.immediate(), spans.span("load"):
                 base = self.store.get(key, lambda: self._load(part, key, reporter))
         except (Interrupted, KeyboardInterrupt, OptionFailed):
             raise

@@ -14,6 +14,7 @@ from fluxrun.options.kernels import KernelsOption
 from fluxrun.options.memory import MemoryOption
 from fluxrun.options.model import Flux2Model
 from fluxrun.options.quantization import QuantizationOption
+from fluxrun.options.scheduler import SchedulerOption
 from fluxrun.options.vae import VaeOption
 from fluxrun.planning.estimate import Estimate
 from fluxrun.record.schema import Fallback, OptionRecord
@@ -86,6 +87,11 @@ class Plan:
         return self.option(QuantizationOption, "quantization")
 
     @property
+    def scheduler(self) -> SchedulerOption:
+        """The scheduler option in use."""
+        return self.option(SchedulerOption, "scheduler")
+
+    @property
     def compile(self) -> CompileOption:
         """The compile option in use."""
         return self.option(CompileOption, "compile")
@@ -104,8 +110,8 @@ class Plan:
 
     @property
     def steps(self) -> int | None:
-        """Denoising steps: the run's, else the model's; None only before a checkpoint was looked at."""
-        return self.config.steps or self.model.steps
+        """Denoising steps: as many as sigmas, else the run's or the model's; None before a checkpoint was looked at."""
+        return len(self.scheduler.sigmas or ()) or self.config.steps or self.model.steps
 
     @property
     def guidance(self) -> float | None:

@@ -99,6 +99,11 @@ def check_call(plan: Plan) -> None:
             f"guidance={config.guidance}: {model.name} is a distilled model, its guidance is built in; "
             "leave guidance out (a klein base model or flux2_dev takes it)"
         )
+    sigmas = plan.scheduler.sigmas
+    if sigmas is not None and config.steps not in (None, len(sigmas)):
+        raise ConfigError(
+            f"steps={config.steps}: scheduler.sigmas has {len(sigmas)} values, one for each step; leave steps out"
+        )
     if config.negative_prompt is not None and (model.distilled or model.pipeline == "dev"):
         raise ConfigError(
             f"negative_prompt: {model.name} does not use classifier-free guidance, it has no negative prompt; "

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
@@ -20,6 +20,7 @@ log = logging.getLogger("fluxrun.state")
 WATCHED_ENVIRONMENT = ("TORCHINDUCTOR_CACHE_DIR", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM", "DIFFUSERS_ATTN_BACKEND")
 
 CONFIG_MODULES = ("torch._dynamo.config", "torch._inductor.config")
+"""Watched unless a lean start has left torch's compiler out."""
 
 
 def import_diffusers() -> dict[str, str]:
@@ -29,15 +30,15 @@ def import_diffusers() -> dict[str, str]:
     a ModuleNotFoundError nobody catches. A library that cannot be imported is hidden from diffusers.
     """
     _quiet_libraries()
+    from diffusers.utils import import_utils
+
     broken: dict[str, str] = {}
-    if importlib.util.find_spec("xformers") is not None:
+    if import_utils._xformers_available:  # not where a lean start has hidden it already
         try:
             importlib.import_module("xformers.ops")
         except Exception as error:  # whatever it throws: it is reported, and the library hidden
             broken["xformers"] = f"import xformers.ops fails: {type(error).__name__}: {error}".splitlines()[0]
             log.warning("xformers is installed but broken, hidden from diffusers (%s)", broken["xformers"])
-            from diffusers.utils import import_utils
-
             import_utils._xformers_available = False
     importlib.import_module("diffusers.models.attention_dispatch")
     return broken
@@ -111,10 +112,16 @@ def snapshot() -> dict[str, Any]:
     """Every watched switch by a flat name."""
     state = {name: read() for name, (read, _) in _switches().items()}
     state |= {f"environment.{name}": os.environ.get(name) for name in WATCHED_ENVIRONMENT}
-    for module in CONFIG_MODULES:
+    for module in CONFIG_MODULES if _has_compiler() else ():
         values = importlib.import_module(module).get_config_copy()
         state |= {f"{module}:{key}": value for key, value in values.items()}
     return state
+
+
+def _has_compiler() -> bool:
+    """Whether torch's compiler can be imported: a lean start may have put something else, no package, in its place."""
+    dynamo = sys.modules.get("torch._dynamo")
+    return dynamo is None or hasattr(dynamo, "__path__")
 
 
 def _put_back(key: str, value: Any) -> None:

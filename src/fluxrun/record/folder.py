@@ -22,7 +22,7 @@ from fluxrun.errors import ConfigError, Interrupted, one_line
 from fluxrun.formatting import utf8
 from fluxrun.reading import Unreadable, first_problem, read_text
 from fluxrun.record.picture import pixel_hash, save_image
-from fluxrun.record.schema import ErrorRecord, ImageRecord, OptionRecord, RecordModel, RunRecord, Status
+from fluxrun.record.schema import ErrorRecord, ImageRecord, OptionRecord, RecordModel, RunRecord, SpanRecord, Status
 from fluxrun.record.signature import sign
 
 if TYPE_CHECKING:
@@ -109,6 +109,10 @@ class RunFolder:
             group: option.model_copy(update={"facts": plain(option.facts)}) for group, option in options.items()
         }
         self.record.notes = list(notes)
+
+    def note_spans(self, spans: Sequence[tuple[str, float, float]]) -> None:
+        """Take over when each part of the run began and ended: name, start and end in seconds."""
+        self.record.spans = [SpanRecord(name=n, start_s=round(a, 4), end_s=round(b, 4)) for n, a, b in spans]
 
     def save(
         self, number: int, image: Image, prompt: str, seed: int, output_format: str, *, finite: bool, constant: bool

@@ -15,7 +15,7 @@ Stage = Literal["requires", "apply", "first_call"]
 class RecordModel(BaseModel):
     """What all parts of the record share."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid")
 
 
 class Fallback(RecordModel):
@@ -83,6 +83,19 @@ class Timings(RecordModel):
     """All steps but the first one after a build."""
 
 
+class SpanRecord(RecordModel):
+    """One part of a run, in seconds since its process began; parts may overlap.
+
+    ``interpreter`` (Python's own start), ``compose`` (the config), ``import``, ``plan``, ``load`` (weights), ``apply``
+    (options), ``encode`` (prompts), ``first call`` (the first step of a pipeline), ``steps``, ``decode``, ``save``,
+    ``close``. In a sweep they are in the record of the job that had to wait for them.
+    """
+
+    name: str
+    start_s: float
+    end_s: float
+
+
 class MemoryRecord(RecordModel):
     """Memory in bytes: allocated on a GPU, resident set size on a CPU."""
 
@@ -140,6 +153,8 @@ class RunRecord(RecordModel):
     options: dict[str, OptionRecord] = {}
     notes: list[str] = []
     timings: Timings = Field(default_factory=Timings)
+    spans: list[SpanRecord] = []
+    """When each part began and ended, up to the last writing of this file."""
     memory: MemoryRecord = Field(default_factory=MemoryRecord)
     environment: dict[str, Any] = {}
     images: list[ImageRecord] = []

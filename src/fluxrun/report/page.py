@@ -17,6 +17,7 @@ from fluxrun.config.catalog import is_neutral_option
 from fluxrun.formatting import decibels, seconds
 from fluxrun.paths import PACKAGE
 from fluxrun.report.fidelity import UNREADABLE
+from fluxrun.report.lanes import lanes
 from fluxrun.report.plots import first_against_later, speed_against_fidelity
 from fluxrun.report.rows import Picture, Result, Row, Setting, label
 from fluxrun.report.table import GIB, effective, explained
@@ -76,6 +77,7 @@ def write_report(result: Result, root: Path, path: Path) -> None:
         failures=_grouped(("", explained(row.reason), "", row) for row in result.jobs if row.reason),
         counts=_counts(result.jobs),
         machines=sorted({row.machine for row in result.jobs if row.machine}),
+        lanes=[(row, lanes(row.spans)) for row in result.jobs if row.spans],
         environment=_environment_table(result.environments),
         paying=[(n, s.pays_after) for n, s in enumerate(result.settings, 1) if s.pays_after and s.pays_after > 1],
         show_accuracy=any(s.accuracy is not None for s in result.settings),

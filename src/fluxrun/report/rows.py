@@ -18,7 +18,7 @@ from fluxrun.config.composition import shown
 from fluxrun.errors import ConfigError
 from fluxrun.reading import Unreadable, parse_yaml, read_text
 from fluxrun.record.folder import read_record
-from fluxrun.record.schema import Chosen, Fallback, RunRecord, SavedImage, Status
+from fluxrun.record.schema import Chosen, Fallback, RunRecord, SavedImage, SpanRecord, Status
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ BASELINE_ELSEWHERE = "baseline run"
 class ResultModel(BaseModel):
     """What all parts of a sweep's result share; an infinite PSNR is written as the text ``Infinity``."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="strings")
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
 
 class Picture(SavedImage):
@@ -97,6 +97,8 @@ class Row(ResultModel):
     peak_memory_bytes: int | None = None
     start_memory_bytes: int | None = None
     """Memory in use when the built pipeline began to draw: the weights, all that the sweep keeps among them."""
+    spans: list[SpanRecord] = []
+    """When each part began and ended, in seconds since its process began."""
     continued: bool = False
     """Drawn with the pipeline of the job before: nothing was built or compiled."""
     images: list[Picture] = []
@@ -211,6 +213,7 @@ def read_row(folder: Path, root: Path) -> Row:
         total_s=timings.total_s or None,
         peak_memory_bytes=record.memory.peak_allocated_bytes or None,
         start_memory_bytes=record.memory.start_bytes,
+        spans=record.spans,
         continued=bool(timings.step_s) and timings.load_s == 0 and timings.apply_s == 0,
         notes=record.notes,
         images=[

@@ -11,16 +11,20 @@ import logging
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 from fluxrun.errors import Interrupted, exit_code_of
-from fluxrun.process.ending import leave
+from fluxrun.process import spans
+from fluxrun.process.ending import leave, leave_in_order
 from fluxrun.process.signals import EXIT_CODES, Interrupts
 from fluxrun.process.watch import watched
+from fluxrun.startup.owner import own_process
 
 
 def main(folder: Path) -> int:
     """Run the job; returns the exit code, 130 as soon as it is interrupted."""
+    spans.add("interpreter", spans.process_start(), time.perf_counter())
     with watched(), Interrupts() as interrupts:
         try:
             with interrupts.immediate():
@@ -32,16 +36,21 @@ def main(folder: Path) -> int:
 
 def _run(folder: Path) -> int:
     from fluxrun.config.schema import RunConfig
+    from fluxrun.planning.libraries import libraries_of
+    from fluxrun.planning.prepare import prepare
     from fluxrun.process.console import log_to
     from fluxrun.record.folder import write_failure
     from fluxrun.runner import run
+    from fluxrun.startup.lean import start_lean
 
     job = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     log_to(folder)
     try:
         config = RunConfig.from_dict(job["data"], tuple(Path(d) for d in job["dirs"]))
-        run(config, folder, command=job["command"])
+        prepared = prepare(config)
+        start_lean(libraries_of(prepared))
+        run(config, folder, command=job["command"], machine=prepared.plan.machine)
     except (Exception, KeyboardInterrupt) as error:
         if write_failure(folder, job["data"], error):
             logging.getLogger("fluxrun").error("%s", error, exc_info=error)
@@ -55,7 +64,8 @@ def _end_with_parent() -> None:
 
 
 if __name__ == "__main__":
+    own_process()
     code = main(Path(sys.argv[1]))
     if code in EXIT_CODES.values():
         leave(code)
-    sys.exit(code)
+    leave_in_order(code)

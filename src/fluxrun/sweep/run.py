@@ -7,7 +7,6 @@ that, everything is here, because Hydra's own end-of-multirun callback is not ca
 from __future__ import annotations
 
 import logging
-import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -354,11 +353,10 @@ def plan_sweep(
     # Given in full on the command line, so that the order is ours and not the sweep file's.
     ours = ordered(rest, {str(key): value for key, value in (params or {}).items()})
     axes = axes_of_grid(hydra, ours, dirs)
-    # On the screen before anything is composed; logging is Hydra's to set up, later.
-    count = math.prod(axis.count for axis in axes)
-    console.print(f"{count:,} jobs, into {folder}", markup=False, highlight=False, soft_wrap=True)
     grid = compose_grid(hydra, axes, dirs)
     _check_baseline(config, grid)
+    # The first line; logging is Hydra's to set up, later.
+    console.print(f"{len(grid):,} jobs, into {folder}", markup=False, highlight=False, soft_wrap=True)
     order = [axis.key for axis in axes if axis.override.is_sweep_override()]
     return Sweep(config, folder, dirs, [*ours, "hydra.sweeper.params=null", *pinned], [*command], grid, order, workers)
 

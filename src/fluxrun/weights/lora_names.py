@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from fluxrun.formatting import shorten
@@ -63,7 +63,8 @@ SHIFT_FIRST = "final_layer.adaLN_modulation.1"
 """Black Forest Labs' last modulation puts the shift before the scale, diffusers' the scale before the shift."""
 
 
-class Parts(NamedTuple):
+@dataclass(frozen=True)
+class Parts:
     """The names of a layer's tensors in a file."""
 
     down: str | None = None
@@ -116,7 +117,7 @@ def sort_tensors(tensors: Mapping[str, Tensor]) -> Sorted:
         elif match := PARTS.fullmatch(name):
             kind = "alpha" if match["scaled"] else "down" if match["down"] else "up"
             layer = match["scaled"] or match["layer"]
-            found.layers[layer] = found.layers.get(layer, Parts())._replace(**{kind: name})
+            found.layers[layer] = replace(found.layers.get(layer, Parts()), **{kind: name})
         else:
             unknown.append(name)
     if unknown:

@@ -1,0 +1,115 @@
+"""A lean start in real processes: less is imported, and what is imported is what it is without."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import SMALL
+
+pytestmark = pytest.mark.slow
+
+LEAN = "import fluxrun.startup.owner as o, fluxrun.startup.lean as l\no.own_process(); l.start_lean({needed})\n"
+
+CLASSES = """
+import inspect, json
+from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
+from diffusers.models.attention import BasicTransformerBlock
+from transformers import Qwen2TokenizerFast, Qwen3ForCausalLM
+found = (AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel,
+         BasicTransformerBlock, Qwen2TokenizerFast, Qwen3ForCausalLM)
+print(json.dumps([[f"{c.__module__}.{c.__qualname__}", inspect.getsourcefile(c), [b.__qualname__ for b in c.__mro__],
+                   sorted(vars(c))] for c in found]))
+"""
+
+LATER = """
+import diffusers.models.transformers as package
+import torch
+assert isinstance(torch.compile(torch.nn.Linear(2, 2), backend="eager")(torch.ones(1, 2)), torch.Tensor)
+import scipy.stats, torch.nn.attention.flex_attention as flex
+assert scipy.stats.norm.cdf(0) == 0.5 and callable(flex.flex_attention)
+from scipy.integrate import quad
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+assert package.FluxTransformer2DModel is FluxTransformer2DModel
+from diffusers.hooks import FirstBlockCacheConfig, apply_group_offloading
+from diffusers import UNet2DConditionModel
+print("fine")
+"""
+
+
+def python(code: str) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def fluxrun(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-X", "importtime", "-m", "fluxrun", *SMALL, *overrides, f"hydra.run.dir={folder}"]
+    return subprocess.run(command, env=os.environ, capture_output=True, text=True, check=False)
+
+
+def imported(stderr: str) -> set[str]:
+    return {line.rpartition("|")[2].strip() for line in stderr.splitlines() if line.startswith("import time:")}
+
+
+def record(folder: Path) -> dict:
+    return json.loads((folder / "run.json").read_text(encoding="utf-8"))
+
+
+def test_every_class_is_the_very_same_one():
+    plain = json.loads(python(CLASSES))
+    assert json.loads(python(LEAN.format(needed="frozenset()") + CLASSES)) == plain
+    assert json.loads(python(LEAN.format(needed="None") + CLASSES)) == plain
+
+
+def test_what_was_not_imported_can_be_later():
+    assert python(LEAN.format(needed="frozenset({'torch._dynamo'})") + LATER) == "fine\n"
+
+
+def test_nothing_happens_in_a_process_that_is_not_our_own():
+    start = "import sys, fluxrun.startup.lean as lean\nbefore = sys.meta_path[:]\nlean.start_lean(frozenset())\n"
+    assert python(start + "print(sys.meta_path == before, 'torch._dynamo' in sys.modules)") == "True False\n"
+
+
+def test_a_run_imports_what_its_plan_needs(tmp_path):
+    lean, compiled = fluxrun(tmp_path / "a"), fluxrun(tmp_path / "b", "compile=default", "vae=tiled")
+    assert (lean.returncode, compiled.returncode) == (0, 0), lean.stderr + compiled.stderr
+    modules = imported(lean.stderr)
+    # Not sympy: torch itself imports it to fill random weights on the meta device, which only model=tiny does.
+    unneeded = ("torchao", "peft", "scipy.stats._stats_py", "torch._dynamo", "torch.distributed.tensor")
+    assert not modules & set(unneeded)
+    assert "diffusers.models.transformers.transformer_flux" not in modules
+    assert record(tmp_path / "b")["options"]["compile"]["facts"]["graphs_compiled"] > 0
+    assert record(tmp_path / "b")["options"]["compile"]["fallbacks"] == []
+
+
+def test_the_union_of_a_runs_parts_is_its_time(tmp_path):
+    done = fluxrun(tmp_path / "run", "num_images=2")
+    assert done.returncode == 0, done.stderr
+    spans = record(tmp_path / "run")["spans"]
+    names = [
+        "interpreter",
+        "import",
+        "compose",
+        "plan",
+        "load",
+        "apply",
+        "encode",
+        "first call",
+        "steps",
+        "decode",
+        "save",
+    ]
+    assert {span["name"] for span in spans} >= set(names)
+    assert spans[0] == {"name": "interpreter", "start_s": 0.0, "end_s": spans[0]["end_s"]}
+    end, covered = 0.0, 0.0
+    for span in spans:
+        assert span["start_s"] <= span["end_s"]
+        covered += max(0.0, span["end_s"] - max(end, span["start_s"]))
+        end = max(end, span["end_s"])
+    assert covered >= 0.98 * end
