@@ -120,14 +120,21 @@ class Session:
         return self._pipeline is not None and (not self.plan.memory.staged or self.prompts.knows(texts))
 
     def carry_on(
-        self, plan: Plan, *, reporter: Reporter, interrupts: Interrupts, on_change: Callable[[], None]
+        self,
+        plan: Plan,
+        references: Sequence[Image],
+        *,
+        reporter: Reporter,
+        interrupts: Interrupts,
+        on_change: Callable[[], None],
     ) -> None:
-        """Draw another run's pictures with the pipeline as it stands: options, model and size must be the same.
+        """Draw another run's pictures with the pipeline as it stands: options, model and sizes must be the same.
 
         The choices stay this session's, with every fallback found so far; counts and times start anew.
         """
         assert self.context is not None
         self.plan.config, self.plan.notes = plan.config, plan.notes
+        self.references = list(references)
         self.reporter, self.interrupts, self._on_change = reporter, interrupts, on_change
         self.import_s = self.apply_s = self.loader.seconds = 0.0
         self.prompts.counts.clear()

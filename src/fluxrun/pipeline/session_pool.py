@@ -98,7 +98,7 @@ class SessionPool:
         option = prepared.plan.choices["lora"].option
         if not session.ready_for(prepared.texts) or not session.can_swap_to(option):
             return False
-        session.carry_on(prepared.plan, **caller)
+        session.carry_on(prepared.plan, prepared.references, **caller)
         if not session.swap(option, prepared.adapters):
             return False
         log.info("options, model and size as before: the pipeline is used as it stands")

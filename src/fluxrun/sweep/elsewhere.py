@@ -102,5 +102,7 @@ def _end_with_parent(parent: int | None = None) -> None:
 
 
 def _end() -> None:
-    Interrupts.end(signal.SIGTERM)
-    os._exit(EXIT_CODES[signal.SIGTERM])  # between two jobs, or before the first one
+    if Interrupts.innermost():
+        Interrupts.end(signal.SIGTERM)  # returns where another thread is ending the process: it closes the record first
+    else:  # between two jobs, or before the first one
+        os._exit(EXIT_CODES[signal.SIGTERM])
