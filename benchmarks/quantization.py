@@ -1,120 +1,170 @@
-"""What each quantization costs the bundled model's pictures: distance to the neutral ones, prompts kept, bytes -> JSON.
+"""Measures what each quantization takes and gives at real size, on the GPU that is here: memory, load and step time.
 
-python benchmarks/quantization.py                          # every setting below: about half an hour on two cores
-python benchmarks/quantization.py --only int8 "uint4 32"   # some of them; the others' results stay
-python docs/reference.py                                   # then: the table in docs/quantization.md
+    python benchmarks/quantization.py OUT.json                        # klein-4B, dev, klein-9B: about 15 minutes
+    python benchmarks/quantization.py OUT.json --budget 480           # begins no row after that many seconds
+    python benchmarks/quantization.py OUT.json --known EARLIER.json   # keeps what is measured, goes on with the rest
+    python benchmarks/quantization.py OUT.json --only "4b nf4" dev    # rows with one of these in their names
+    python benchmarks/quantization.py OUT.json --model tiny           # a dry run on any machine
 
-Each setting is drawn by ``fluxrun eval`` in a process of its own; nothing here quantizes anything itself.
+Random weights, random prompt embeddings, no text encoder: the transformer and the VAE at 1024x1024. A model's rows are
+measured one after the other in one process, which quantizes a layer at a time; a row that fails, hangs or leaves memory
+behind ends it, and the next row has a new one. OUT.json is written after each row, with those not reached by name.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
+import os
 import statistics
-import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-import bench
-from bench.single_files import write_bfl_fp8, write_gguf
-from fluxrun.report.fidelity import distance
+import bench  # noqa: F401 - this checkout's fluxrun
+from bench.quantized import Process
+from bench.results import Row
+from bench.section import gpu_state
+from bench.settings import MODELS, TINY_MODELS
+from fluxrun.atomic import write_atomically
+from fluxrun.hardware.detection import detect
+from fluxrun.record.environment import git_commit
 
-RESULTS = bench.ROOT / "benchmarks" / "results" / "quantization_shapes.json"
-SHAPES = bench.ROOT / "models" / "shapes"
-PROMPTS = ("--per-set", "8", "--seeds", "0")
-
-BOTH = "quantization.components=[transformer,text_encoder]"
 SDNQ = "quantization=sdnq quantization.weights_dtype="
+MATMUL = "quantization.quantized_matmul="
 SETTINGS = {
-    "none": "quantization=none",
-    "sdnq int8": f"{SDNQ}int8",
-    "sdnq int8, quantized matmul": f"{SDNQ}int8 quantization.quantized_matmul=on",
-    "sdnq int8, text encoder too": f"{SDNQ}int8 {BOTH}",
-    "sdnq int6": f"{SDNQ}int6",
-    "sdnq uint4": f"{SDNQ}uint4",
-    "sdnq uint4, group 32": f"{SDNQ}uint4 quantization.group_size=32",
-    "sdnq uint4, SVD rank 32": f"{SDNQ}uint4 quantization.svd_rank=32",
-    "sdnq uint4, Hadamard": f"{SDNQ}uint4 quantization.hadamard=true",
-    "sdnq dynamic": f"{SDNQ}dynamic",
-    "sdnq float8_e4m3fn": f"{SDNQ}float8_e4m3fn",
-    "sdnq fp4": f"{SDNQ}fp4",
+    "bf16": "quantization=none",
+    "fp8": "quantization=fp8",
+    "sdnq int8": f"{SDNQ}int8 {MATMUL}off",
+    "sdnq uint4": f"{SDNQ}uint4 {MATMUL}off",
+    "sdnq int8, quantized matmul": f"{SDNQ}int8 {MATMUL}on",
+    "sdnq uint4, quantized matmul": f"{SDNQ}uint4 {MATMUL}on",
     "int8": "quantization=int8",
-    "int8_weight_only": "quantization=int8_weight_only",
-    "int8_weight_only, text encoder too": f"quantization=int8_weight_only {BOTH}",
-    "fp8_weight_only": "quantization=fp8_weight_only",
-    "gguf Q8_0": "quantization=gguf quantization.file={Q8_0}",
-    "gguf Q5_1": "quantization=gguf quantization.file={Q5_1}",
-    "gguf Q4_0": "quantization=gguf quantization.file={Q4_0}",
-    "bfl_fp8": "quantization=bfl_fp8 quantization.file={bfl}",
+    "nf4": "quantization=nf4",
 }
+MODES = {"eager": "compile=none", "compiled": "compile=regional"}
+ROW_S = 200.0
+"""The longest a row may take: dev is drawn, converted and compiled."""
 
 
-def main() -> None:
-    """Draw each setting, compare it with the neutral one, write after each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(SETTINGS), help="settings to measure again")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    given = parser.parse_args()
-    known = json.loads(given.output.read_text())["settings"] if given.only and given.output.exists() else {}
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        neutral = drawn("none", work)
-        for name in given.only or SETTINGS:
-            run = neutral if name == "none" else drawn(name, work)
-            known[name] = compared(name, run, neutral)
-            print(name, json.dumps({k: v for k, v in known[name].items() if k != "components"}), flush=True)
-            report = {"prompts": " ".join(PROMPTS), "settings": {n: known[n] for n in SETTINGS if n in known}}
-            given.output.write_text(json.dumps({**report, "environment": neutral[1]["environment"]}, indent=1) + "\n")
+class Name(NamedTuple):
+    """What a row is about."""
+
+    model: str
+    setting: str
+    mode: str
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.setting} {self.mode}"
 
 
-def drawn(name: str, work: Path) -> tuple[Path, dict[str, Any]]:
-    """The run folder of a setting and its record."""
-    folder, overrides = work / name.replace(" ", "_"), SETTINGS[name]
-    if "{" in overrides:
-        overrides = overrides.format(**single_files(work))
-    # resident and full: what "auto" would take may differ from machine to machine, and so would pixels.
-    arguments = [*PROMPTS, "model=shapes", "memory=resident", "vae=full", *overrides.split()]
-    subprocess.run([sys.executable, "-m", "fluxrun", "eval", *arguments, f"hydra.run.dir={folder}"], check=True)
-    return folder, json.loads((folder / "run.json").read_text())
+def main(line: Sequence[str]) -> int:
+    """Measure row by row; 1 if nothing could be measured."""
+    given, started = arguments(line), time.monotonic()
+    rows: dict[str, Row] = known(given.known)
+    content: Row = {
+        "command": ["python", "benchmarks/quantization.py", *line], "tiny": given.model == "tiny",
+        "versions": {"python": detect().python, "git_commit": git_commit(), **detect().packages},
+        "before": gpu_state(), "after": None, "rows": rows,
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="fluxrun-quantization-") as folder:
+        for model in MODELS:
+            overrides = (TINY_MODELS if given.model == "tiny" else MODELS)[model]
+            with Process(Path(folder) / model, overrides) as process:
+                for name in asked(given, model, rows):
+                    left = given.budget - (time.monotonic() - started)
+                    rows[str(name)] = measured(process, name, left)
+                    content["after"] = gpu_state()
+                    save(given.out, content)
+    save(given.out, content)
+    return int(not any(row["status"] == "measured" for row in rows.values()))
 
 
-def single_files(work: Path) -> dict[str, Path]:
-    """The bundled transformer in the files that others' programs would have it in."""
-    files = {kind: work / f"{kind}.gguf" for kind in ("Q8_0", "Q5_1", "Q4_0")}
-    for kind, file in files.items():
-        if not file.exists():
-            write_gguf(SHAPES, file, kind)
-    bfl = work / "bfl.safetensors"
-    return {**files, "bfl": bfl if bfl.exists() else write_bfl_fp8(SHAPES, bfl)}
+def asked(given: argparse.Namespace, model: str, rows: dict[str, Row]) -> Iterator[Name]:
+    """A model's rows that are asked for and not measured yet, in the order of what they are wanted for."""
+    for name in names(model, rows):
+        if str(name) not in rows and any(text in str(name) for text in given.only):
+            yield name
 
 
-def compared(name: str, run: tuple[Path, dict[str, Any]], neutral: tuple[Path, dict[str, Any]]) -> dict[str, Any]:
-    """A row of the table. Raises RuntimeError where something else was drawn than what was asked for."""
-    folder, record = run
-    choice = record["options"]["quantization"]
-    if choice["fallbacks"]:
-        raise RuntimeError(f"{name}: {choice['fallbacks'][0]['reason']}")
-    pairs = zip(record["images"], neutral[1]["images"], strict=True)
-    found = [distance(folder / a["path"], neutral[0] / b["path"]) for a, b in pairs]
-    known = [d for d in found if d is not None and not math.isinf(d.psnr_db)]
-    facts = choice["facts"]
-    judged = json.loads((folder / "accuracy.json").read_text())
-    return {
-        "overrides": SETTINGS[name],
-        "images": len(found),
-        "psnr_db_min": min((d.psnr_db for d in known), default=None),
-        "psnr_db_mean": statistics.fmean(d.psnr_db for d in known) if known else None,
-        "ssim_mean": statistics.fmean(d.ssim for d in known) if known else 1.0,
-        "accuracy": 1 - len(judged["failures"]) / judged["images"],
-        "model_bytes": record["options"]["model"]["facts"]["bytes"],
-        "components": {name: part for name, part in facts.items() if isinstance(part, dict)},
-        "step_s": record["timings"]["steady_step_s"]["median"],
+def names(model: str, rows: dict[str, Row]) -> list[Name]:
+    """klein-4B in every way; dev compiled; klein-9B with the two that were the best of klein-4B."""
+    if model == "klein_4b":
+        return [Name(model, setting, mode) for setting in SETTINGS for mode in MODES]
+    if model == "dev":
+        chosen = ["bf16", "fp8", *(faster(rows, f"sdnq {format}") for format in ("int8", "uint4"))]
+    else:
+        chosen = best(rows)
+    return [Name(model, setting, "compiled") for setting in chosen]
+
+
+def faster(rows: dict[str, Row], setting: str) -> str:
+    """SDNQ's own way to multiply or the quantized one, whichever klein-4B was faster with; as it is by default else."""
+    quantized = f"{setting}, quantized matmul"
+    times = [step_ms(rows, Name("klein_4b", name, "compiled")) for name in (setting, quantized)]
+    return setting if times[0] < times[1] else quantized
+
+
+def best(rows: dict[str, Row]) -> list[str]:
+    """The quantized setting with the fastest compiled step of klein-4B, and the one that takes the least memory."""
+    done = {
+        name: row
+        for name in list(SETTINGS)[1:]
+        if (row := rows.get(f"klein_4b {name} compiled", {})).get("status") == "measured"
     }
+    by_time = sorted(done, key=lambda name: step_ms(rows, Name("klein_4b", name, "compiled")))
+    by_memory = sorted(done, key=lambda name: (done[name]["draw_peak_gb"], by_time.index(name)))
+    return list(dict.fromkeys([*by_time[:1], *by_memory[:1], *by_time[1:2]]))[:2] or ["fp8", "sdnq uint4"]
+
+
+def step_ms(rows: dict[str, Row], name: Name) -> float:
+    """The median step of a measured row; infinite for others."""
+    row = rows.get(str(name), {})
+    return float(statistics.median(row["step_ms"])) if row.get("status") == "measured" else float("inf")
+
+
+def measured(process: Process, name: Name, left: float) -> Row:
+    """One row, said on the screen."""
+    overrides = f"{SETTINGS[name.setting]} {MODES[name.mode]} strict=true"
+    if left <= 0:
+        row: Row = {"status": "not measured", "error": "out of time"}
+    else:
+        row = process.measure(str(name), overrides, min(ROW_S, left + 60))
+    figures = {key: row[key] for key in ("quantize_s", "load_peak_gb", "draw_peak_gb", "first_call_s") if key in row}
+    if row["status"] == "measured":
+        figures["step_ms"] = round(statistics.median(row["step_ms"]), 2)
+    print(f"{name!s:50} {row['status']} {row.get('error') or figures}", flush=True)
+    return {"model": name.model, "setting": name.setting, "mode": name.mode, "overrides": overrides, **row}
+
+
+def known(file: Path | None) -> dict[str, Row]:
+    """The measured rows of an earlier run."""
+    if file is None:
+        return {}
+    rows: dict[str, Row] = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    return {name: row for name, row in rows.items() if row["status"] == "measured"}
+
+
+def save(out: Path, content: Row) -> None:
+    """Everything as it stands."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, json.dumps(content, indent=1, default=str) + "\n")
+
+
+def arguments(line: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="the JSON file to write")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no row is begun")
+    parser.add_argument("--known", type=Path, help="an earlier file, whose measured rows are kept")
+    parser.add_argument("--only", nargs="+", default=[""], help="rows whose name (MODEL SETTING MODE) has this in it")
+    parser.add_argument("--model", choices=("real", "tiny"), default="real", help="tiny: a dry run on any machine")
+    return parser.parse_args(line)
 
 
 if __name__ == "__main__":
-    main()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main(sys.argv[1:]))

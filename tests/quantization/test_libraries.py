@@ -6,8 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+
+from fluxrun.process.switches import ProcessState
+from fluxrun.quantization import libraries
 
 SCRIPT = """
 import json, os, sys
@@ -37,3 +41,21 @@ def test_sdnq_on_a_cpu(given):
     assert again == facts  # a process keeps what its first run has decided
     assert same_limits
     assert left == given
+
+
+@pytest.mark.parametrize(("torch_version", "raised"), [([2, 11], True), ([2, 12], False), ([2, 13], False)])
+def test_before_torch_2_12_its_compiled_functions_need_the_processs_limits_until_the_run_ends(
+    torch_version, raised, monkeypatch
+):
+    from torch._dynamo import config
+
+    common = SimpleNamespace(use_torch_compile=True, torch_version=torch_version)
+    monkeypatch.setitem(sys.modules, "sdnq.common", common)
+    before = config.recompile_limit
+    with ProcessState():
+        libraries.allow_recompiling()
+        assert config.recompile_limit == (libraries.MANY if raised else before)
+    assert config.recompile_limit == before
+    common.use_torch_compile = False
+    libraries.allow_recompiling()
+    assert config.recompile_limit == before

@@ -13,7 +13,7 @@ from fluxrun.hardware.machine import Machine
 from fluxrun.options.base import COMPILER, NOTHING_MORE, Context, Facts, Option, Resolution, Workload
 from fluxrun.paths import expanded
 from fluxrun.quantization.declared import declared_by
-from fluxrun.quantization.libraries import import_library
+from fluxrun.quantization.libraries import allow_recompiling, import_library
 from fluxrun.trust import Closed, Open
 from fluxrun.types import Pipeline
 
@@ -89,7 +89,10 @@ class QuantizationOption(Option):
     def apply(self, pipeline: Pipeline, context: Context) -> Facts:
         """The weights were converted while loading; hand on what was counted then."""
         components = context.weight_facts.get("components", {})
-        return {name: facts["quantization"] for name, facts in components.items() if "quantization" in facts}
+        found = {name: facts["quantization"] for name, facts in components.items() if "quantization" in facts}
+        if any("dequantizers" in facts for facts in found.values()):
+            allow_recompiling()
+        return found
 
     def chosen(self, component: nn.Module) -> dict[str, nn.Linear]:
         """The linear layers to convert, by name: those in a component's blocks, but for ``skip``."""
@@ -127,6 +130,10 @@ class Checkpoint(QuantizationOption):
 
     quantized_matmul: Open[QuantizedMatmul] = "auto"
     """SDNQ: multiply in the quantized format, too; ``auto``: on a GPU. Overrules what the checkpoint was saved with."""
+
+    @property
+    def libraries(self) -> frozenset[str] | None:
+        return NOTHING_MORE  # beside those that the checkpoint declares, which the plan knows
 
     def inapplicable(self, workload: Workload) -> str | None:
         return None if workload.declared else "no component of this checkpoint declares a quantization of its own"
@@ -272,6 +279,10 @@ class Sdnq(OnTheFly):
         group = self.group_size if self.group_size > 0 else 0 if bits == 8 else 64
         return bits + (32 * (2 if self.weights_dtype == "uint4" else 1) / group if group else 0)
 
+    @property
+    def libraries(self) -> frozenset[str] | None:
+        return frozenset({"sdnq", COMPILER})
+
     def requires(self, machine: Machine) -> str | None:
         return machine.lacks("sdnq", "0.2.2")
 
@@ -305,6 +316,10 @@ class Nf4(OnTheFly):
     @property
     def bits(self) -> float | None:
         return 4.5
+
+    @property
+    def libraries(self) -> frozenset[str] | None:
+        return frozenset({"bitsandbytes", COMPILER})
 
     def requires(self, machine: Machine) -> str | None:
         return machine.needs_cuda() or machine.lacks("bitsandbytes", "0.46")
@@ -392,6 +407,10 @@ class Gguf(SingleFile):
 
     suffix: ClassVar[str] = ".gguf"
 
+    @property
+    def libraries(self) -> frozenset[str] | None:
+        return frozenset({"gguf"})
+
     def requires(self, machine: Machine) -> str | None:
         return machine.lacks("gguf", "0.10") or super().requires(machine)
 
@@ -410,6 +429,10 @@ class BflFp8(SingleFile):
     """Black Forest Labs' own single file in float8: weights with a scale each or by row."""
 
     suffix: ClassVar[str] = ".safetensors"
+
+    @property
+    def libraries(self) -> frozenset[str] | None:
+        return NOTHING_MORE
 
     def diffusers_config(self, dtype: torch.dtype) -> Any:
         from diffusers import BFLQuantizationConfig

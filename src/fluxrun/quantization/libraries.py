@@ -16,6 +16,9 @@ LIMITS = (
 )  # fmt: skip
 """Of torch._dynamo.config: sdnq raises them for the whole process at its import."""
 
+MANY = 8192
+"""What it raises them to."""
+
 
 def import_library(package: str, device: str) -> dict[str, Any]:
     """Import what reads quantized weights for a run on ``device``; returns what the record is to say of it."""
@@ -35,17 +38,38 @@ def _import_sdnq(device: str) -> dict[str, Any]:
     if "sdnq" not in sys.modules:
         # Its warnings are about what the plan has decided: no Triton, no OpenVINO.
         logging.getLogger("sdnq").setLevel(logging.ERROR)
-        config: Any = importlib.import_module("torch._dynamo.config")
-        limits = {name: getattr(config, name) for name in LIMITS if hasattr(config, name)}
+        limits = _limits()
         before = os.environ.get(SDNQ_SWITCH)
         if before is None and not device.startswith("cuda"):
             os.environ[SDNQ_SWITCH] = "0"
         try:
             importlib.import_module("sdnq")
         finally:
-            for name, value in limits.items():
-                setattr(config, name, value)
+            _set_limits(limits)
             if before is None:
                 os.environ.pop(SDNQ_SWITCH, None)
+    allow_recompiling()
     sdnq, common = sys.modules["sdnq"], sys.modules["sdnq.common"]
     return {"sdnq": sdnq.__version__, "dequantizers": "compiled" if common.use_torch_compile else "eager"}
+
+
+def allow_recompiling() -> None:
+    """Give sdnq's compiled functions a graph for each shape of a layer, until the run puts its switches back.
+
+    From torch 2.12 on sdnq asks for that function by function. Before, it needs the limits of the whole process: its
+    functions are compiled as one graph each, and then the ninth shape is an error.
+    """
+    common = sys.modules["sdnq.common"]
+    if common.use_torch_compile and tuple(common.torch_version) < (2, 12):
+        _set_limits({name: max(value, MANY) for name, value in _limits().items()})
+
+
+def _limits() -> dict[str, int]:
+    config = importlib.import_module("torch._dynamo.config")
+    return {name: getattr(config, name) for name in LIMITS if hasattr(config, name)}
+
+
+def _set_limits(limits: dict[str, int]) -> None:
+    config = importlib.import_module("torch._dynamo.config")
+    for name, value in limits.items():
+        setattr(config, name, value)
