@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from checkpoints import sdnq_folder, tiny_folder
 from helpers import draw, hashes
+from loras import BLOCKS, write_lora
 
+from fluxrun.cli import quantize
 from fluxrun.pipeline.session_pool import SessionPool
 from fluxrun.process.switches import snapshot
 from fluxrun.record.schema import RunRecord
@@ -75,6 +77,61 @@ def test_in_a_sweep_beside_unquantized(quantized, plain, tmp_path):
     assert [r.options["quantization"].effective for r in (first, second, third)] == ["checkpoint", "none", "checkpoint"]
 
 
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory) -> Path:
+    """The bundled model as ``fluxrun quantize`` writes it."""
+    pytest.importorskip("sdnq")
+    root = tmp_path_factory.mktemp("shapes")
+    how = ("quantization=sdnq", "quantization.weights_dtype=uint4", f"hydra.run.dir={root / 'runs'}")
+    assert quantize.command([str(root / "made"), "--no-pictures", "model=shapes", "device=cpu", *how]) == 0
+    return root / "made"
+
+
+def test_a_folder_of_the_bundled_model_in_every_place_and_beside_the_model_itself(shapes, on_a_cpu, tmp_path):
+    made = ("model=local", f"model.path={shapes}", "model.text_encoder_out_layers=[2,4,6]", "model.dtype=float32")
+    with SessionPool() as pool:
+        before = draw(tmp_path / "before", "model=shapes", "vae=full", pool=pool)
+        records = {
+            memory: draw(tmp_path / memory, *made, f"memory={memory}", "vae=full", pool=pool)
+            for memory in ("resident", "staged", "balanced", "group")
+        }
+        after = draw(tmp_path / "after", "model=shapes", "vae=full", pool=pool)
+    assert hashes(before) == hashes(after) != hashes(records["resident"])
+    for memory, record in records.items():
+        assert hashes(record) == hashes(records["resident"]), memory
+        entry = record.options["quantization"]
+        assert (record.options["memory"].effective, entry.requested, entry.effective) == (memory, "none", "checkpoint")
+        facts = entry.facts["transformer"]
+        assert (facts["format"], facts["converted"], facts["of"]) == ("sdnq uint4", 32, 41)
+    assert after.options["quantization"].effective == "none"
+    assert after.options["quantization"].facts == {}
+
+
+@pytest.mark.parametrize("memory", ["resident", "staged", "group"])
+def test_lora_files_beside_a_quantized_folder(quantized, memory, on_a_cpu, tmp_path):
+    file = write_lora(tmp_path / "lora.safetensors")
+    records = with_and_without(file, tmp_path, quantized, f"memory={memory}", "memory.use_stream=false", "vae=full")
+    assert [record.options["quantization"].effective for record in records] == ["checkpoint"] * 3
+
+
+def with_and_without(lora: Path, folder: Path, checkpoint: Path, *overrides: str) -> list[RunRecord]:
+    """Drawn with a LoRA file, with it at scale 0, and without it; holds what that has to be."""
+    chosen = ("lora=adapters", f"lora.files=[{{path: {lora}}}]")
+    with SessionPool() as pool:
+        records = [
+            drawn(folder / str(n), checkpoint, *overrides, *how, pool=pool)
+            for n, how in enumerate((chosen, (*chosen, "lora.scale=0"), ()))
+        ]
+    with_it, at_zero, without = records
+    assert hashes(with_it) != hashes(without) == hashes(at_zero)
+    assert with_it.options["lora"].fallbacks == []
+    assert with_it.options["lora"].facts["layers_matched"] == len(BLOCKS)
+    # The weights beside the adapters are as quantized as without them.
+    counts = [record.options["quantization"].facts["transformer"]["converted"] for record in records]
+    assert counts[0] == counts[1] == counts[2] > 0
+    return records
+
+
 def test_quantized_matmul_is_the_runs_own_choice(quantized, tmp_path):
     record = drawn(tmp_path, quantized, "quantization=checkpoint", "quantization.quantized_matmul=on")
     facts = record.options["quantization"].facts
@@ -106,6 +163,14 @@ def test_it_counts_what_it_converts(name, plain, tmp_path):
         assert facts["bytes"] < facts["bytes_before"]
         assert facts["format"] == format
     assert record.options["model"].facts["parameters"] == plain.options["model"].facts["parameters"]
+
+
+@pytest.mark.parametrize("name", ON_THE_FLY)
+def test_lora_files_beside_converted_weights(name, tmp_path):
+    pytest.importorskip(ON_THE_FLY[name][0])
+    file = write_lora(tmp_path / "lora.safetensors")
+    records = with_and_without(file, tmp_path, tiny_folder(), f"quantization={name}")
+    assert [record.options["quantization"].fallbacks for record in records] == [[]] * 3
 
 
 @pytest.mark.parametrize("name", ["sdnq", "int8_weight_only"])
