@@ -1,8 +1,8 @@
 """Every option beside every option of another group: docs/matrix.md, planned for a GPU and really drawn on a CPU.
 
-``python docs/matrix.py`` draws the pairs that docs/matrix.json does not have yet (all of them: about an hour on two
-cores; ``--again`` forgets what is there) and writes docs/matrix.md. A test plans all pairs again, holds them against
-both files, and draws a few of them.
+``python docs/matrix.py`` draws what docs/matrix.json does not have yet (all of it: about half an hour on two cores;
+``--again`` forgets what is there, ``--seconds`` stops in between) and writes docs/matrix.md. Pairs that come down to
+the same plan are drawn once. A test plans all pairs again, holds them against both files, and draws a few of them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import itertools
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +32,8 @@ from fluxrun.hardware.machine import Gpu, Machine, Proof  # noqa: E402
 from fluxrun.options.base import Option  # noqa: E402
 from fluxrun.options.lora import LoraFile  # noqa: E402
 from fluxrun.options.memory import Offload  # noqa: E402
-from fluxrun.planning.prepare import make_plan  # noqa: E402
+from fluxrun.planning import prepare as preparing  # noqa: E402
+from fluxrun.planning.plan import Plan  # noqa: E402
 
 JSON_FILE, PAGE = ROOT / "docs" / "matrix.json", ROOT / "docs" / "matrix.md"
 
@@ -51,7 +53,17 @@ H100 = Machine(
     driver="580.159", torch_cuda="13.0", cxx_compiler="/usr/bin/g++", packages=PACKAGES, ram_bytes=256 * GIB,
     proven={name: Proof(None, "2026-11-24T00:00:00+00:00") for name in PROVEN}, device="cuda",
 )  # fmt: skip
-CPU = Machine(cxx_compiler="/usr/bin/g++", packages={**PACKAGES, "torch": "2.13.0+cpu"}, ram_bytes=64 * GIB)
+IN_USE = ("torchao", "cache-dit", "sdnq", "gguf", "peft")
+CPU = Machine(
+    cxx_compiler="/usr/bin/g++", ram_bytes=64 * GIB,
+    packages={"torch": "2.13.0+cpu", "diffusers": "0.42.1", **dict.fromkeys(IN_USE, "99")},
+)  # fmt: skip
+"""What is drawn on: every CPU with these libraries, so that the plans are the same on each."""
+
+MACHINES = {"H100": H100, "CPU": CPU}
+
+NOT_DRAWN = {"name", "fallback", "file", "files"}
+"""Knobs that say nothing of what is drawn."""
 
 FILES = {"gguf": "transformer.gguf", "bfl_fp8": "transformer.safetensors"}
 """What stands for the file that an option reads, while it is only planned."""
@@ -98,13 +110,48 @@ def _base() -> RunConfig:
     return compose(["model=tiny", *SMALL, "memory=resident", "vae=full"])
 
 
-def planned(pair: Pair, machine: Machine) -> Outcome:
-    """What a plan says of the pair."""
+@functools.cache
+def plan_of(pair: Pair, machine: str) -> Plan | str:
+    """The plan of a pair, or why it is refused."""
     asked = {pair.group: _option(pair.group, pair.name), pair.other: _option(pair.other, pair.other_name)}
     declared = {"transformer": "sdnq int8"} if "quantization=checkpoint" in str(pair) else {}
-    plan = make_plan(_base().model_copy(update=asked), machine, declared=declared)
+    try:
+        with offloading_to_itself():
+            return preparing.make_plan(_base().model_copy(update=asked), MACHINES[machine], declared=declared)
+    except FluxrunError as error:
+        return str(error)
+
+
+def planned(pair: Pair, machine: str) -> Outcome:
+    """What a plan says of the pair."""
+    plan = plan_of(pair, machine)
+    if isinstance(plan, str):
+        return Outcome("refused", "refused", (plan,))
     reasons = [f.reason for group in (pair.group, pair.other) for f in plan.choices[group].fallbacks]
     return Outcome(plan.choices[pair.group].effective, plan.choices[pair.other].effective, tuple(reasons))
+
+
+def identity(plan: Plan) -> str:
+    """What is drawn: the options in use that are not the neutral ones, with knobs that a conflict has changed."""
+    parts = []
+    for group, choice in plan.choices.items():
+        if group == "model" or choice.effective == _base().options()[group].name:
+            continue
+        usual = _option(group, choice.effective).model_dump()
+        changed = {key: value for key, value in choice.option.model_dump().items() if value != usual[key]}
+        knobs = ", ".join(f"{key}={value}" for key, value in changed.items() if key not in NOT_DRAWN)
+        parts.append(f"{group}={choice.effective}" + (f"({knobs})" if knobs else ""))
+    return " ".join(parts) or "nothing"
+
+
+def plans() -> dict[str, Pair]:
+    """Every plan that some pair comes down to on a CPU, and the first pair that does."""
+    found: dict[str, Pair] = {}
+    for pair in all_pairs():
+        plan = plan_of(pair, "CPU")
+        if isinstance(plan, Plan):
+            found.setdefault(identity(plan), pair)
+    return found
 
 
 @functools.cache
@@ -125,29 +172,35 @@ def offloading_to_itself() -> Iterator[None]:
 # --- drawn ------------------------------------------------------------------------------------------------------------
 
 
-def draw_all(pairs: Sequence[Pair], known: dict[str, Any], work: Path) -> None:
-    """Draw what is not known yet, over weights that are loaded as seldom as can be; written after each."""
+def draw_all(wanted: Iterable[str], known: dict[str, Any], work: Path, seconds: float = float("inf")) -> None:
+    """Draw the plans that are not known yet, over weights that are loaded as seldom as can be; written after each."""
     from fluxrun.pipeline.session_pool import SessionPool
 
-    waiting = sorted((pair for pair in pairs if str(pair) not in known), key=_loads)
-    with offloading_to_itself(), _real_copies():
-        pool, loads = SessionPool(), ""
-        for number, pair in enumerate(waiting):
-            if _loads(pair) != loads:
-                pool.__exit__(None, None, None)
-                pool, loads = SessionPool(), _loads(pair)
-            known[str(pair)] = drawn(pair, work / str(number), work, pool)
-            print(f"{number + 1} of {len(waiting)}: {pair}: {known[str(pair)]}", flush=True)
-            _write(known)
-        pool.__exit__(None, None, None)
+    pairs, ends = plans(), time.monotonic() + seconds
+    waiting = sorted((name for name in wanted if name not in known), key=_order)
+    with _really_drawing():
+        for loads, names in itertools.groupby(waiting, key=lambda name: _order(name)[0]):
+            with SessionPool() as pool:
+                for name in names:
+                    if time.monotonic() > ends:
+                        return
+                    started = time.monotonic()
+                    known[name] = drawn(name, pairs[name], work, pool)
+                    _write(known)
+                    print(f"{time.monotonic() - started:5.1f} s  {name}  {known[name]}  ({loads})", flush=True)
 
 
-def _loads(pair: Pair) -> str:
-    return " ".join(part for part in str(pair).split() if part.startswith(("quantization=", "memory=")))
+def _order(name: str) -> tuple[str, str]:
+    """What the weights of a plan depend on, and then its compiled code."""
+    parts = sorted(name.split(" "))
+    return (
+        " ".join(part for part in parts if part.startswith(("quantization=", "memory=staged"))),
+        " ".join(part for part in parts if part.startswith(("compile=", "memory="))),
+    )
 
 
 @contextmanager
-def _real_copies() -> Iterator[None]:
+def _really_drawing() -> Iterator[None]:
     import torch
 
     from fluxrun.offload import components
@@ -156,27 +209,38 @@ def _real_copies() -> Iterator[None]:
         copy = tensor.detach().clone()
         return torch.nn.Parameter(copy, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else copy
 
-    with patch.object(components, "copied", copied):
+    with (
+        offloading_to_itself(),
+        patch.object(components, "copied", copied),
+        patch.object(preparing, "detect", lambda: CPU),
+    ):
         yield
 
 
-def drawn(pair: Pair, folder: Path, work: Path, pool: Any) -> dict[str, Any]:
-    """One small run; a refusal is an outcome, anything else that ends it is a crash and is not caught."""
+def drawn(name: str, pair: Pair, work: Path, pool: Any) -> dict[str, Any]:
+    """One small run: what gave way while it was built or drawn; anything that ends it is a crash and is not caught."""
     from fluxrun.runner import run
 
     overrides = [
         *SMALL, "model=local", f"model.path={checkpoint(pair, work)}", "model.dtype=float32",
         "model.text_encoder_out_layers=[1,2,3]", "memory=resident", "vae=full", *str(pair).split(), *_files(pair, work),
     ]  # fmt: skip
-    try:
-        record = run(compose(overrides), folder, pool=pool)
-    except FluxrunError as error:
-        return {"refused": str(error)}
-    found = {group: record.options[group] for group in (pair.group, pair.other)}
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        record = run(compose(overrides), Path(folder) / "run", pool=pool)
+    plan = plan_of(pair, "CPU")
+    assert isinstance(plan, Plan)
+    later = {group: [f for f in option.fallbacks if f.stage != "requires"] for group, option in record.options.items()}
+    for group, choice in plan.choices.items():
+        found = record.options[group]
+        if group != "model" and not any(later.values()) and found.effective != choice.effective:
+            raise RuntimeError(f"{name}: {group}={found.effective} was drawn, {choice.effective} was planned")
     return {
-        "effective": [choice.effective for choice in found.values()],
         "finite": all(image.finite for image in record.images),
-        "reasons": [f.reason for choice in found.values() for f in choice.fallbacks],
+        "fell_back": {
+            group: [record.options[group].effective, *(fallback.reason for fallback in fallbacks)]
+            for group, fallbacks in later.items()
+            if fallbacks
+        },
     }
 
 
@@ -230,8 +294,8 @@ def _lora(work: Path) -> Path:
 
 def page(known: Mapping[str, Any]) -> str:
     """docs/matrix.md."""
-    with_gpu = {pair: planned(pair, H100) for pair in all_pairs()}
-    on_cpu = {pair: _as_outcome(known[str(pair)]) for pair in all_pairs() if str(pair) in known}
+    with_gpu = {pair: planned(pair, "H100") for pair in all_pairs()}
+    on_cpu = {pair: outcome(pair, known) for pair in all_pairs()}
     parts = [
         "# Every option beside every other\n\nGenerated by `python docs/matrix.py`; do not edit. `✓`: both run. Else: "
         "what gives way, and to what; the numbers are the reasons below. An option that a machine cannot use even by "
@@ -240,16 +304,21 @@ def page(known: Mapping[str, Any]) -> str:
         *_section(with_gpu),
         "\n## Drawn on a CPU\n\nThe tiny model, 64×64, 8 steps, a batch of two, as a checkpoint folder; "
         "`quantization=checkpoint` over one that `fluxrun quantize` made, offloading from the CPU to itself. "
-        f"{len(on_cpu)} of {len(all_pairs())} pairs drawn, no crash, every picture made of numbers.\n",
+        f"{len(on_cpu)} pairs come down to {len(known)} plans, all drawn: no crash, every picture made of numbers.\n",
         *_section(on_cpu),
     ]
     return "\n".join(parts) + "\n"
 
 
-def _as_outcome(found: Mapping[str, Any]) -> Outcome:
-    if "refused" in found:
-        return Outcome("refused", "refused", (found["refused"],))
-    return Outcome(*found["effective"], tuple(found["reasons"]))
+def outcome(pair: Pair, known: Mapping[str, Any]) -> Outcome:
+    """What was drawn of a pair: as planned, but for what gave way later."""
+    plan, found = plan_of(pair, "CPU"), planned(pair, "CPU")
+    if isinstance(plan, str):
+        return found
+    later = known[identity(plan)]["fell_back"]
+    ways = [later.get(pair.group, [found.effective]), later.get(pair.other, [found.other])]
+    reasons = (*found.reasons, *(reason for _, *reasons in ways for reason in reasons))
+    return Outcome(ways[0][0], ways[1][0], reasons)
 
 
 def _section(outcomes: Mapping[Pair, Outcome]) -> list[str]:
@@ -301,13 +370,12 @@ def _general(reason: str) -> str:
 
 
 def _write(known: Mapping[str, Any]) -> None:
-    kept = {str(pair): known[str(pair)] for pair in all_pairs() if str(pair) in known}
-    lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(found)}" for name, found in kept.items())
+    lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(found)}" for name, found in sorted(known.items()))
     JSON_FILE.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
 
 
 def read() -> dict[str, Any]:
-    """What was drawn, by pair."""
+    """What was drawn, by plan."""
     found: dict[str, Any] = json.loads(JSON_FILE.read_text(encoding="utf-8")) if JSON_FILE.exists() else {}
     return found
 
@@ -315,15 +383,18 @@ def read() -> dict[str, Any]:
 def main() -> None:
     """Draw what is missing and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--again", action="store_true", help="draw every pair again")
-    parser.add_argument("--only", default="", help="draw only pairs whose names have this in them")
-    parser.add_argument("--page", action="store_true", help="draw nothing, write the page")
+    parser.add_argument("--again", action="store_true", help="draw every plan again")
+    parser.add_argument("--only", default="", help="draw only plans that have this in them")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no drawing after that")
     given = parser.parse_args()
-    known = {} if given.again else read()
-    if not given.page:
-        with tempfile.TemporaryDirectory() as folder:
-            draw_all([pair for pair in all_pairs() if given.only in str(pair)], known, Path(folder))
-    PAGE.write_text(page(known), encoding="utf-8")
+    every = plans()
+    known = {} if given.again else {name: found for name, found in read().items() if name in every}
+    with tempfile.TemporaryDirectory() as folder:
+        draw_all([name for name in every if given.only in name], known, Path(folder), given.seconds)
+    if missing := len(every.keys() - known.keys()):
+        print(f"{missing} of {len(every)} plans are not drawn yet; the page is left as it is")
+    else:
+        PAGE.write_text(page(known), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -57,3 +59,20 @@ def test_packed_and_tied():
     packed.weight = nn.Parameter(torch.zeros(64 * 128 // 2, 1, dtype=torch.uint8), requires_grad=False)
     assert is_quantized(packed)
     assert parameter_count(packed) == 64 * 128 + 128
+
+
+@pytest.mark.slow
+def test_nf4s_are_ordinary_tensors():
+    """So that they are shared, moved and counted as any others; bitsandbytes' own CPU code multiplies here."""
+    pytest.importorskip("bitsandbytes")
+    from fluxrun.quantization.nf4 import Nf4Linear
+
+    linear = nn.Linear(128, 64)
+    packed = Nf4Linear(linear, "cpu", "cpu")
+    x = torch.randn(3, 128)
+    assert (packed(x) - linear(x)).norm() / linear(x).norm() < 0.2
+    found = counted(nn.Sequential(packed))
+    assert (found["converted"], found["of"]) == (1, 1)
+    assert found["bytes"] == 128 * 64 // 2 + 128 * 64 // 64 * 4 + 64 * 4
+    assert parameter_count(packed) == parameter_count(linear)
+    assert torch.equal(copy.deepcopy(packed)(x), packed(x))

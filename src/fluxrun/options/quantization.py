@@ -325,20 +325,14 @@ class Nf4(OnTheFly):
         return machine.needs_cuda() or machine.lacks("bitsandbytes", "0.46")
 
     def convert(self, component: nn.Module, name: str, place: str, device: str) -> Facts:
-        """Layer by layer: a ``Linear4bit`` packs its weight when it is moved to the GPU."""
+        """Layer by layer on the run's device."""
         import_library("bitsandbytes", device)
-        from bitsandbytes.nn import Linear4bit, Params4bit
+        from fluxrun.quantization.nf4 import BLOCK, Nf4Linear
 
         for path, linear in self.chosen(component).items():
-            packed = Linear4bit(
-                linear.in_features, linear.out_features, linear.bias is not None,
-                compute_dtype=linear.weight.dtype, quant_type="nf4", device="meta",
-            )  # fmt: skip
-            packed.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=packed)
-            packed.bias = linear.bias
             parent, _, child = path.rpartition(".")
-            setattr(component.get_submodule(parent), child, packed.to(device).to(place))
-        return {"format": "nf4, groups of 64"}
+            setattr(component.get_submodule(parent), child, Nf4Linear(linear, place, device))
+        return {"format": f"nf4, groups of {BLOCK}"}
 
 
 class SingleFile(OnTheFly):
