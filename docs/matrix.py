@@ -232,7 +232,8 @@ def drawn(name: str, pair: Pair, work: Path, pool: Any) -> dict[str, Any]:
     later = {group: [f for f in option.fallbacks if f.stage != "requires"] for group, option in record.options.items()}
     for group, choice in plan.choices.items():
         found = record.options[group]
-        if group != "model" and not any(later.values()) and found.effective != choice.effective:
+        chosen_now = group == "model" or choice.option.alternatives  # attention=auto
+        if not chosen_now and not any(later.values()) and found.effective != choice.effective:
             raise RuntimeError(f"{name}: {group}={found.effective} was drawn, {choice.effective} was planned")
     return {
         "finite": all(image.finite for image in record.images),

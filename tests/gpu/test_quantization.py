@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+from checkpoints import tiny_folder
 from helpers import draw as drawn
 from loras import BLOCKS, write_lora
 
@@ -49,3 +51,27 @@ def test_sdnq_draws_the_same_wherever_its_weights_lie(memory: str, tmp_path: Pat
     resident, other = (draw(tmp_path / place, "quantization=sdnq", f"memory={place}") for place in ("resident", memory))
     assert other.options["memory"].effective == memory
     assert other.images[0].sha256 == resident.images[0].sha256
+
+
+@pytest.mark.parametrize("memory", ["resident", "staged", "balanced"])
+def test_a_folder_that_bitsandbytes_has_quantized(memory: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from diffusers import BitsAndBytesConfig, Flux2Transformer2DModel
+
+    plain, folder = tiny_folder(), tmp_path / "model"
+    shutil.copytree(plain, folder)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    transformer = Flux2Transformer2DModel.from_pretrained(
+        plain, subfolder="transformer", quantization_config=config, torch_dtype=torch.bfloat16
+    )
+    shutil.rmtree(folder / "transformer")
+    transformer.save_pretrained(folder / "transformer")
+    record = draw(
+        tmp_path / "run", "model=local", f"model.path={folder}", "model.text_encoder_out_layers=[1,2,3]",
+        f"memory={memory}",
+    )  # fmt: skip
+    entry = record.options["quantization"]
+    assert (entry.effective, entry.facts["transformer"]["format"]) == ("checkpoint", "bitsandbytes nf4")
+    assert entry.facts["transformer"]["converted"] > 0
+    assert record.images[0].finite
+    assert record.options["memory"].effective == memory
