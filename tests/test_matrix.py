@@ -19,9 +19,11 @@ NEEDED = {"sdnq": "sdnq", "checkpoint": "sdnq", "gguf": "gguf", "int8_weight_onl
 
 
 @pytest.mark.slow
-def test_every_plan_that_a_pair_comes_down_to_was_drawn_and_the_page_says_what_is_planned_now():
-    assert set(matrix.read()) == set(matrix.plans()), "run `python docs/matrix.py`"
-    assert matrix.PAGE.read_text(encoding="utf-8") == matrix.page(matrix.read()), "run `python docs/matrix.py`"
+def test_the_page_says_what_is_planned_now_and_what_was_drawn():
+    known, plans = matrix.read(), matrix.plans()
+    assert known.keys() <= plans.keys(), "run `python docs/matrix.py`"
+    assert [name for name in plans if name not in known and "compile=" not in name] == [], "run `python docs/matrix.py`"
+    assert matrix.PAGE.read_text(encoding="utf-8") == matrix.page(known), "run `python docs/matrix.py`"
 
 
 def test_every_picture_was_made_of_numbers():
