@@ -6,6 +6,7 @@ import atexit
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +21,10 @@ from fork_server import import_libraries
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 for name in ("FLUXRUN_TRUST_CONFIG", "HYDRA_FULL_ERROR"):
     os.environ.pop(name, None)
+
+# A shell's background job ignores Ctrl+C, and so would every process here that is to be interrupted.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # pytest-xdist's workers inherit the environment, and with it the folder of the process that started them.
 if "FLUXRUN_TEST_SESSION" not in os.environ:
