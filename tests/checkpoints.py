@@ -89,3 +89,20 @@ def spoiled_folder(folder: Path, component: str, value: float = float("nan"), on
         }
         save_file({**weights, **spoiled}, path, metadata={"format": "pt"})
     return folder
+
+
+@functools.cache
+def sdnq_folder(weights_dtype: str = "int8") -> Path:
+    """The tiny model with its transformer quantized by SDNQ (its text encoder's layers are too small for that)."""
+    from fluxrun.options.model import Flux2Model
+    from fluxrun.options.quantization import Sdnq
+    from fluxrun.weights.loading import Conversion, load
+
+    option = Sdnq(name="sdnq", weights_dtype=weights_dtype)  # type: ignore[arg-type]
+    model = Flux2Model(path=tiny_folder(), text_encoder_layers="all")
+    conversion = Conversion(lambda component, name: option.quantize(component, name, "cpu", "cpu"))
+    root = Path(tempfile.mkdtemp(prefix="fluxrun-sdnq-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    base = load(model, dtype="float32", device="cpu", conversion=conversion)
+    base.pipeline.save_pretrained(root / "model", variant=None, max_shard_size="5GB")
+    return root / "model"

@@ -215,7 +215,7 @@ def test_every_key_is_open_or_closed(key, knob, option, config_dir, monkeypatch)
 
 CLOSED = {
     "prompts_file", "reference_images", "image", "mask_image", "sweep.resume",
-    "model.id", "model.path", "model.revision", "lora.files",
+    "model.id", "model.path", "model.revision", "lora.files", "quantization.file",
     "attention.hub", "attention.hub_backend",
     "compile.inductor_options", "compile.cache_dir", "compile.cache_artifacts",
 }  # fmt: skip

@@ -29,6 +29,8 @@ RUNS_ON_CPU = {
     ("kernels", "diffusers"), ("compile", "none"), ("cache", "none"), ("lora", "none"),
     *(("scheduler", name) for name in option_names("scheduler")),
     *(("cache", name) for name in ("dbcache", "fixed") if find_spec("cache_dit")),
+    *(("quantization", name) for name in ("int8", "int8_weight_only", "fp8_weight_only") if find_spec("torchao")),
+    *(("quantization", name) for name in ("sdnq",) if find_spec("sdnq")),
     *(("compile", name) for name in COMPILED),
 }  # fmt: skip
 

@@ -11,8 +11,12 @@ from fluxrun.config.catalog import Catalog
 from fluxrun.options.base import COMPILER
 from fluxrun.planning.libraries import libraries_of
 from fluxrun.planning.prepare import prepare
+from fluxrun.quantization.declared import Declared
 
 RANDOM_KLEIN = ("model=flux2_klein_4b", "model.weights=random")
+QUANTIZERS = replace(
+    H100, packages={**H100.packages, "sdnq": "0.2.8", "gguf": "0.19.0", "bitsandbytes": "0.50.2"},
+)  # fmt: skip
 FLASH = replace(H100, packages={**H100.packages, "flash-attn": "2.8.3"})
 
 
@@ -31,6 +35,10 @@ def needed(machine, *overrides):
         (CPU, (*SMALL, "attention=flex"), None),
         (H100, (*RANDOM_KLEIN, "kernels=fused"), set()),
         (H100, (*RANDOM_KLEIN, "quantization=fp8"), {COMPILER, "torchao"}),
+        (H100, (*RANDOM_KLEIN, "quantization=int8_weight_only"), {COMPILER, "torchao"}),
+        (QUANTIZERS, (*RANDOM_KLEIN, "quantization=sdnq"), {COMPILER, "sdnq"}),
+        (QUANTIZERS, (*RANDOM_KLEIN, "quantization=nf4"), {COMPILER, "bitsandbytes"}),
+        (H100, (*RANDOM_KLEIN, "quantization=sdnq"), set()),  # not installed: falls back to none
         (H100, (*RANDOM_KLEIN, "compile=max_autotune"), {COMPILER}),
         (FLASH, (*RANDOM_KLEIN, "attention=flash"), None),
         (FLASH, (*RANDOM_KLEIN, "attention=auto"), None),  # which may choose it
@@ -40,16 +48,26 @@ def test_the_libraries_of_a_plan(machine, overrides, expected):
     assert needed(machine, *overrides) == expected
 
 
-def test_a_checkpoint_that_may_be_quantized_may_need_anything(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "suffix", "expected"), [("gguf", "gguf", {"gguf"}), ("bfl_fp8", "safetensors", set())]
+)
+def test_a_single_files_libraries(name, suffix, expected, tmp_path):
+    file = tmp_path / f"transformer.{suffix}"
+    file.write_bytes(b"")
+    assert needed(QUANTIZERS, *RANDOM_KLEIN, f"quantization={name}", f"quantization.file={file}") == expected
+
+
+def test_a_quantized_checkpoint_needs_what_reads_it():
     prepared = prepare(composed(*SMALL), CPU)
-    for folder, quantized in (("plain", False), ("quantized", True)):
-        for name in ("transformer", "text_encoder", "vae"):
-            (tmp_path / folder / name).mkdir(parents=True)
-            text = '{"quantization_config": {}}' if quantized and name == "text_encoder" else "{}"
-            (tmp_path / folder / name / "config.json").write_text(text)
-        located = replace(prepared.located, kind="folder", folder=tmp_path / folder)
-        assert libraries_of(replace(prepared, located=located)) == (None if quantized else set())
-    assert libraries_of(replace(prepared, located=replace(prepared.located, kind="hub", folder=None))) is None
+    for methods, expected in (
+        ([], set()),
+        (["sdnq"], {COMPILER, "sdnq"}),
+        (["sdnq", "bitsandbytes"], {COMPILER, "sdnq", "bitsandbytes"}),
+    ):
+        declared = dict(zip(("text_encoder", "transformer"), map(Declared, methods), strict=False))
+        # On the hub as well: what it declares is known before it is downloaded.
+        located = replace(prepared.located, kind="hub", folder=None, declared=declared)
+        assert libraries_of(replace(prepared, located=located)) == expected
 
 
 @pytest.mark.parametrize(("group", "name"), every_option())

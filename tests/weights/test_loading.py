@@ -174,7 +174,7 @@ def test_quantize_is_called_component_by_component(source):
         events.append(f"made {line.rsplit(maxsplit=1)[-1]}")
 
     model = tiny() if source == "random" else Flux2Model(path=tiny_folder("klein"))
-    base = models.load(model, dtype="float32", device="cpu", quantize=quantize, progress=progress)
+    base = models.load(model, dtype="float32", device="cpu", conversion=models.Conversion(quantize), progress=progress)
     assert [event for event in events if event.split()[1] in ("text_encoder", "transformer", "vae")] == [
         f"{done} {name}" for name in ("transformer", "text_encoder", "vae") for done in ("made", "quantized")
     ]
@@ -250,7 +250,7 @@ def test_shell_over_torchao_tensors(config):
         return {}
 
     plain = models.load(tiny(), dtype="float32", device="cpu")
-    base = models.load(tiny(), dtype="float32", device="cpu", quantize=quantize)
+    base = models.load(tiny(), dtype="float32", device="cpu", conversion=models.Conversion(quantize))
     assert base.bytes < 0.75 * plain.bytes
     shell = shells.shell(base)
     expected = draw(base.pipeline)

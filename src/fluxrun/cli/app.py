@@ -37,6 +37,7 @@ SUBCOMMANDS = {
     "report": "fluxrun.cli.report",
     "tune": "fluxrun.cli.tune",
     "calibrate": "fluxrun.cli.calibrate",
+    "quantize": "fluxrun.cli.quantize",
 }
 """The module of each subcommand, imported when it is asked for: a typo must not wait for all of them."""
 

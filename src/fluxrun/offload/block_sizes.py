@@ -62,19 +62,19 @@ def evenly_spaced(count: int, total: int) -> list[int]:
     return [(2 * n + 1) * total // (2 * count) for n in range(count)]
 
 
-def transformer_sizes(config: TransformerConfig, total: int, itemsize: int, block_itemsize: int) -> BlockSizes:
+def transformer_sizes(config: TransformerConfig, total: int, itemsize: int, block_itemsize: float) -> BlockSizes:
     """Of a ``Flux2Transformer2DModel`` with ``total`` bytes before its blocks were quantized to ``block_itemsize``."""
     square = (config["num_attention_heads"] * config.get("attention_head_dim", 128)) ** 2
     stream = (1, 1, 1, 1, 2 * MLP_RATIO, MLP_RATIO)  # query, key, value, out, feed-forward in and out
     double, single = stream * 2, (3 + 2 * MLP_RATIO, 1 + MLP_RATIO)
     blocks = [double] * config["num_layers"] + [single] * config["num_single_layers"]
     elements = square * sum(map(sum, blocks))
-    return _sizes(total - elements * itemsize, [[n * square * block_itemsize for n in block] for block in blocks])
+    return _sizes(total - elements * itemsize, [[int(n * square * block_itemsize) for n in block] for block in blocks])
 
 
-def text_encoder_sizes(text: TextConfig, total: int, itemsize: int, read: tuple[int, ...] | None) -> BlockSizes:
+def text_encoder_sizes(text: TextConfig, total: int, itemsize: float, read: tuple[int, ...] | None) -> BlockSizes:
     """Of an ``Architecture.text`` encoder with ``total`` bytes, cut behind the hidden states ``read`` (None: whole)."""
-    layer = [count * itemsize for count in text_layer(text)]
+    layer = [int(count * itemsize) for count in text_layer(text)]
     layers = text["num_hidden_layers"] if read is None else layers_needed(text["num_hidden_layers"], read)
     return _sizes(total - layers * sum(layer), [layer] * layers)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The ordinary tensors inside ``tensor``: itself, or a quantized one's data and scales."""
-    if _is_plain(tensor):
+    if is_plain(tensor):
         yield tensor
         return
     for name in _flattened(tensor)[0]:
@@ -20,7 +20,7 @@ def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def rebuilt(tensor: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """``tensor`` with every ordinary tensor inside changed; a parameter stays one, a quantized tensor too."""
-    if _is_plain(tensor):
+    if is_plain(tensor):
         new = change(tensor)
     else:
         names, context = _flattened(tensor)
@@ -47,5 +47,6 @@ def _flattened(tensor: torch.Tensor) -> tuple[list[str], Any]:
     return names, context
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds its own numbers, in whatever format."""
     return type(tensor) in (torch.Tensor, nn.Parameter) or not hasattr(tensor, "__tensor_flatten__")

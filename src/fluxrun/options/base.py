@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -52,6 +52,9 @@ class Option(BaseModel):
 
     fallback: Open[str] = "error"
     """Option of the same group that is used when this one cannot be; ``error`` refuses the run instead."""
+
+    inherent: ClassVar[bool] = False
+    """Whether it says how the weights are: where they are so, nothing can take its place."""
 
     @property
     def needs_proof(self) -> bool:
@@ -186,6 +189,8 @@ class Workload:
     """What each memory option needs of the GPU; None where the weights' sizes are not known."""
     ram: Mapping[str, int] | None = None
     """The same of the computer's own memory."""
+    declared: Mapping[str, str] = field(default_factory=dict)
+    """Components that the checkpoint has quantized weights of, with a description: ``sdnq uint4, SVD rank 32``."""
     swapping_bytes: int = 0
     """Working memory beside the weights under block swap."""
 

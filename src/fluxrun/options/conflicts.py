@@ -142,9 +142,19 @@ CONFLICTS = (
         "kernels", "diffusers",
     ),
     Conflict(
+        FUSED, when(QuantizationOption, lambda option: not option.fusable),
+        "the fused kernels read plain weights or float8 ones with a scale per row (quantization=fp8)",
+        "kernels", "diffusers",
+    ),
+    Conflict(
         FUSED, ADAPTED,
         "the fused kernels multiply by the weights alone, and LoRA files stand beside them",
         "kernels", "diffusers",
+    ),
+    Conflict(
+        named(QuantizationOption, "gguf"), when(MemoryOption, lambda option: option.swaps_blocks),
+        "block swap lays the weights out anew and loses the format that a .gguf file has for each",
+        "memory", "group", ("blocks_to_swap",),
     ),
     Conflict(
         FUSED, _for("transformer", lambda option: option.compiles),
@@ -227,7 +237,7 @@ CONFLICTS = (
         "cache", "none",
     ),
     Conflict(
-        when(QuantizationOption, lambda option: option.quantizes),
+        when(QuantizationOption, lambda option: option.dynamic),
         when(CompileOption, lambda option: not option.compiles),
         "dynamic quantization without compile is slower than no quantization (diffusers-torchao: 130 s against 6.6 s); "
         "add kernels=fused or compile=regional",

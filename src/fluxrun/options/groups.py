@@ -50,7 +50,10 @@ TABLE = (
         "attention", AttentionOption, 5, 4, 2,
         marks=("attention_dispatch", "xformers", "flash_attn", "sageattention", "flex_attention"),
     ),
-    Group("quantization", QuantizationOption, 1, 5, 4, loads_weights=True, marks=("torchao", "sdnq")),
+    Group(
+        "quantization", QuantizationOption, 1, 5, 4, loads_weights=True,
+        marks=("torchao", "sdnq", "bitsandbytes", "gguf"),
+    ),
     # Before memory, which then places the adapters with the weights. Never suspected: what it draws is asked for.
     Group("lora", LoraOption, 2, None, None),
     Group("scheduler", SchedulerOption, 4, 7, None, marks=("diffusers/schedulers/", "flow_schedulers")),

@@ -107,7 +107,11 @@ class PromptEncoder:
 
     def _key(self, text: str) -> str:
         model = self._loader.plan.model
-        weights = replace(self._loader.key("text"), quantization="", distilled=None)  # neither is the text encoder's
+        key, quantization = self._loader.key("text"), self._loader.plan.quantization
+        # Neither is the text encoder's, unless it is quantized, too.
+        weights = replace(
+            key, quantization=key.quantization if quantization.converts("text_encoder") else "", distilled=None
+        )
         return f"{weights} {model.max_sequence_length} {model.text_encoder_out_layers} {text}"
 
     def _encode(self, pipeline: Pipeline, text: str) -> torch.Tensor:

@@ -254,7 +254,7 @@ class Session:
             load_option=self.plan.catalog.load,
             note=self.plan.note,
             prompt_counts=self.prompts.counts,
-            weight_facts=base.facts,
+            weight_facts={**base.facts, "components": self.loader.components},
             pins=base.pins,
             lora=lora,
         )

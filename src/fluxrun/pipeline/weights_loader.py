@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch import nn
 
@@ -17,7 +18,7 @@ from fluxrun.planning.plan import Plan
 from fluxrun.process import spans
 from fluxrun.process.console import Reporter
 from fluxrun.process.signals import Interrupts
-from fluxrun.weights.loading import load
+from fluxrun.weights.loading import Conversion, load
 from fluxrun.weights.location import Located
 from fluxrun.weights.lora_files import LoraSource, load_adapters
 from fluxrun.weights.store import Base, Part, WeightsKey, WeightStore
@@ -40,6 +41,8 @@ class WeightsLoader:
         """and those of each later one over the same weights: room is made for them."""
         self.seconds = 0.0
         """Spent on loading for this run."""
+        self.components: Facts = {}
+        """Facts of the components loaded so far, with memory=staged of both parts."""
 
     def key(self, part: Part) -> WeightsKey:
         """The key of ``part`` under the options in use."""
@@ -71,6 +74,7 @@ class WeightsLoader:
         finally:
             if len(self.store.reasons) > loads:  # else the weights were there
                 self.seconds += time.perf_counter() - started
+        self.components = {**self.components, **base.facts["components"]}
         if 0 < loads < len(self.store.reasons) and self.store.reasons[-1] != "first load":
             self.plan.note(f"weights loaded again: {self.store.reasons[-1]}")
             log.info("weights loaded again: %s", self.store.reasons[-1])
@@ -93,14 +97,20 @@ class WeightsLoader:
                 dtype=key.dtype,
                 device=key.placement,
                 part=part,
-                quantize=self._quantize,
+                conversion=Conversion(self._quantize, self._instead, self.plan.machine.device),
                 progress=_say,
                 located=self.located,
             )
 
+    def _instead(self, name: str, folder: Path | None) -> nn.Module | None:
+        try:
+            return self.plan.quantization.load(name, folder, self.plan.dtype)
+        except Exception as error:  # a file of another model, or of no model at all
+            raise OptionFailed("quantization", error) from error
+
     def _quantize(self, component: nn.Module, name: str) -> Facts:
         try:
-            return self.plan.quantization.quantize(component, name, self.key("all").placement)
+            return self.plan.quantization.quantize(component, name, self.key("all").placement, self.plan.machine.device)
         except Exception as error:  # a library's failure to convert is this option's failure
             raise OptionFailed("quantization", error) from error
 

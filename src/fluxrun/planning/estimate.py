@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fluxrun.architectures import (
     HIDDEN_STATES_READ,
@@ -62,6 +62,8 @@ class Estimate:
     kernels: KernelsOption
     quantization: QuantizationOption
     guidance_batched: bool = False
+    declared: Mapping[str, str] = field(default_factory=dict)
+    """Components whose bytes are of weights that are quantized already."""
 
     # -- what is asked of it ------------------------------------------------------------------------------------------
 
@@ -94,9 +96,10 @@ class Estimate:
         if not self.weight_bytes:
             return None
         text, transformer, vae = self._parts()
-        unquantized = self.weight_bytes.get("transformer", 0)
-        passing = PROCESS_BYTES + max(text, unquantized)
-        staying = PROCESS_BYTES + max(unquantized, text + transformer + vae)  # the transformer is loaded first
+        unquantized, whole_text = self._bytes_of("transformer"), self._bytes_of("text_encoder")
+        passing = PROCESS_BYTES + max(whole_text, unquantized)
+        # The transformer is loaded first.
+        staying = PROCESS_BYTES + max(unquantized, transformer + whole_text, text + transformer + vae)
         return {"resident": passing, "staged": passing, **dict.fromkeys(OFFLOADED, staying)}
 
     def working_bytes(self) -> int:
@@ -131,36 +134,67 @@ class Estimate:
         return CONTEXT_BYTES + SPARE_BYTES + self._bytes_of("vae") + max(self.swapping_bytes(), encoding)
 
     def _transformer_sizes(self) -> BlockSizes:
-        config, itemsize, share = self._sizes(), self._itemsize(), self._share()
-        total = self._bytes_of("transformer")
+        config, itemsize, share = self._sizes(), self._itemsize(), self._share("transformer")
         if not config:
-            return unknown_sizes(total // share, UNKNOWN_PARTS)
-        return transformer_sizes(config, total, itemsize, itemsize // share)
+            return unknown_sizes(self._in_memory("transformer"), UNKNOWN_PARTS)
+        return transformer_sizes(config, self._unquantized("transformer"), itemsize, itemsize * share)
 
     def _text_encoder_sizes(self) -> BlockSizes:
-        total, found = self._bytes_of("text_encoder"), self._architecture()
+        total, found = self._in_memory("text_encoder"), self._architecture()
         if found is None:
             return unknown_sizes(total, UNKNOWN_PARTS)
         read = self.model.text_encoder_out_layers or HIDDEN_STATES_READ[found.pipeline]
         whole = self.model.text_encoder_layers == "all"
-        return text_encoder_sizes(found.text, total, self._itemsize(), None if whole else tuple(read))
+        itemsize = self._itemsize() * self._share("text_encoder")
+        return text_encoder_sizes(found.text, total, itemsize, None if whole else tuple(read))
 
     # -- sizes --------------------------------------------------------------------------------------------------------
 
     def _parts(self) -> tuple[int, int, int]:
         """Bytes of text encoder, transformer and VAE, as they will lie in memory."""
-        return self._bytes_of("text_encoder"), self._bytes_of("transformer") // self._share(), self._bytes_of("vae")
+        return self._in_memory("text_encoder"), self._in_memory("transformer"), self._bytes_of("vae")
 
     def _bytes_of(self, component: str) -> int:
         return (self.weight_bytes or {}).get(component, 0)
+
+    def _in_memory(self, component: str) -> int:
+        """Bytes of a component once it is loaded: what is converted then takes less, but for the embedding table."""
+        total = self._bytes_of(component)
+        if (loaded := self.quantization.loaded_bytes(component)) is not None:
+            return loaded
+        if not self.quantization.converts(component):
+            return total
+        kept = self._largest_text_leaf(total) if component == "text_encoder" else 0
+        return kept + int((total - kept) * self._share(component))
+
+    def _unquantized(self, component: str) -> int:
+        """Bytes of a component before anything was converted, of a quantized checkpoint by its architecture."""
+        found = self._architecture()
+        if component not in self.declared or found is None:
+            return self._bytes_of(component)
+        unread = 0
+        if component == "text_encoder" and self.model.text_encoder_layers == "needed":
+            unread = found.unread_text_parameters(
+                self.model.text_encoder_out_layers or HIDDEN_STATES_READ[found.pipeline]
+            )
+        return (found.parameters[component] - unread) * self._itemsize()
+
+    def _share(self, component: str) -> float:
+        """What is left of the bytes of a component's layers by quantization."""
+        option = self.quantization
+        if component in self.declared:
+            return min(1.0, self._bytes_of(component) / max(1, self._unquantized(component)))
+        if not option.converts(component) or option.bits is None:
+            return 1
+        return option.bits / (8 * self._itemsize())
 
     def _joined_bytes(self) -> int:
         """The second copy that fused kernels keep of what they multiply at once: query, key and value of both streams
         of every double block. In bf16 klein-4B 0.5 GB, dev 3.4 (measured: 0.6 and 3.3)."""
         if not self.kernels.joins_projections:
             return 0
-        size = self._itemsize() // self._share()
-        return int(self._sizes().get("num_layers", 8)) * 2 * 3 * self._width() ** 2 * size
+        size = self._itemsize() * self._share("transformer")
+        return int(int(self._sizes().get("num_layers", 8)) * 2 * 3 * self._width() ** 2 * size)
 
     def _remembered_bytes(self) -> int:
         """Keys and values of the references, in every block, which klein_kv keeps from the first step on."""
@@ -193,7 +227,3 @@ class Estimate:
 
     def _itemsize(self) -> int:
         return 4 if self.dtype == "float32" else 2
-
-    def _share(self) -> int:
-        """By how much quantization shrinks the transformer's blocks."""
-        return self._itemsize() if self.quantization.quantizes else 1

@@ -40,7 +40,7 @@ def fall_back(plan: Plan, group: str, stage: Stage, reason: str, error_type: str
     tried = {fallback.option for fallback in choice.fallbacks} | {failed.name}
     if plan.config.strict:
         raise OptionUnavailable(f"{group}={failed.name}: {reason} (strict=true allows no fallback)", stage=stage)
-    if failed.fallback == "error" or failed.fallback in tried:
+    if failed.fallback == "error" or failed.fallback in tried or (failed.inherent and stage != "requires"):
         raise OptionUnavailable(f"{group}={failed.name}: {reason}", stage=stage)
     option = plan.catalog.load(group, failed.fallback, like=failed)
     _give_way(plan, group, Fallback(option=failed.name, stage=stage, reason=reason, error_type=error_type), option)
@@ -154,7 +154,7 @@ def _advice(plan: Plan, rungs: Sequence[str]) -> str:
     ideas = [f"memory={name}" for name in rungs[:2]]
     if memory.blocks_to_swap is not None and memory.swaps_blocks:
         ideas.insert(0, "a larger memory.blocks_to_swap, or null")
-    if not plan.quantization.quantizes and _usable(plan, "quantization", "fp8"):
+    if plan.quantization.name == neutral_options()["quantization"] and _usable(plan, "quantization", "fp8"):
         ideas.append("quantization=fp8")
     height, width = plan.size
     if min(height, width) >= 64:
@@ -164,7 +164,8 @@ def _advice(plan: Plan, rungs: Sequence[str]) -> str:
 
 def suspects(plan: Plan) -> list[str]:
     """Groups whose option can fall back, the likeliest culprit first."""
-    return [group for group in BLAME_ORDER if plan.choices[group].option.fallback != "error"]
+    options = {group: plan.choices[group].option for group in BLAME_ORDER}
+    return [group for group, option in options.items() if option.fallback != "error" and not option.inherent]
 
 
 def not_neutral(plan: Plan) -> list[str]:

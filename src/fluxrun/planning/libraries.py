@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fluxrun.architectures import MODEL_COMPONENTS
-from fluxrun.options.base import Option, is_own
+from fluxrun.options.base import COMPILER, Option, is_own
 from fluxrun.options.conflicts import CONFLICTS, Conflict
 from fluxrun.planning.plan import Plan
 from fluxrun.planning.prepare import Prepared
-from fluxrun.weights.folder import read_json
 from fluxrun.weights.location import Located
 
 
 def libraries_of(prepared: Prepared) -> frozenset[str] | None:
-    """Their module names; None where anything may be needed: an option of the user's own, a quantized checkpoint."""
-    if _may_be_quantized(prepared.located):
-        return None
-    plan, found = prepared.plan, set[str]()
+    """Their module names; None where anything may be needed: an option of the user's own, or of unknown kernels."""
+    plan, found = prepared.plan, _reading(prepared.located)
     for group in plan.choices:
         for option in _reachable(plan, group):
             if option.libraries is None or not is_own(type(option)):
@@ -53,11 +49,7 @@ def _may_replace(row: Conflict, group: str, option: Option) -> bool:
     return row.group == group and all(side.holds(option) for side in (row.a, row.b) if side.group == group)
 
 
-def _may_be_quantized(located: Located) -> bool:
-    """Whether loading a checkpoint needs a quantizer: by its components' configs; not known before a download."""
-    if located.kind == "random":
-        return False
-    if located.folder is None:
-        return True
-    configs = (read_json(located.folder / name / "config.json") for name in MODEL_COMPONENTS)
-    return any("quantization_config" in config for config in configs)
+def _reading(located: Located) -> set[str]:
+    """What reads the weights of a checkpoint that is quantized already; each of these libraries compiles."""
+    packages = {declared.package for declared in located.declared.values() if declared.package}
+    return packages | {COMPILER} if packages else packages

@@ -58,6 +58,8 @@ class Plan:
     """Height and width of the picture that is repainted, which are the run's."""
     guidance_batched: bool = False
     """Whether a guided step is one call of the transformer; decided once the placement is known."""
+    declared: Mapping[str, str] = field(default_factory=dict)
+    """Components that the checkpoint has quantized weights of, with a description."""
     notes: list[str] = field(default_factory=list)
 
     # -- the options in use -------------------------------------------------------------------------------------------
@@ -158,6 +160,7 @@ class Plan:
             kernels=self.option(KernelsOption, "kernels"),
             quantization=self.quantization,
             guidance_batched=self.guidance_batched,
+            declared=self.declared,
         )
 
     @property
@@ -175,6 +178,7 @@ class Plan:
             guided=self.guided,
             needs=estimate.memory_needs(),
             ram=estimate.ram_needs(),
+            declared=self.declared,
             swapping_bytes=estimate.swapping_bytes(),
         )
 

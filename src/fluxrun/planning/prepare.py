@@ -49,11 +49,14 @@ def prepare(config: RunConfig, machine: Machine | None = None) -> Prepared:
     """Check all of a run's input and plan it. Imports no torch; raises ConfigError or OptionUnavailable."""
     jobs = jobs_of(config)
     inputs = read_inputs(config)
+    if problem := config.quantization.input_problem():
+        raise ConfigError(problem)
     machine = machine or detect()
     located = find_weights(config.model, machine)
     model = resolve(config.model, located)
     pictures = prepared_pictures(config, model, inputs, len(jobs))
-    plan = make_plan(config, machine, model, located.component_bytes, pictures)
+    declared = {name: str(found) for name, found in located.declared.items()}
+    plan = make_plan(config, machine, model, located.component_bytes, pictures, declared)
     check_layers(plan.model, located)
     recorded, adapters = [_recorded(given) for given in inputs], find_adapters(plan.option(LoraOption, "lora"))
     return Prepared(config, jobs, pictures, recorded, located, plan, adapters)
@@ -72,8 +75,10 @@ def make_plan(
     model: Flux2Model | None = None,
     weight_bytes: Mapping[str, int] | None = None,
     pictures: Pictures | None = None,
+    declared: Mapping[str, str] | None = None,
 ) -> Plan:
-    """Plan a run; ``model`` is the option with what its checkpoint knows filled in, ``weight_bytes`` its sizes.
+    """Plan a run; ``model`` is the option with what its checkpoint knows filled in, ``weight_bytes`` its sizes,
+    ``declared`` what it says of its components' quantization.
 
     Raises ConfigError for what contradicts the model, OptionUnavailable where nothing is left.
     """
@@ -82,7 +87,7 @@ def make_plan(
     choices = {group: Choice(option.name, option) for group, option in config.options().items()}
     choices["model"].option = model or config.model
     catalog = Catalog(config.config_dirs)
-    plan = Plan(config, machine.on(config.device), catalog, choices, weight_bytes)
+    plan = Plan(config, machine.on(config.device), catalog, choices, weight_bytes, declared=declared or {})
     if pictures is not None:
         plan.reference_tokens, plan.inpainted_size = pictures.tokens, pictures.size
     check_call(plan)

@@ -9,6 +9,7 @@ from fluxrun.architectures import ArchitectureName, PipelineKind, architecture, 
 from fluxrun.errors import ConfigError
 from fluxrun.hardware.machine import Machine
 from fluxrun.options.model import Flux2Model
+from fluxrun.quantization.declared import PACKAGES
 from fluxrun.weights.folder import check_whole, component_classes, of_folder, read_json, read_layers
 from fluxrun.weights.hub import locate
 from fluxrun.weights.location import Located
@@ -28,8 +29,7 @@ def find_weights(model: Flux2Model, machine: Machine | None = None) -> Located:
         located = locate(model)
     else:
         raise ConfigError(f"model {model.name or 'option'} names no weights: give model.path=FOLDER or model.id=HUB/ID")
-    if machine is not None:
-        _check_processor(located, machine)
+    _check_libraries(located, machine)
     return located
 
 
@@ -95,6 +95,18 @@ def _local(model: Flux2Model, folder: Path) -> Located:
         raise ConfigError(f"model.path={folder}: no such folder (a FLUX.2 checkpoint in diffusers layout is expected)")
     check_whole(folder, model.variant, "copy or download the folder again")
     return of_folder(model, folder, kind="folder", source=str(folder.resolve()))
+
+
+def _check_libraries(located: Located, machine: Machine | None) -> None:
+    """Refuse a checkpoint that needs a library which is not there: nothing else can take that one's place."""
+    for component, declared in located.declared.items():
+        text = f"the {component} of {located.source} is quantized with {declared.method}"
+        if declared.package is None:
+            raise ConfigError(f"{text}, which fluxrun does not load (it loads {', '.join(PACKAGES)})")
+        if machine is not None and (reason := machine.lacks(declared.package)):
+            raise ConfigError(f"{text}: {reason}")
+    if machine is not None:
+        _check_processor(located, machine)
 
 
 def _check_processor(located: Located, machine: Machine) -> None:

@@ -22,6 +22,7 @@ from fluxrun.architectures import (
 from fluxrun.errors import ConfigError
 from fluxrun.formatting import shorten
 from fluxrun.options.model import Flux2Model
+from fluxrun.quantization.declared import Declared, declared_by
 from fluxrun.reading import Unreadable, parse_json, read_text
 from fluxrun.types import Json
 from fluxrun.weights.headers import Tensor, missing_tensors, read_header
@@ -64,7 +65,14 @@ def of_folder(model: Flux2Model, folder: Path, *, kind: Kind, source: str) -> Lo
         variant=model.variant,
         component_bytes=sizes,
         weight_files=tuple(file for found in files.values() for file in found),
+        declared=declared_in(folder),
     )
+
+
+def declared_in(folder: Path) -> dict[str, Declared]:
+    """The quantization that components declare in their config.json, by component."""
+    found = {name: declared_by(read_json(folder / name / "config.json")) for name in MODEL_COMPONENTS}
+    return {name: declared for name, declared in found.items() if declared}
 
 
 def _unread_bytes(files: list[Path], read: tuple[int, ...]) -> int:

@@ -17,6 +17,7 @@ from fluxrun.architectures import MODEL_COMPONENTS
 from fluxrun.errors import ConfigError, one_line
 from fluxrun.formatting import gigabytes, nearest
 from fluxrun.options.model import Flux2Model
+from fluxrun.quantization.declared import Declared, declared_by
 from fluxrun.weights.folder import (
     INDEX_FILE,
     WEIGHT_FILE,
@@ -109,6 +110,7 @@ def _remote(model: Flux2Model, cache: Path) -> Located:
     located = Located(
         kind="hub",
         source=f"hub {model.id}",
+        declared=_declared_on_hub(model, info.sha, files),
         pipeline=pipeline,
         distilled=distilled,
         id=model.id,
@@ -130,26 +132,43 @@ def _remote(model: Flux2Model, cache: Path) -> Located:
     return located
 
 
-def _ask_hub(model: Flux2Model) -> tuple[Any, dict[str, Any]]:
-    """The repository's file list and its model_index.json, which also shows whether access is granted."""
-    from huggingface_hub import HfApi, hf_hub_download
+def _declared_on_hub(model: Flux2Model, commit: str, files: list[str]) -> dict[str, Declared]:
+    """What the components' config.json says of their quantization: small files, fetched before anything else is."""
+    wanted = {name: f"{name}/config.json" for name in MODEL_COMPONENTS if f"{name}/config.json" in files}
+    found = {name: declared_by(_small_file(model, file, commit)) for name, file in wanted.items()}
+    return {name: declared for name, declared in found.items() if declared}
+
+
+def _small_file(model: Flux2Model, name: str, revision: str | None) -> dict[str, Any]:
+    from huggingface_hub import hf_hub_download
 
     assert model.id is not None
+    with _hub_bars_off(), _explaining(model.id, model.revision, MODEL_OTHERWISE):
+        return read_json(Path(hf_hub_download(model.id, name, revision=revision, etag_timeout=HUB_READ_TIMEOUT_S)))
+
+
+@contextmanager
+def _explaining(repo: str, revision: str | None, otherwise: str) -> Iterator[None]:
+    """What the hub's client raises, as one line."""
     try:
-        _reach(HfApi().endpoint)
-        info = HfApi().model_info(model.id, revision=model.revision, files_metadata=True, timeout=HUB_READ_TIMEOUT_S)
-        names = [entry.rfilename for entry in info.siblings or []]
-        if "model_index.json" not in names:
-            raise ConfigError(f"{model.id} on the hub is not a diffusers repository: it has no model_index.json")
-        with _hub_bars_off():
-            file = hf_hub_download(
-                model.id, "model_index.json", revision=model.revision, etag_timeout=HUB_READ_TIMEOUT_S
-            )
+        yield
     except Exception as error:
         if not _is_the_hubs(error):
             raise
-        raise _explained(error, model.id, model.revision, MODEL_OTHERWISE) from error
-    return info, read_json(Path(file))
+        raise _explained(error, repo, revision, otherwise) from error
+
+
+def _ask_hub(model: Flux2Model) -> tuple[Any, dict[str, Any]]:
+    """The repository's file list and its model_index.json, which also shows whether access is granted."""
+    from huggingface_hub import HfApi
+
+    assert model.id is not None
+    with _explaining(model.id, model.revision, MODEL_OTHERWISE):
+        _reach(HfApi().endpoint)
+        info = HfApi().model_info(model.id, revision=model.revision, files_metadata=True, timeout=HUB_READ_TIMEOUT_S)
+    if "model_index.json" not in [entry.rfilename for entry in info.siblings or []]:
+        raise ConfigError(f"{model.id} on the hub is not a diffusers repository: it has no model_index.json")
+    return info, _small_file(model, "model_index.json", model.revision)
 
 
 def locate_file(repo: str, choose: Callable[[list[str]], str], name: str | None, most: int) -> Located:
@@ -165,13 +184,9 @@ def locate_file(repo: str, choose: Callable[[list[str]], str], name: str | None,
         return replace(found, files=(name,), folder=file.parents[len(Path(name).parts) - 1])
     if constants.HF_HUB_OFFLINE:
         raise ConfigError(f"{repo}: {name or 'its file list'} is not in {cache}, and HF_HUB_OFFLINE is set")
-    try:
+    with _explaining(repo, None, "give a path, or run again once it can be"):
         _reach(HfApi().endpoint)
         info = HfApi().model_info(repo, files_metadata=True, timeout=HUB_READ_TIMEOUT_S)
-    except Exception as error:
-        if not _is_the_hubs(error):
-            raise
-        raise _explained(error, repo, None, "give a path, or run again once it can be") from error
     sizes = {entry.rfilename: entry.size or 0 for entry in info.siblings or []}
     name = choose(list(sizes)) if name is None else name
     if name not in sizes:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
@@ -24,6 +25,8 @@ from fluxrun.architectures import HIDDEN_STATES_READ, MODEL_COMPONENTS, Family, 
 from fluxrun.errors import ConfigError, FluxrunError, python_reason
 from fluxrun.offload.tensors import tensor_bytes
 from fluxrun.options.model import Flux2Model
+from fluxrun.quantization.layers import parameter_count
+from fluxrun.quantization.libraries import import_library
 from fluxrun.types import Component, Json, Pipeline
 from fluxrun.weights.chat_template import check_templates, templates_of
 from fluxrun.weights.download import download
@@ -35,6 +38,29 @@ from fluxrun.weights.store import Base, Part
 from fluxrun.weights.text_encoder import NeededLayers
 
 Quantize = Callable[[nn.Module, str], Mapping[str, Json]]
+
+
+def _as_it_is(component: nn.Module, name: str) -> Mapping[str, Json]:
+    return {}
+
+
+def _from_the_model(name: str, folder: Path | None) -> nn.Module | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a quantization does to the components while they are loaded."""
+
+    quantize: Quantize = _as_it_is
+    """Called with each model component, and its name, before the next one is loaded; returns facts. A pretrained
+    component is then still on the CPU, so that a quantizer can move it layer by layer (torchao's
+    ``quantize_(..., device=...)``); a random one is already in its place."""
+    instead: Callable[[str, Path | None], nn.Module | None] = _from_the_model
+    """A component that comes from a file of its own, by name and checkpoint folder; None: from the model's."""
+    device: str | None = None
+    """The run's device, where that is another one than the weights are placed on."""
+
 
 Progress = Callable[[str], None]
 
@@ -63,20 +89,18 @@ def load(
     dtype: str,
     device: str,
     part: Part = "all",
-    quantize: Quantize | None = None,
+    conversion: Conversion | None = None,
     straight: bool = False,
     progress: Progress = _silent,
     located: Located | None = None,
 ) -> Base:
     """Load or build ``part`` of ``model`` as ``dtype`` (a torch dtype's name) onto ``device``.
 
-    ``quantize(component, name)`` is called with each model component before the next one is loaded. A
-    pretrained component is then still on the CPU, so that a quantizer can move it layer by layer (torchao's
-    ``quantize_(..., device=...)``); a random one is already on ``device``. ``progress`` gets a line per stage.
-    ``straight``: a pretrained component is read onto ``device`` at once, where nothing has to be done to it before.
-
-    Raises ConfigError when the checkpoint is missing, partial or of another kind.
+    ``progress`` gets a line per stage. ``straight``: a pretrained component is read onto ``device`` at once, which a
+    conversion that works on the CPU does not allow. Raises ConfigError when the checkpoint is missing, partial or of
+    another kind.
     """
+    conversion = conversion or Conversion()
     located = located or find_weights(model)
     parts: dict[str, Component] = dict.fromkeys(PARTS["all"])
     facts: dict[str, Any] = {"source": located.source, "revision": located.revision, "components": {}}
@@ -88,12 +112,16 @@ def load(
         else random_source(model, dtype, device, needed)
     )
     for name in PARTS[part]:
+        if declared := located.declared.get(name):
+            # First: transformers passes over a quantization whose library it does not know, and misreads the weights.
+            import_library(declared.package or declared.method, conversion.device or device)
         progress(f"{'loading' if folder else 'building'} {name}")
-        component = parts[name] = make(name)
+        other = conversion.instead(name, folder)
+        component = parts[name] = make(name) if other is None else other
         if name == "tokenizer" and folder and model.bundled is None:
             check_templates(templates_of(component), folder / name)
         if isinstance(component, nn.Module):
-            facts["components"][name] = _settle(component, name, device, quantize)
+            facts["components"][name] = _settle(component, name, device, conversion.quantize)
         if name == "text_encoder" and needed is not None:
             facts["components"][name] |= needed.facts(getattr(torch, dtype).itemsize)
     pipeline = _assemble(family(located.pipeline), located.distilled, parts)
@@ -103,11 +131,11 @@ def load(
     return Base(pipeline, facts, facts["bytes"])
 
 
-def _settle(module: nn.Module, name: str, device: str, quantize: Quantize | None) -> dict[str, Any]:
+def _settle(module: nn.Module, name: str, device: str, quantize: Quantize) -> dict[str, Any]:
     """Freeze, quantize and place one component; returns its facts."""
     module.eval().requires_grad_(False)
-    parameters = sum(parameter.numel() for parameter in module.parameters())
-    quantized = quantize(module, name) if quantize else {}
+    parameters = parameter_count(module)
+    quantized = quantize(module, name)
     module.to(device)
     return {
         "class": type(module).__name__,

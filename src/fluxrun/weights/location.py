@@ -8,6 +8,7 @@ from typing import Literal
 
 from fluxrun.architectures import PipelineKind
 from fluxrun.formatting import gigabytes
+from fluxrun.quantization.declared import Declared
 
 Kind = Literal["folder", "hub", "random"]
 
@@ -38,6 +39,8 @@ class Located:
     """Weight bytes of each model component: of its files, whose dtype may not be the run's; of ``random``, as built."""
     weight_files: tuple[Path, ...] = ()
     """The files of a checkpoint folder that hold them, in the order in which they are loaded."""
+    declared: dict[str, Declared] = field(default_factory=dict)
+    """Components whose weights are quantized as they lie there, with what their config.json says of it."""
 
     def announcement(self) -> str | None:
         """What is said before a download starts, or None when there is none."""

@@ -53,7 +53,10 @@ def _shared_copy(module: nn.Module) -> nn.Module:
     """A deep copy whose parameters share storage with the original's; ties and tensor subclasses are kept."""
     memo: dict[int, Any] = {}
     for parameter in module.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+        shared = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+        # Some tensor subclasses (bitsandbytes') keep their scales in attributes, which detaching leaves behind.
+        vars(shared).update({name: value for name, value in vars(parameter).items() if name not in vars(shared)})
+        memo[id(parameter)] = shared
     for buffer in module.buffers():
         memo[id(buffer)] = buffer.detach().clone()
     return copy.deepcopy(module, memo)
