@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def load_once(
     read, started = read_bytes(), time.perf_counter()
     with watched_memory() as memory:
         reading = read_ahead(located) if ahead else None
-        base = load(model, dtype=dtype, device=device, straight=straight, located=located)
+        base = load(model, dtype=dtype, device=device, located=located)
         if device.startswith("cuda"):
             torch.cuda.synchronize()
         taken = time.perf_counter() - started
@@ -136,13 +137,9 @@ def load_once(
 
 
 def apart(work: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function returns in a process of its own, forked from this one, which has imported everything."""
+    """What a function returns in a new process, which has imported everything by then."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
-
-    def run() -> None:
-        sender.send(work(*arguments))
-
-    child = multiprocessing.get_context("fork").Process(target=run)
+    child = multiprocessing.get_context("spawn").Process(target=answer, args=(sender, work, arguments))
     child.start()
     sender.close()
     try:
@@ -153,12 +150,12 @@ def apart(work: Callable[..., Any], *arguments: Any) -> Any:
     return found
 
 
-def import_everything() -> None:
-    """What a run has imported before it loads; no CUDA yet, which does not survive a fork."""
+def answer(sender: Connection, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """In the new process: import what a run has imported before it loads, do the work, send its result."""
     import diffusers.pipelines.flux2.pipeline_flux2
     import diffusers.pipelines.flux2.pipeline_flux2_klein  # noqa: F401
 
-    import fluxrun.weights.loading  # noqa: F401
+    sender.send(work(*arguments))
 
 
 def main() -> None:
@@ -172,7 +169,6 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda")
     given = parser.parse_args()
-    import_everything()
     if not given.folder.exists():
         apart(make, given.folder, given)
     read = [given.text_layers] if given.text_layers else []
@@ -189,11 +185,11 @@ def main() -> None:
         "loads": [],
     }
     for state in ("cold", "warm"):
-        for ahead, straight in ((False, False), (True, False), (False, True), (True, True)):
+        for ahead in (False, True):
             if state == "cold":
                 drop(given.folder)
-            way = {"cache": state, "read_ahead": ahead, "straight": straight}
-            row = {**way, **apart(load_once, given.folder, read, given, ahead, straight)}
+            way = {"cache": state, "read_ahead": ahead}
+            row = {**way, **apart(load_once, given.folder, read, given, ahead)}
             row["of_dd"] = round(size / row["seconds"] / result["dd_bytes_per_s"][state], 3)
             print(row, flush=True)
             result["loads"].append(row)

@@ -90,15 +90,12 @@ def load(
     device: str,
     part: Part = "all",
     conversion: Conversion | None = None,
-    straight: bool = False,
     progress: Progress = _silent,
     located: Located | None = None,
 ) -> Base:
     """Load or build ``part`` of ``model`` as ``dtype`` (a torch dtype's name) onto ``device``.
 
-    ``progress`` gets a line per stage. ``straight``: a pretrained component is read onto ``device`` at once, which a
-    conversion that works on the CPU does not allow. Raises ConfigError when the checkpoint is missing, partial or of
-    another kind.
+    ``progress`` gets a line per stage. Raises ConfigError when the checkpoint is missing, partial or of another kind.
     """
     conversion = conversion or Conversion()
     located = located or find_weights(model)
@@ -107,7 +104,7 @@ def load(
     needed = _needed_layers(model, located.pipeline)
     folder = None if located.kind == "random" else download(located, progress)
     make: Callable[[str], Component] = (
-        partial(_pretrained, folder, dtype, device if straight else None, model.variant, needed)
+        partial(_pretrained, folder, dtype, model.variant, needed)
         if folder
         else random_source(model, dtype, device, needed)
     )
@@ -189,13 +186,10 @@ class FromPretrained(TypedDict):
     local_files_only: bool
     trust_remote_code: bool
     dtype: torch.dtype
-    device_map: dict[str, str] | None
 
 
-def _pretrained(
-    folder: Path, dtype: str, device: str | None, variant: str | None, needed: NeededLayers | None, name: str
-) -> Component:
-    """One component of a diffusers folder in ``dtype``, on ``device`` or the CPU; a text encoder as far as ``needed``.
+def _pretrained(folder: Path, dtype: str, variant: str | None, needed: NeededLayers | None, name: str) -> Component:
+    """One component of a diffusers folder, on the CPU, in ``dtype``; of the text encoder what is ``needed``.
 
     Components are loaded one at a time by their own ``from_pretrained`` and not through the pipeline's: that
     is what lets each be quantized before the next one needs memory.
@@ -214,7 +208,6 @@ def _pretrained(
             trust_remote_code=False,
             # Always given: a folder saved in bfloat16 would else mix a bfloat16 text encoder and a float32 transformer.
             dtype=getattr(torch, dtype),
-            device_map={"": device} if device else None,
         )
         if name == "text_encoder" and needed is not None:
             return _cut_text_encoder(cls, folder, arguments, needed)
