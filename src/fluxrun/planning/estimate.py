@@ -136,11 +136,11 @@ class Estimate:
     def _transformer_sizes(self) -> BlockSizes:
         config, itemsize, share = self._sizes(), self._itemsize(), self._share("transformer")
         if not config:
-            return unknown_sizes(self._in_memory("transformer"), UNKNOWN_PARTS)
+            return unknown_sizes(self.in_memory("transformer"), UNKNOWN_PARTS)
         return transformer_sizes(config, self._unquantized("transformer"), itemsize, itemsize * share)
 
     def _text_encoder_sizes(self) -> BlockSizes:
-        total, found = self._in_memory("text_encoder"), self._architecture()
+        total, found = self.in_memory("text_encoder"), self._architecture()
         if found is None:
             return unknown_sizes(total, UNKNOWN_PARTS)
         read = self.model.text_encoder_out_layers or HIDDEN_STATES_READ[found.pipeline]
@@ -152,12 +152,12 @@ class Estimate:
 
     def _parts(self) -> tuple[int, int, int]:
         """Bytes of text encoder, transformer and VAE, as they will lie in memory."""
-        return self._in_memory("text_encoder"), self._in_memory("transformer"), self._bytes_of("vae")
+        return self.in_memory("text_encoder"), self._in_memory("transformer"), self._bytes_of("vae")
 
     def _bytes_of(self, component: str) -> int:
         return (self.weight_bytes or {}).get(component, 0)
 
-    def _in_memory(self, component: str) -> int:
+    def in_memory(self, component: str) -> int:
         """Bytes of a component once it is loaded: what is converted then takes less, but for the embedding table."""
         total = self._bytes_of(component)
         if (loaded := self.quantization.loaded_bytes(component)) is not None:
