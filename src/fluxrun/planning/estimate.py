@@ -152,7 +152,7 @@ class Estimate:
 
     def _parts(self) -> tuple[int, int, int]:
         """Bytes of text encoder, transformer and VAE, as they will lie in memory."""
-        return self.in_memory("text_encoder"), self._in_memory("transformer"), self._bytes_of("vae")
+        return self.in_memory("text_encoder"), self.in_memory("transformer"), self._bytes_of("vae")
 
     def _bytes_of(self, component: str) -> int:
         return (self.weight_bytes or {}).get(component, 0)
