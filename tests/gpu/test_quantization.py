@@ -18,6 +18,12 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 NAMES = ("fp8", "fp8_weight_only", "int8", "int8_weight_only", "nf4", "sdnq")
 
 
+@pytest.fixture(autouse=True)
+def compiled_anew() -> None:
+    """Dynamo counts recompilations for the whole process, and gives up after some."""
+    torch._dynamo.reset()
+
+
 def draw(folder: Path, *overrides: str) -> RunRecord:
     """A run of the tiny model on the GPU, of more than sixteen tokens: torch's int8 matmul takes no fewer rows."""
     record = drawn(folder, "device=cuda", "height=128", "width=128", *overrides)
@@ -45,7 +51,7 @@ def test_lora_files_beside_converted_weights(name: str, compiled: str, tmp_path:
         assert without.options["compile"].fallbacks == []
 
 
-@pytest.mark.parametrize("memory", ["resident", "staged", "balanced", "group", "block_swap"])
+@pytest.mark.parametrize("memory", ["staged", "balanced", "group", "block_swap"])
 def test_sdnq_draws_the_same_wherever_its_weights_lie(memory: str, tmp_path: Path) -> None:
     pytest.importorskip("sdnq")
     resident, other = (draw(tmp_path / place, "quantization=sdnq", f"memory={place}") for place in ("resident", memory))
@@ -74,4 +80,4 @@ def test_a_folder_that_bitsandbytes_has_quantized(memory: str, tmp_path: Path) -
     assert (entry.effective, entry.facts["transformer"]["format"]) == ("checkpoint", "bitsandbytes nf4")
     assert entry.facts["transformer"]["converted"] > 0
     assert record.images[0].finite
-    assert record.options["memory"].effective == memory
+    assert record.options["memory"].effective == ("resident" if memory == "balanced" else memory)

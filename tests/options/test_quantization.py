@@ -8,7 +8,9 @@ import pytest
 from helpers import H100, effective, plan_on
 
 from fluxrun.config.catalog import Catalog
+from fluxrun.config.composition import compose
 from fluxrun.errors import ConfigError
+from fluxrun.planning.prepare import make_plan
 
 
 def test_nf4_needs_a_gpu_and_its_library():
@@ -31,6 +33,15 @@ def test_single_files_are_looked_at_first(name, tmp_path):
     (tmp_path / "model.bin").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"is no \.\w+ file"):
         plan_on(machine, f"quantization={name}", f"quantization.file={tmp_path / 'model.bin'}")
+
+
+@pytest.mark.parametrize("memory", ["balanced", "group", "block_swap", "sequential"])
+def test_a_bitsandbytes_folder_stays_on_the_gpu(memory):
+    config = compose([f"memory={memory}"])
+    plan = make_plan(config, H100, declared={"transformer": "bitsandbytes nf4"})
+    (fallback,) = plan.choices["memory"].fallbacks
+    assert "have their scales beside them" in fallback.reason
+    assert plan.choices["memory"].effective == "resident"
 
 
 def test_dynamic_quantization_without_compile_warns():

@@ -155,6 +155,11 @@ class Offload(MemoryOption):
             return None
         return f"offloads from a GPU to the CPU's memory; this run is on {machine.device}, there is nothing to offload"
 
+    def inapplicable(self, workload: Workload) -> str | None:
+        if any(found.startswith("bitsandbytes") for found in workload.declared.values()):
+            return "a folder's bitsandbytes weights have their scales beside them, and lose them when they are moved"
+        return super().inapplicable(workload)
+
     def pinned(self, pipeline: Pipeline, context: Context) -> Facts:
         """Page-lock the weights for fast copies."""
         if context.pins is None or not context.device.startswith("cuda"):
