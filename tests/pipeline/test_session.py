@@ -287,6 +287,7 @@ def test_the_end_of_the_ladder(options, tmp_path):
 def transformers(monkeypatch):
     """Weak references to the transformers of all pipelines made; none may be made while another is there."""
 
+    import fluxrun.pipeline.prompt_encoder  # noqa: F401 - it keeps the shell that it finds when it is imported
     from fluxrun.weights import shells
 
     made: list[weakref.ref] = []
