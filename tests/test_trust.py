@@ -214,7 +214,7 @@ def test_every_key_is_open_or_closed(key, knob, option, config_dir, monkeypatch)
 
 
 CLOSED = {
-    "prompts_file", "reference_images", "sweep.resume",
+    "prompts_file", "reference_images", "image", "mask_image", "sweep.resume",
     "model.id", "model.path", "model.revision", "lora.files", "quantization.file",
     "attention.hub", "attention.hub_backend",
     "compile.inductor_options", "compile.cache_dir", "compile.cache_artifacts",
@@ -444,6 +444,8 @@ def test_an_image_from_a_stranger(tmp_path, change):
         {"vae": {"_target_": "shutil.rmtree"}},
         {"prompts_file": "/etc/passwd"},
         {"reference_images": ["/etc/passwd"]},
+        {"image": "/etc/passwd"},
+        {"mask_image": "/etc/passwd"},
         {"model": {"_target_": "fluxrun.options.model.Flux2Model", "id": "somebody/model"}},
         {"model": {"_target_": "fluxrun.options.model.Flux2Model", "path": "/somewhere"}},
     ],

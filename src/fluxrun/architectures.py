@@ -14,7 +14,11 @@ PATCH_PIXELS = 16
 LARGEST_REFERENCE = 1024
 """The pipelines scale reference pictures of a larger area than this edge's square down to it."""
 
-PipelineKind = Literal["klein", "dev"]
+Family = Literal["klein", "dev"]
+"""What weights belong to: their text encoder and how the transformer is called."""
+
+PipelineKind = Literal["klein", "klein_inpaint", "klein_kv", "dev"]
+"""What is called with them: klein weights can be drawn with by three pipelines."""
 
 ArchitectureName = Literal["dev", "klein_4b", "klein_9b", "tiny"]
 
@@ -50,13 +54,24 @@ class TextConfig(TypedDict):
     tie_word_embeddings: bool
 
 
-PIPELINE_CLASSES: dict[str, PipelineKind] = {"Flux2KleinPipeline": "klein", "Flux2Pipeline": "dev"}
-"""The diffusers pipeline classes that fluxrun runs."""
+PIPELINE_CLASSES: dict[str, PipelineKind] = {
+    "Flux2KleinPipeline": "klein",
+    "Flux2KleinInpaintPipeline": "klein",  # to inpaint is asked of a run, nothing in the weights is made for it
+    "Flux2KleinKVPipeline": "klein_kv",
+    "Flux2Pipeline": "dev",
+}
+"""The diffusers pipeline classes that a checkpoint may name."""
+
+
+def family(pipeline: PipelineKind) -> Family:
+    """The family of weights that a pipeline draws with."""
+    return "dev" if pipeline == "dev" else "klein"
+
 
 MODEL_COMPONENTS = ("text_encoder", "transformer", "vae")
 """Pipeline components that hold weights, in the order in which they are loaded and run."""
 
-HIDDEN_STATES_READ: dict[PipelineKind, tuple[int, ...]] = {"klein": (9, 18, 27), "dev": (10, 20, 30)}
+HIDDEN_STATES_READ: dict[Family, tuple[int, ...]] = {"klein": (9, 18, 27), "dev": (10, 20, 30)}
 """Text-encoder hidden states that become the prompt embedding: the pipelines' own defaults."""
 
 
@@ -93,7 +108,7 @@ class Architecture:
     """
 
     name: ArchitectureName
-    pipeline: PipelineKind
+    pipeline: Family
     transformer: TransformerConfig
     text_encoder: Config
     vae: Config
@@ -264,7 +279,7 @@ TINY_TEXT_LAYERS = (1, 2, 3)
 """Hidden states read from the tiny text encoder (it has four layers, so one is unread, as in the real ones)."""
 
 
-def _tiny(pipeline: PipelineKind) -> Architecture:
+def _tiny(pipeline: Family) -> Architecture:
     if pipeline == "klein":
         text: Config = {**_TINY_TEXT, "tie_word_embeddings": True}
     else:
@@ -302,9 +317,9 @@ def architecture(name: ArchitectureName, pipeline: PipelineKind | None = None) -
     Raises ValueError when ``pipeline`` is not the one that the architecture belongs to.
     """
     if name == "tiny":
-        return _tiny(pipeline or "klein")
+        return _tiny(family(pipeline or "klein"))
     found = {"dev": DEV, "klein_4b": KLEIN_4B, "klein_9b": KLEIN_9B}[name]
-    if pipeline not in (None, found.pipeline):
+    if pipeline is not None and family(pipeline) != found.pipeline:
         raise ValueError(f"architecture {name} belongs to pipeline {found.pipeline}, not {pipeline}")
     return found
 

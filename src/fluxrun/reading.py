@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from fluxrun.errors import one_line, python_reason
 from fluxrun.formatting import gigabytes, shorten
+from fluxrun.types import Json
 
 MOST_BYTES = 64 * 2**20
 """A text file may be so long: some hundred thousand prompts, or a record of as many pictures."""
@@ -71,7 +72,7 @@ def parse_json(text: str) -> Any:
     return value
 
 
-def _depth(value: Any) -> int:
+def _depth(value: Json) -> int:
     """How many lists and mappings lie inside each other; no deeper than is asked about."""
     level, depth = [value], 0
     while (level := [item for item in level if isinstance(item, (list, dict))]) and depth <= MOST_DEPTH:

@@ -22,6 +22,7 @@ from fluxrun.process.signals import Interrupts
 from fluxrun.record.environment import environment
 from fluxrun.record.folder import RunFolder, status_of
 from fluxrun.record.schema import RunRecord
+from fluxrun.weights.readahead import ReadAhead, read_ahead
 
 log = logging.getLogger("fluxrun")
 
@@ -100,10 +101,12 @@ def _run(
 
     with interrupts.immediate():
         folder.record.environment = environment(plan.machine)
+        folder.record.inputs = prepared.inputs
         note_options()
         folder.write()
         _announce(prepared)
         stage.read = lambda: "load"
+        reading = _read_ahead(prepared) if not pool.loads else None
         with spans.span("import"):
             from fluxrun.drawing.generation import Generation
 
@@ -115,6 +118,13 @@ def _run(
             generation.run()
         finally:
             note_options()
+            if reading is not None:
+                reading.stop()
+
+
+def _read_ahead(prepared: Prepared) -> ReadAhead | None:
+    """The weights come from the disk while the libraries are imported."""
+    return read_ahead(prepared.located, first="text_encoder" if prepared.plan.memory.staged else "transformer")
 
 
 def _announce(prepared: Prepared) -> None:
@@ -171,9 +181,7 @@ def build(config: RunConfig) -> Session:
 
 def assembled(prepared: Prepared, *, whole: bool = False) -> Session:
     """A session with its pipeline built; ``whole`` keeps the text encoder whatever has to fall back."""
-    session = Session(
-        prepared.plan, references=prepared.references, located=prepared.located, adapters=prepared.adapters
-    )
+    session = Session(prepared.plan, pictures=prepared.pictures, located=prepared.located, adapters=prepared.adapters)
     session.whole = whole
     session.__enter__()
     try:

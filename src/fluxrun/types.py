@@ -22,13 +22,15 @@ if TYPE_CHECKING:
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 """A value of a JSON or YAML document, to read."""
 
+JsonObject: TypeAlias = "Mapping[str, Json]"
+"""The same of a mapping: a config as plain data, a component's config.json, what a picture says of itself."""
 
 Component: TypeAlias = "nn.Module | PreTrainedTokenizerBase | ProcessorMixin | SchedulerMixin | None"
 """A part of a pipeline; None: it was not loaded."""
 
 
 class Pipeline(Protocol):
-    """What fluxrun uses of a ``Flux2Pipeline`` or a ``Flux2KleinPipeline``.
+    """What fluxrun uses of a ``Flux2Pipeline``, a ``Flux2KleinPipeline`` or one of klein's editing pipelines.
 
     diffusers gives its pipelines their components at run time, so that a type checker knows nothing of them; here is
     what they are. Methods that fluxrun replaces on a pipeline are written as attributes.
@@ -85,6 +87,7 @@ class ImageProcessor(Protocol):
     """Makes pictures of what the VAE has decoded."""
 
     postprocess: Callable[..., list[Image] | np.ndarray | torch.Tensor]
+    apply_overlay: Callable[..., Image]
 
     @property
     def config(self) -> FrozenDict: ...

@@ -182,7 +182,7 @@ REFUSED = {
     "model=local": "model.path=",
     "model=local model.path=/absent": "no such folder",
     "model.dtype=int8": "'bfloat16'",
-    "model.pipeline=foo": "'klein' or 'dev'",
+    "model.pipeline=foo": "'klein_kv' or 'dev'",
     "model.architecture=dev model.pipeline=klein": "belongs to pipeline dev",
     "model=flux2_klein_4b model.offline=true": "offline",
     "seed=1,2": "--multirun",

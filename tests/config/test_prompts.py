@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from PIL import Image
 
 from fluxrun.config.composition import compose
-from fluxrun.config.prompts import Job, jobs_of, load_reference_images, read_prompts
+from fluxrun.config.prompts import Job, jobs_of, read_prompts
 from fluxrun.errors import ConfigError
 
 AWKWARD = '"It\'s 50% #1 (really)!", ${HOME}, é'
@@ -91,18 +90,3 @@ def test_a_command_line_that_is_not_text():
 def test_seeds_stay_in_range():
     with pytest.raises(ConfigError, match="seed"):
         jobs_of(compose([f"seed={2**63 - 1}", "num_images=2"]))
-
-
-def test_reference_images(tmp_path):
-    good, bad = tmp_path / "good.png", tmp_path / "bad.png"
-    Image.new("RGBA", (32, 16)).save(good)
-    bad.write_bytes(b"not an image")
-    assert [(image.mode, image.size) for image in load_reference_images((good, good))] == [("RGB", (32, 16))] * 2
-    with pytest.raises(ConfigError, match="cannot be read as an image"):
-        load_reference_images((bad,))
-    half = tmp_path / "half.png"
-    half.write_bytes(good.read_bytes()[:40])
-    with pytest.raises(ConfigError, match="cannot be read as an image"):
-        load_reference_images((half,))
-    with pytest.raises(ConfigError, match="is no plain file"):
-        load_reference_images((tmp_path,))

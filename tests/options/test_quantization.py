@@ -43,7 +43,7 @@ def test_dynamic_quantization_without_compile_warns():
 def test_estimates_count_every_component_and_the_scales():
     def transformer(*overrides: str) -> int:
         plan = plan_on(H100, "model=flux2_klein_4b", "model.weights=random", *overrides)
-        return plan.estimate._in_memory("transformer")
+        return plan.estimate.in_memory("transformer")
 
     whole, eight = transformer(), transformer("quantization=int8_weight_only")
     assert eight == pytest.approx(whole / 2, rel=0.01)
@@ -51,7 +51,7 @@ def test_estimates_count_every_component_and_the_scales():
         plan_on(
             H100, "model=flux2_klein_4b", "model.weights=random", "quantization=int8_weight_only",
             f"quantization.components={components}",
-        ).estimate._in_memory("text_encoder")
+        ).estimate.in_memory("text_encoder")
         for components in ("[transformer]", "[transformer,text_encoder]")
     ]  # fmt: skip
     assert 0.5 < texts[1] / texts[0] < 0.65  # the embedding table stays

@@ -292,9 +292,9 @@ def transformers(monkeypatch):
     made: list[weakref.ref] = []
     original = shells.shell
 
-    def shell(base):
+    def shell(*arguments):
         assert not [one for one in made if one() is not None]
-        pipeline = original(base)
+        pipeline = original(*arguments)
         made.append(weakref.ref(pipeline.transformer))
         return pipeline
 

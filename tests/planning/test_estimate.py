@@ -20,7 +20,7 @@ from fluxrun.offload.block_sizes import BlockSizes, text_encoder_sizes, transfor
 from fluxrun.offload.block_swap import BlockWeights, packed_bytes
 from fluxrun.offload.components import slots
 from fluxrun.options.memory import allocator_share
-from fluxrun.planning.estimate import reference_tokens
+from fluxrun.planning.editing import reference_tokens
 from fluxrun.planning.plan import Plan
 from fluxrun.weights.random_weights import builders, random_text_encoder
 from fluxrun.weights.text_encoder import NeededLayers

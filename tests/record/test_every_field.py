@@ -10,6 +10,7 @@ from typing import Any, get_args
 import pytest
 from checkpoints import spoiled_folder
 from helpers import SMALL, draw
+from PIL import Image
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
@@ -71,7 +72,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[RunRecord], li
     """What a compiled run, one that falls back, and a sweep with a baseline and a failed job leave in their files."""
     folder = tmp_path_factory.mktemp("fields")
     draw(folder / "compiled", "compile=regional", command=["fluxrun"])
-    draw(folder / "apply", "compile=regional", "+compile.inductor_options.nonsense=1")
+    Image.new("RGB", (64, 64)).save(folder / "given.png")
+    given = f"reference_images=[{folder / 'given.png'}]"
+    draw(folder / "apply", "compile=regional", "+compile.inductor_options.nonsense=1", given)
     job = ["model=shapes", "prompt=a red circle left of a blue square", "height=64", "width=64", "device=cpu"]
     job += ["attention=xformers", "vae.tile_size=256"]  # one falls back, one is not used
     draw(folder / "slow", *job, "steps=16")  # so slow that two steps break even

@@ -23,8 +23,8 @@ from fluxrun.hardware.machine import Machine
 from fluxrun.options.model import Flux2Model
 from fluxrun.weights import folder as checkpoint
 from fluxrun.weights import shells
+from fluxrun.weights.download import download
 from fluxrun.weights.find import find_weights, resolve
-from fluxrun.weights.hub import download
 
 SRC = Path(__file__).resolve().parents[2] / "src"
 
@@ -391,7 +391,7 @@ def test_disk_too_small(hub, monkeypatch):
 def test_environment_of_a_real_process(hub, tmp_path):
     """The same through the environment only, as users set it."""
     code = (
-        "from fluxrun.weights.find import find_weights\nfrom fluxrun.weights.hub import download\n"
+        "from fluxrun.weights.find import find_weights\nfrom fluxrun.weights.download import download\n"
         "from fluxrun.options.model import Flux2Model\n"
         f"located = find_weights(Flux2Model(id={REPO!r}))\n"
         "print(located.announcement())\nprint(download(located))"

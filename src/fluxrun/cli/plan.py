@@ -33,7 +33,7 @@ def show_plan(prepared: Prepared) -> None:
     """What would run, what falls back and why, and what is still to be proven."""
     plan = prepared.plan
     height, width = plan.size
-    steps = plan.steps
+    steps = plan.steps_made
     where = f"on {plan.machine.device} ({plan.dtype}), weights: {prepared.located.source}"
     _line(f"{len(prepared.jobs)} image(s), {width}x{height}, {steps} step(s), {where}")
     if announcement := prepared.located.announcement():

@@ -9,7 +9,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ from fluxrun.record.folder import claimed
 from fluxrun.record.schema import RunRecord
 from fluxrun.report.fidelity import distance, missing
 from fluxrun.runner import run
+from fluxrun.types import JsonObject
 from fluxrun.version import __version__
 
 if TYPE_CHECKING:
@@ -110,9 +111,7 @@ def _quantized(prepared: Prepared, folder: Path) -> dict[str, Any]:
             plan.model.model_copy(update={"text_encoder_layers": "all"}),
             dtype=plan.dtype,
             device="cpu",
-            conversion=Conversion(
-                lambda component, name: option.quantize(component, name, "cpu", device), device=device
-            ),
+            conversion=Conversion(convert, device=device),
             progress=lambda text: log.info("%s", text),
             located=prepared.located,
         )
@@ -121,12 +120,7 @@ def _quantized(prepared: Prepared, folder: Path) -> dict[str, Any]:
             base.pipeline.save_pretrained(temporary, variant=None, max_shard_size="5GB")
     saved = time.perf_counter()
     facts = {name: c["quantization"] for name, c in base.facts["components"].items() if "quantization" in c}
-    for name, found in facts.items():
-        before, after = found["bytes_before"], found["bytes"]
-        log.info(
-            "%s: %d of %d linear layers (%s), %s -> %s (%.2f)", name, found["converted"], found["of"], found["format"],
-            gigabytes(before), gigabytes(after), after / before,
-        )  # fmt: skip
+    _say_what_was_converted(facts)
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     log.info("%s: %s, made in %s, saved in %s", folder, gigabytes(size), seconds(made - started), seconds(saved - made))
     return {
@@ -143,6 +137,15 @@ def _quantized(prepared: Prepared, folder: Path) -> dict[str, Any]:
         "versions": {name: plan.machine.packages.get(name) for name in LIBRARIES},
         "fidelity": None,
     }  # fmt: skip
+
+
+def _say_what_was_converted(facts: Mapping[str, Facts]) -> None:
+    for name, found in facts.items():
+        before, after = found["bytes_before"], found["bytes"]
+        log.info(
+            "%s: %d of %d linear layers (%s), %s -> %s (%.2f)", name, found["converted"], found["of"], found["format"],
+            gigabytes(before), gigabytes(after), after / before,
+        )  # fmt: skip
 
 
 @contextmanager
@@ -197,5 +200,5 @@ def _fidelity(original: tuple[Path, RunRecord], quantized: tuple[Path, RunRecord
     }  # fmt: skip
 
 
-def _write(folder: Path, record: dict[str, Any]) -> None:
+def _write(folder: Path, record: JsonObject) -> None:
     write_atomically(folder / RECORD, json.dumps(record, indent=1))

@@ -24,11 +24,12 @@ from fluxrun.process.console import log_to
 from fluxrun.reading import Unreadable
 from fluxrun.record.folder import claimed, read_record
 from fluxrun.record.picture import pixel_hash, read_metadata
-from fluxrun.record.schema import RunRecord
+from fluxrun.record.schema import InputRecord, RunRecord
 from fluxrun.record.signature import is_own
 from fluxrun.runner import run
 from fluxrun.startup.lean import start_lean
 from fluxrun.trust import trusted
+from fluxrun.types import JsonObject
 
 log = logging.getLogger("fluxrun.rerun")
 
@@ -50,10 +51,13 @@ def rerun(target: str, overrides: Sequence[str] = ()) -> int:
     path = expanded(target)
     config, hashes = from_folder(path) if os.path.isdir(path) else from_image(path)
     folder = output_dir(overrides)
-    start_lean(libraries_of(prepare(config)))
+    prepared = prepare(config)
+    inputs = prepared.inputs
+    start_lean(libraries_of(prepared))
     with claimed(folder):
         log_to(folder)
         try:
+            _warn_of_other_inputs(path, inputs)
             record = run(config, folder, command=["fluxrun", "rerun", target, *overrides])
         except Exception as error:  # already one line on screen and a traceback in the log
             return exit_code_of(error)
@@ -98,7 +102,7 @@ def _pixels(path: Path) -> str:
         raise ConfigError(f"{path} {error}") from error
 
 
-def with_found_paths(config: dict[str, Any], cwd: str | None) -> dict[str, Any]:
+def with_found_paths(config: JsonObject, cwd: str | None) -> dict[str, Any]:
     """``config`` with relative paths that are not there from here, but are from where the run was started."""
 
     def found(value: Any) -> Any:
@@ -111,7 +115,7 @@ def with_found_paths(config: dict[str, Any], cwd: str | None) -> dict[str, Any]:
     return _with_paths(config, RunConfig, found)
 
 
-def _with_paths(data: dict[str, Any], model: type[BaseModel], change: Callable[[Any], Any]) -> dict[str, Any]:
+def _with_paths(data: JsonObject, model: type[BaseModel], change: Callable[[Any], Any]) -> dict[str, Any]:
     """``data`` with whatever its schema says is a path changed; an option's schema is that of its class."""
     result = dict(data)
     for name, field in model.model_fields.items():
@@ -133,6 +137,16 @@ def _entry_of(annotation: Any) -> type[BaseModel] | None:
 def _is_path(annotation: Any) -> bool:
     """Whether a field is a path, or has paths in it."""
     return annotation is Path or any(map(_is_path, get_args(annotation)))
+
+
+def _warn_of_other_inputs(target: Path, inputs: Sequence[InputRecord]) -> None:
+    """One line for each picture that the run is given and whose pixels are not those that were recorded."""
+    recorded = read_record(target).model_dump() if os.path.isdir(target) else read_metadata(target)
+    known = recorded.get("inputs")
+    hashes = [entry.get("sha256") for entry in known if isinstance(entry, dict)] if isinstance(known, list) else []
+    for given in inputs:
+        if hashes and given.sha256 not in hashes:
+            log.warning("%s: %s has other pixels than the picture that was recorded", given.key, given.path)
 
 
 def output_dir(overrides: Sequence[str]) -> Path:

@@ -18,6 +18,7 @@ from fluxrun.process.console import log_to
 from fluxrun.process.signals import Interrupts
 from fluxrun.sweep.tuned_preset import preset_text, use
 from fluxrun.sweep.tuner import MOST_STEPS, Tuner, log
+from fluxrun.types import JsonObject
 
 
 def command(arguments: Sequence[str]) -> int:
@@ -107,5 +108,5 @@ def _few_steps(config: RunConfig) -> int | None:
     return min(own, MOST_STEPS) if own and config.steps is None else own
 
 
-def _measured(source: dict[str, Any], repeats: int, steps: int | None) -> dict[str, Any]:
+def _measured(source: JsonObject, repeats: int, steps: int | None) -> dict[str, Any]:
     return {**source, "steps": steps, "measure": {"warmup": 0, "repeats": repeats}}

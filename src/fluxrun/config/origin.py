@@ -26,6 +26,7 @@ from fluxrun.config.schema import GROUPS, knobs_at
 from fluxrun.paths import conf_dir
 from fluxrun.reading import parse_yaml, read_text
 from fluxrun.trust import interpolation_beyond_config, objection, refuse, trusted
+from fluxrun.types import JsonObject
 
 STEERS = "a config file may not steer Hydra itself"
 ONLY_KEYS = "in other people's files ${…} may only name another key of the config"
@@ -89,7 +90,7 @@ def foreign_file(result: ConfigResult, config_path: str) -> str | None:
     return None if own else str(path)
 
 
-def check_recorded(config: Mapping[str, Any], where: str) -> None:
+def check_recorded(config: JsonObject, where: str) -> None:
     """Refuse a config from a record or a picture that sets what is the command line's alone. Raises TrustError."""
     if not trusted():
         for path, value in _leaves(config):

@@ -7,13 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from fluxrun.config.schema import RunConfig
 from fluxrun.errors import ConfigError
 from fluxrun.formatting import counted, shorten
 from fluxrun.paths import expanded
-from fluxrun.pictures import open_picture
 from fluxrun.reading import Unreadable, parse_json, parse_yaml, read_text
 
 ALLOWED_KEYS = ("prompt", "seed", "num_images")
@@ -135,17 +132,3 @@ def _entry(path: Path, number: int, raw: Any) -> dict[str, Any]:
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ConfigError(f"{where}: {key} must be a whole number of at least {least}, got {shorten(value)}")
     return entry
-
-
-def load_reference_images(paths: tuple[Path, ...]) -> list[Image.Image]:
-    """The reference pictures as RGB PIL images; raises ConfigError for one that cannot be read."""
-    images = []
-    for path in paths:
-        try:
-            with open_picture(expanded(path)) as image:
-                images.append(image.convert("RGB"))
-        except FileNotFoundError as error:
-            raise ConfigError(f"reference_images: {path}: no such file") from error
-        except Unreadable as error:
-            raise ConfigError(f"reference_images: {shorten(path)} {error}") from error
-    return images

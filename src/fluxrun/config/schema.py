@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,6 +26,7 @@ from fluxrun.options.quantization import QuantizationOption
 from fluxrun.options.scheduler import SchedulerOption
 from fluxrun.options.vae import VaeOption
 from fluxrun.trust import Closed, Open, OpenWhere
+from fluxrun.types import JsonObject
 
 _LOAD = BeforeValidator(load_option)
 
@@ -47,6 +48,8 @@ class Measure(BaseModel):
 def _as_list(value: Any) -> Any:
     return [] if value is None else [value] if isinstance(value, (str, Path)) else value
 
+
+ReferenceResize = Literal["area", "fit", "crop", "stretch"]
 
 PathList = Annotated[tuple[Path, ...], BeforeValidator(_as_list)]
 
@@ -70,12 +73,28 @@ class RunConfig(BaseModel):
     """Denoising steps."""
     guidance: Open[float | None] = Field(None, ge=0, allow_inf_nan=False)
     """Guidance scale; refused for distilled models, which have none."""
+    guidance_batched: Open[bool] = False
+    """Classifier-free guidance (FLUX.2 klein base): prompt and negative prompt in one call of the transformer a step
+    instead of two, where the memory allows. Equal up to rounding."""
     height: Open[int | None] = Field(None, ge=16, multiple_of=16)
     """Picture height in pixels, a multiple of 16."""
     width: Open[int | None] = Field(None, ge=16, multiple_of=16)
     """Picture width in pixels, a multiple of 16."""
     reference_images: Annotated[PathList, Closed(READ)] = ()
     """Pictures to edit or to take subjects from (FLUX.2 image editing)."""
+    reference_resize: Open[ReferenceResize] = "area"
+    """Size of the reference pictures. ``area``: their own; ``fit``: scaled to lie within the picture that is drawn;
+    ``crop``: scaled to cover it, the rest cut off; ``stretch``: its size. In any case the pipeline scales what has more
+    than 1024x1024 pixels down to that area, and cuts each edge to a multiple of 16."""
+    image: Annotated[Path | None, Closed(READ)] = None
+    """The picture to repaint a part of (model.pipeline=klein_inpaint), which also gives the size."""
+    mask_image: Annotated[Path | None, Closed(READ)] = None
+    """klein_inpaint: a picture of the same size, white where ``image`` is repainted."""
+    strength: Open[float | None] = Field(None, gt=0, le=1)
+    """klein_inpaint: how far the repainted part may leave what it was; below 1 first steps are left out (null: 0.8)."""
+    padding_mask_crop: Open[int | None] = Field(None, ge=0)
+    """klein_inpaint: work on the mask and so many pixels around it alone, scaled up to the picture's size; everything
+    outside of the mask keeps its bytes."""
     output_format: Open[Literal["png", "jpeg", "webp"]] = "png"
     """Image file format; all of them carry the config as metadata."""
     batch_size: Open[int] = Field(1, ge=1)
@@ -115,7 +134,7 @@ class RunConfig(BaseModel):
         return {group: getattr(self, group) for group in GROUPS}
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any], config_dirs: tuple[Path, ...] = ()) -> RunConfig:
+    def from_dict(cls, data: JsonObject, config_dirs: tuple[Path, ...] = ()) -> RunConfig:
         """Validate plain data; raises ConfigError with one line for the first thing that is wrong."""
         if inner := sorted({"source", "config_dirs"} & data.keys()):  # fields, but no knobs
             raise ConfigError(f"unknown key {inner[0]!r}: {nearest(inner[0], _known_keys(inner[:1], data))}")
@@ -157,7 +176,7 @@ def knobs_at(path: Sequence[str]) -> list[tuple[int, FieldInfo]]:
     return [(2, model.model_fields[path[1]]) for model in models if path[1:] and path[1] in model.model_fields]
 
 
-def validate_option(group: str, data: dict[str, Any]) -> Option:
+def validate_option(group: str, data: JsonObject) -> Option:
     """An option as plain data, validated as RunConfig's field of its group; raises ConfigError with one line."""
     try:
         option = load_option(data)
@@ -168,7 +187,7 @@ def validate_option(group: str, data: dict[str, Any]) -> Option:
     return option
 
 
-def explain(error: ValidationError, data: dict[str, Any], *within: str) -> str:
+def explain(error: ValidationError, data: JsonObject, *within: str) -> str:
     """One line for the first problem: the key, what was got, what is allowed (nearest name first).
 
     ``within`` is where in ``data`` the model lies that did not validate.
@@ -194,13 +213,15 @@ def _other_group(group: str, option: Option) -> str:
     return f"{group}={option.name}: {type(option).__name__} is no option of this group ({a_subclass})"
 
 
-def _known_keys(path: list[str], data: dict[str, Any]) -> list[str]:
+def _known_keys(path: list[str], data: JsonObject) -> list[str]:
     """The keys that are allowed where ``path`` ends."""
     if len(path) == 1:
         return [name for name in RunConfig.model_fields if name not in ("source", "config_dirs")]
     if path[0] == "measure":
         return list(Measure.model_fields)
-    module, _, name = str(data[path[0]]["_target_"]).rpartition(".")
+    node = data[path[0]]
+    assert isinstance(node, Mapping)
+    module, _, name = str(node["_target_"]).rpartition(".")
     fields = getattr(importlib.import_module(module), name).model_fields
     return [key for key, knob in fields.items() if not knob.exclude and key != "name"]
 

@@ -189,8 +189,11 @@ class Generation:
         self.stage = "text_encode"
         with self.session.interrupts.immediate():
             arguments = self._arguments(batch)
+        if self.session.guidance is not None:
+            self.session.guidance.begin(arguments.get("negative_prompt_embeds"))
         self.stage = "denoise"
-        with self.session.reporter.steps(text, self.plan.scheduler.calls(arguments["num_inference_steps"])) as display:
+        assert self.plan.steps_made is not None
+        with self.session.reporter.steps(text, self.plan.scheduler.calls(self.plan.steps_made)) as display:
             watch = Stopwatch(self.device, display, self._after_step, self._after_denoising, compiles=compiles)
 
             def after_step(pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
@@ -250,15 +253,15 @@ class Generation:
         }
         if self.plan.scheduler.sigmas is not None:
             arguments["sigmas"] = list(self.plan.scheduler.sigmas)
-        if self.plan.model.distilled:
+        if self.plan.model.pipeline == "klein_kv":
+            pass  # it has no guidance
+        elif self.plan.model.distilled:
             arguments["guidance_scale"] = 1.0  # a distilled model warns about anything above 1
         elif self.plan.guidance is not None:
             arguments["guidance_scale"] = self.plan.guidance
         if self.plan.negative_prompt is not None:
             arguments["negative_prompt_embeds"] = self._embeddings([self.plan.negative_prompt] * len(batch))
-        if self.session.references:
-            arguments["image"] = self.session.references
-        return arguments
+        return arguments | self.session.pictures.arguments(self.config)
 
     def _embeddings(self, texts: Sequence[str]) -> torch.Tensor:
         return self.session.prompts.of(texts, self.session.pipeline)

@@ -159,6 +159,16 @@ class MemoryNeed:
         return f"needs at least {of}, swaps {count} of {len(self.blocks.blocks)} blocks, {moved:.1f} GB a step"
 
 
+INPAINTING_STRENGTH = 0.8
+"""Flux2KleinInpaintPipeline's default."""
+
+
+def steps_after(steps: int, strength: float | None) -> int:
+    """How many of ``steps`` diffusers' inpainting makes at a strength: it begins at a picture with so much noise."""
+    made = min(steps * (INPAINTING_STRENGTH if strength is None else strength), steps)
+    return steps - int(max(steps - made, 0))
+
+
 @dataclass(frozen=True)
 class Workload:
     """What an option may know of a run before anything is loaded. Sizes in pixels, memory in bytes."""

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from fluxrun.hardware.machine import Machine
-from fluxrun.options.base import COMPILER, NOTHING_MORE, Context, Facts, Option, Workload
+from fluxrun.options.base import COMPILER, NOTHING_MORE, Context, Facts, Option, Workload, steps_after
 from fluxrun.trust import Open
 from fluxrun.types import Pipeline
 
@@ -294,6 +294,8 @@ def _counted_call(option: StepCache, cls: Any, context: Context) -> Any:
         # Only klein's base models call the transformer twice a step, once with the prompt and once without.
         twice = not self.config.get("is_distilled", True) and (given.arguments["guidance_scale"] or 0) > 1
         steps = len(given.arguments["sigmas"] or ()) or given.arguments["num_inference_steps"]
+        if "strength" in given.arguments:
+            steps = steps_after(steps, given.arguments["strength"])
         option.prepare(self, steps, twice)
         drawn = cls.__call__(self, *args, **arguments)
         self.cached_calls.append(count_call(self, option.first_blocks + option.last_blocks))

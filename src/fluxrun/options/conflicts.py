@@ -68,9 +68,11 @@ FAST_VAE = named(VaeOption, "fast")
 STEP_CACHE = when(CacheOption, lambda option: option.skips_steps)
 OFFLOADING = when(MemoryOption, lambda option: option.offloads)
 MOVING_WEIGHTS = when(MemoryOption, lambda option: option.offloads and not option.swaps_blocks)
+KLEIN_KV = when(Flux2Model, lambda option: option.pipeline == "klein_kv")
 ADAPTED = when(LoraOption, lambda option: option.adapts)
 CUDAGRAPHS = when(CompileOption, lambda option: option.cudagraphs)
 
+KV_GROWS = "model.pipeline=klein_kv hands keys and values on from the first step to the others: no two are one graph"
 CACHE_DECIDES = "a CUDA graph of the transformer replays every block, a step cache decides which ones run"
 
 
@@ -104,6 +106,35 @@ class Conflict:
 
 
 CONFLICTS = (
+    Conflict(
+        when(SchedulerOption, lambda option: option.solver != "euler"),
+        when(Flux2Model, lambda option: option.pipeline == "klein_inpaint"),
+        "model.pipeline=klein_inpaint puts the picture back after every step, with as much noise as Euler has there",
+        "scheduler", "euler",
+    ),
+    Conflict(
+        FUSED, KLEIN_KV,
+        "the fused blocks do not keep the references' keys and values for model.pipeline=klein_kv",
+        "kernels", "diffusers",
+    ),
+    Conflict(
+        STEP_CACHE, KLEIN_KV,
+        "model.pipeline=klein_kv has the references in its first step only; a step cache would compare it with others",
+        "cache", "none",
+    ),
+    Conflict(
+        _for("transformer", _only_records), KLEIN_KV, KV_GROWS,
+        "compile", "none", ("cuda_graph",), target="transformer",
+    ),
+    Conflict(
+        _for("transformer", _compiles_and_records), KLEIN_KV, KV_GROWS,
+        "compile", "regional", ("cuda_graph",),
+    ),
+    Conflict(
+        _for("transformer", lambda option: option.cudagraphs), KLEIN_KV,
+        "a CUDA graph's next replay would overwrite the keys and values that model.pipeline=klein_kv keeps",
+        "compile", "max_autotune_no_cudagraphs", ("mode",),
+    ),
     Conflict(
         FUSED, MOVING_WEIGHTS,
         "the fused kernels read the weights where they found them, and offloading moves them (memory=block_swap "

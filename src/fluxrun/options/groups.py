@@ -18,6 +18,7 @@ from fluxrun.options.lora import LoraOption
 from fluxrun.options.memory import MemoryOption
 from fluxrun.options.model import Flux2Model
 from fluxrun.options.quantization import QuantizationOption
+from fluxrun.options.quantization_file import SingleFile  # noqa: F401 - with it the group has its options
 from fluxrun.options.scheduler import SchedulerOption
 from fluxrun.options.vae import VaeOption
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from fluxrun.architectures import ArchitectureName, PipelineKind, architecture
+from fluxrun.architectures import ArchitectureName, PipelineKind, architecture, family
 from fluxrun.errors import ConfigError
 from fluxrun.hardware.machine import Machine
 from fluxrun.options.base import NOTHING_MORE, Option
@@ -41,7 +41,9 @@ class Flux2Model(Option):
     """Sizes used for ``weights=random`` (dev, klein_4b, klein_9b or tiny)."""
 
     pipeline: Open[PipelineKind | None] = None
-    """Flux2KleinPipeline or Flux2Pipeline; a checkpoint folder, which knows, overrules it."""
+    """``klein`` and ``dev``: a checkpoint folder, which knows, overrules it. With klein weights also ``klein_inpaint``
+    (repaints the white part of ``mask_image``) and ``klein_kv`` (``reference_images`` take part in the first step and
+    are remembered after it: made for FLUX.2-klein-9b-kv, other klein weights draw a little differently)."""
 
     distilled: Open[bool | None] = None
     """Few-step model without guidance; a checkpoint folder, which knows, overrules it."""
@@ -93,7 +95,7 @@ class Flux2Model(Option):
     @property
     def classifier_free(self) -> bool:
         """Whether a guidance above 1 calls the transformer twice a step: a klein model that is not distilled."""
-        return self.pipeline == "klein" and self.distilled is False
+        return self.pipeline in ("klein", "klein_inpaint") and self.distilled is False
 
     def folder(self) -> Path | None:
         """The checkpoint folder this option names (``~`` expanded), or None for a hub id.
@@ -113,7 +115,8 @@ class Flux2Model(Option):
     def source(self) -> str:
         """Where the weights come from, as one string: part of the weight store's key."""
         if self.weights == "random":
-            return f"random {self.architecture}" + (f" {self.pipeline}" if self.architecture == "tiny" else "")
+            of_family = f" {family(self.pipeline or 'klein')}" if self.architecture == "tiny" else ""
+            return f"random {self.architecture}{of_family}"
         folder = self.folder()
         return str(folder.resolve()) if folder else f"hub {self.id}"
 

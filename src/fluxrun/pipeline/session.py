@@ -10,8 +10,6 @@ from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from PIL.Image import Image
-
 from fluxrun.errors import Interrupted, OptionFailed, OptionUnavailable, OutOfMemory, chain, one_line
 from fluxrun.options.adapters import LoraWeights
 from fluxrun.options.base import Context, Option
@@ -19,6 +17,7 @@ from fluxrun.options.groups import APPLY_ORDER
 from fluxrun.options.lora import Adapters
 from fluxrun.pipeline.blame import blame, is_out_of_memory
 from fluxrun.planning import fallbacks
+from fluxrun.planning.editing import Pictures
 from fluxrun.planning.plan import Plan
 from fluxrun.process import spans
 from fluxrun.process.console import Reporter
@@ -31,6 +30,7 @@ from fluxrun.weights.location import Located
 from fluxrun.weights.lora_files import LoraSource
 
 if TYPE_CHECKING:
+    from fluxrun.pipeline.guidance import BatchedGuidance
     from fluxrun.weights.store import Base, WeightStore
 
 log = logging.getLogger("fluxrun.build")
@@ -50,7 +50,7 @@ class Session:
         store: WeightStore | None = None,
         reporter: Reporter | None = None,
         interrupts: Interrupts | None = None,
-        references: Sequence[Image] = (),
+        pictures: Pictures | None = None,
         located: Located | None = None,
         adapters: Sequence[LoraSource] = (),
         on_change: Callable[[], None] = lambda: None,
@@ -63,8 +63,8 @@ class Session:
             from fluxrun.weights.loading import pipeline_class
             from fluxrun.weights.store import WeightStore
 
-            if located is not None:
-                pipeline_class(located.pipeline)
+            if plan.model.pipeline is not None:
+                pipeline_class(plan.model.pipeline)
         self.import_s = time.perf_counter() - started
         self.apply_s = 0.0
 
@@ -75,9 +75,11 @@ class Session:
         self.prompts = PromptEncoder(self.loader)
         self.reporter = reporter or Reporter()
         self.interrupts = interrupts or Interrupts()
-        self.references = list(references)
+        self.pictures = pictures or Pictures()
         self._pipeline: Pipeline | None = None
         self.context: Context | None = None
+        self.guidance: BatchedGuidance | None = None
+        """Where a step of classifier-free guidance is one call of the transformer."""
         self.whole = False
         """Whether the pipeline is handed out: then it keeps its text encoder, and memory=staged is not for it."""
         self._on_change = on_change
@@ -122,7 +124,7 @@ class Session:
     def carry_on(
         self,
         plan: Plan,
-        references: Sequence[Image],
+        pictures: Pictures,
         *,
         reporter: Reporter,
         interrupts: Interrupts,
@@ -133,12 +135,13 @@ class Session:
         The choices stay this session's, with every fallback found so far; counts and times start anew.
         """
         assert self.context is not None
-        self.plan.config, self.plan.notes = plan.config, plan.notes
-        self.references = list(references)
+        self.plan.config, self.plan.notes, self.pictures = plan.config, plan.notes, pictures
         self.reporter, self.interrupts, self._on_change = reporter, interrupts, on_change
         self.import_s = self.apply_s = self.loader.seconds = 0.0
         self.prompts.counts.clear()
         self.context.start_counting()
+        if self.guidance is not None:
+            self.guidance.calls = 0
         on_change()
 
     def can_swap_to(self, option: Option) -> bool:
@@ -173,13 +176,15 @@ class Session:
         if self.context is not None:
             self.context.graphs.clear()
         self._pipeline = None
-        self.context = None
+        self.context = self.guidance = None
 
     def observe(self) -> None:
         """Add to each option's facts what only shows after pictures were drawn."""
         assert self.context is not None
         for choice in self.plan.choices.values():
             choice.facts = {**choice.facts, **choice.option.observe(self.pipeline, self.context)}
+        if self.guidance is not None:
+            self.plan.choices["model"].facts["guidance_batched_calls"] = self.guidance.calls
 
     # -- building -----------------------------------------------------------------------------------------------------
 
@@ -213,6 +218,7 @@ class Session:
 
     def assemble_once(self) -> None:
         """Build with the options as they are chosen. Raises OptionFailed for the first that fails at ``apply``."""
+        from fluxrun.pipeline.guidance import batch_guidance
         from fluxrun.weights.shells import shell
 
         memory, device = self.plan.memory, self.plan.machine.device
@@ -228,9 +234,11 @@ class Session:
         started = time.perf_counter()
         with self.interrupts.immediate(), spans.span("apply"):
             self.context = self._new_context(base, lora)
-            self._pipeline = shell(base)
+            self._pipeline = shell(base, self.plan.model.pipeline)
             for group in APPLY_ORDER:
                 self._apply(group)
+            if self.plan.guidance_batched:
+                self.guidance = batch_guidance(self._pipeline)
         self.apply_s += time.perf_counter() - started
 
     def _new_context(self, base: Base, lora: LoraWeights | None) -> Context:

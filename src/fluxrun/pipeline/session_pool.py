@@ -98,7 +98,7 @@ class SessionPool:
         option = prepared.plan.choices["lora"].option
         if not session.ready_for(prepared.texts) or not session.can_swap_to(option):
             return False
-        session.carry_on(prepared.plan, prepared.references, **caller)
+        session.carry_on(prepared.plan, prepared.pictures, **caller)
         if not session.swap(option, prepared.adapters):
             return False
         log.info("options, model and size as before: the pipeline is used as it stands")
@@ -118,7 +118,7 @@ class SessionPool:
 
     def _open(self, prepared: Prepared, caller: Caller) -> Session:
         session = Session(
-            prepared.plan, store=self._store, references=prepared.references, located=prepared.located,
+            prepared.plan, store=self._store, pictures=prepared.pictures, located=prepared.located,
             adapters=prepared.adapters, **caller,
         )  # fmt: skip
         self._store, session.prompts.upcoming = session.store, self.upcoming
@@ -144,7 +144,7 @@ def graphs_key(prepared: Prepared) -> str | None:
     if not option.dynamic or option.cudagraphs:
         return None
     key = json.loads(build_key(prepared))
-    return json.dumps({name: value for name, value in key.items() if name not in ("size", "batch_size", "references")})
+    return json.dumps({name: value for name, value in key.items() if name not in ("size", "batch_size", "pictures")})
 
 
 def build_key(prepared: Prepared) -> str:
@@ -161,9 +161,10 @@ def build_key(prepared: Prepared) -> str:
             "batch_size": config.batch_size,
             "device": prepared.plan.machine.device,
             "strict": config.strict,
-            "references": [image.size for image in prepared.references],
+            "guidance_batched": prepared.plan.guidance_batched,
+            "pictures": prepared.pictures.sizes,
             # A step cache is set up for the steps it will see.
-            "steps": config.steps if config.cache.skips_steps else None,
+            "steps": prepared.plan.steps_made if config.cache.skips_steps else None,
         }
     )
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from fluxrun.architectures import (
     HIDDEN_STATES_READ,
@@ -29,9 +28,6 @@ from fluxrun.options.model import Flux2Model
 from fluxrun.options.quantization import QuantizationOption
 from fluxrun.options.vae import VaeOption, decode_bytes
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 LARGEST_LEAF = 40
 """A transformer is at least so many times its largest layer (klein-4B 45, dev 95)."""
 LARGEST_BLOCK = 16
@@ -42,12 +38,6 @@ UNKNOWN_PARTS = 12
 """Equal parts that a module of unknown sizes is thought of to have: real ones have more, and smaller ones."""
 OFFLOADED = ("balanced", "block_swap", "group", "sequential")
 """Memory options under which the weights stay in the computer's own memory."""
-
-
-def reference_tokens(pictures: Sequence[Image]) -> int:
-    """Tokens that reference pictures add to the transformer's sequence."""
-    areas = (min(picture.width * picture.height, LARGEST_REFERENCE**2) for picture in pictures)
-    return sum(area // PATCH_PIXELS**2 for area in areas)
 
 
 def image_tokens(height: int, width: int) -> int:
@@ -71,6 +61,7 @@ class Estimate:
     memory: MemoryOption
     kernels: KernelsOption
     quantization: QuantizationOption
+    guidance_batched: bool = False
     declared: Mapping[str, str] = field(default_factory=dict)
     """Components whose bytes are of weights that are quantized already."""
 
@@ -120,7 +111,9 @@ class Estimate:
             decode *= self.batch_size
         # The most that lives at once in a single block is about 22 times its two-byte input: projection, q, k,
         # attention, the gated MLP's halves, and their concatenation.
-        return max(decode, self.batch_size * self.tokens * self._width() * 2 * 22) + self._joined_bytes()
+        at_once = self.batch_size * (2 if self.guidance_batched else 1)
+        step = at_once * self.tokens * self._width() * 2 * 22
+        return max(decode, step + self._remembered_bytes()) + self._joined_bytes()
 
     def swapping_bytes(self) -> int:
         """``working_bytes`` under block swap: its blocks have side by side what fused kernels otherwise copy."""
@@ -143,11 +136,11 @@ class Estimate:
     def _transformer_sizes(self) -> BlockSizes:
         config, itemsize, share = self._sizes(), self._itemsize(), self._share("transformer")
         if not config:
-            return unknown_sizes(self._in_memory("transformer"), UNKNOWN_PARTS)
+            return unknown_sizes(self.in_memory("transformer"), UNKNOWN_PARTS)
         return transformer_sizes(config, self._unquantized("transformer"), itemsize, itemsize * share)
 
     def _text_encoder_sizes(self) -> BlockSizes:
-        total, found = self._in_memory("text_encoder"), self._architecture()
+        total, found = self.in_memory("text_encoder"), self._architecture()
         if found is None:
             return unknown_sizes(total, UNKNOWN_PARTS)
         read = self.model.text_encoder_out_layers or HIDDEN_STATES_READ[found.pipeline]
@@ -159,12 +152,12 @@ class Estimate:
 
     def _parts(self) -> tuple[int, int, int]:
         """Bytes of text encoder, transformer and VAE, as they will lie in memory."""
-        return self._in_memory("text_encoder"), self._in_memory("transformer"), self._bytes_of("vae")
+        return self.in_memory("text_encoder"), self.in_memory("transformer"), self._bytes_of("vae")
 
     def _bytes_of(self, component: str) -> int:
         return (self.weight_bytes or {}).get(component, 0)
 
-    def _in_memory(self, component: str) -> int:
+    def in_memory(self, component: str) -> int:
         """Bytes of a component once it is loaded: what is converted then takes less, but for the embedding table."""
         total = self._bytes_of(component)
         if (loaded := self.quantization.loaded_bytes(component)) is not None:
@@ -202,6 +195,14 @@ class Estimate:
             return 0
         size = self._itemsize() * self._share("transformer")
         return int(int(self._sizes().get("num_layers", 8)) * 2 * 3 * self._width() ** 2 * size)
+
+    def _remembered_bytes(self) -> int:
+        """Keys and values of the references, in every block, which klein_kv keeps from the first step on."""
+        if self.model.pipeline != "klein_kv":
+            return 0
+        sizes = self._sizes()
+        blocks = int(sizes.get("num_layers", 8)) + int(sizes.get("num_single_layers", 48))
+        return self.batch_size * self.reference_tokens * 2 * self._width() * self._itemsize() * blocks
 
     def _width(self) -> int:
         """Width of the transformer's hidden states; for a checkpoint only known by its path the widest there is."""

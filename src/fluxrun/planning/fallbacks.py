@@ -128,6 +128,11 @@ def step_down(plan: Plan, stage: Stage, reason: str, error_type: str, *, whole: 
 
     Raises OutOfMemory, which says what would fit, where there is none, memory was chosen by name, or strict=true.
     """
+    if plan.guidance_batched and not plan.config.strict:
+        plan.guidance_batched = False
+        plan.note("guidance_batched: out of memory, so a step is two calls of the transformer")
+        log.warning("%s", plan.notes[-1])
+        return
     choice = plan.choices["memory"]
     below = LADDER[LADDER.index(choice.effective) + 1 :]
     rungs = [name for name in below if _usable(plan, "memory", name) and not (whole and name == "staged")]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from fluxrun.config.catalog import Catalog
 from fluxrun.config.schema import RunConfig
 from fluxrun.hardware.machine import Machine
-from fluxrun.options.base import Facts, O, Option, Workload
+from fluxrun.options.base import Facts, O, Option, Workload, steps_after
 from fluxrun.options.compile import CompileOption
 from fluxrun.options.kernels import KernelsOption
 from fluxrun.options.memory import MemoryOption
@@ -54,6 +54,10 @@ class Plan:
     """Bytes of the model's components, where they are known before loading."""
     reference_tokens: int = 0
     """What reference pictures add to the transformer's sequence."""
+    inpainted_size: tuple[int, int] | None = None
+    """Height and width of the picture that is repainted, which are the run's."""
+    guidance_batched: bool = False
+    """Whether a guided step is one call of the transformer; decided once the placement is known."""
     declared: Mapping[str, str] = field(default_factory=dict)
     """Components that the checkpoint has quantized weights of, with a description."""
     notes: list[str] = field(default_factory=list)
@@ -105,13 +109,22 @@ class Plan:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width in pixels: the run's, else the model's."""
+        """Height and width in pixels: those of the picture that is repainted, else the run's, else the model's."""
+        if self.inpainted_size is not None:
+            return self.inpainted_size
         return self.config.height or self.model.height, self.config.width or self.model.width
 
     @property
     def steps(self) -> int | None:
         """Denoising steps: as many as sigmas, else the run's or the model's; None before a checkpoint was looked at."""
         return len(self.scheduler.sigmas or ()) or self.config.steps or self.model.steps
+
+    @property
+    def steps_made(self) -> int | None:
+        """How many of the steps are made: inpainting leaves out the first ones, by its strength."""
+        if self.model.pipeline != "klein_inpaint" or self.steps is None:
+            return self.steps
+        return steps_after(self.steps, self.config.strength)
 
     @property
     def guidance(self) -> float | None:
@@ -146,6 +159,7 @@ class Plan:
             memory=self.memory,
             kernels=self.option(KernelsOption, "kernels"),
             quantization=self.quantization,
+            guidance_batched=self.guidance_batched,
             declared=self.declared,
         )
 
@@ -158,7 +172,7 @@ class Plan:
             height=estimate.height,
             width=estimate.width,
             tokens=estimate.tokens,
-            steps=self.steps,
+            steps=self.steps_made,
             batch_size=estimate.batch_size,
             dtype=estimate.dtype,
             guided=self.guided,

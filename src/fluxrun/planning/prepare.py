@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from PIL.Image import Image
-
 from fluxrun.config.catalog import Catalog
-from fluxrun.config.prompts import Job, jobs_of, load_reference_images, texts_of
+from fluxrun.config.inputs import InputPicture, read_inputs
+from fluxrun.config.prompts import Job, jobs_of, texts_of
 from fluxrun.config.schema import RunConfig
-from fluxrun.errors import ConfigError
+from fluxrun.errors import ConfigError, OptionUnavailable
+from fluxrun.formatting import utf8
 from fluxrun.hardware.detection import detect
 from fluxrun.hardware.machine import Machine
 from fluxrun.options.compile import autotune_note
 from fluxrun.options.lora import LoraOption
 from fluxrun.options.model import Flux2Model
-from fluxrun.planning.estimate import reference_tokens
+from fluxrun.planning.editing import Pictures, prepared_pictures
 from fluxrun.planning.fallbacks import settle
 from fluxrun.planning.plan import Choice, Plan
+from fluxrun.record.picture import pixel_hash
+from fluxrun.record.schema import InputRecord
 from fluxrun.weights.find import check_layers, find_weights, resolve
 from fluxrun.weights.location import Located
 from fluxrun.weights.lora_files import LoraSource, find_adapters
@@ -30,7 +32,8 @@ class Prepared:
 
     config: RunConfig
     jobs: list[Job]
-    references: list[Image]
+    pictures: Pictures
+    inputs: list[InputRecord]
     located: Located
     plan: Plan
     adapters: tuple[LoraSource, ...] = ()
@@ -45,21 +48,25 @@ class Prepared:
 def prepare(config: RunConfig, machine: Machine | None = None) -> Prepared:
     """Check all of a run's input and plan it. Imports no torch; raises ConfigError or OptionUnavailable."""
     jobs = jobs_of(config)
-    references = load_reference_images(config.reference_images)
+    inputs = read_inputs(config)
     if problem := config.quantization.input_problem():
         raise ConfigError(problem)
     machine = machine or detect()
     located = find_weights(config.model, machine)
-    plan = make_plan(
-        config,
-        machine,
-        resolve(config.model, located),
-        located.component_bytes,
-        reference_tokens(references),
-        {name: str(declared) for name, declared in located.declared.items()},
-    )
+    model = resolve(config.model, located)
+    pictures = prepared_pictures(config, model, inputs, len(jobs))
+    declared = {name: str(found) for name, found in located.declared.items()}
+    plan = make_plan(config, machine, model, located.component_bytes, pictures, declared)
     check_layers(plan.model, located)
-    return Prepared(config, jobs, references, located, plan, find_adapters(plan.option(LoraOption, "lora")))
+    recorded, adapters = [_recorded(given) for given in inputs], find_adapters(plan.option(LoraOption, "lora"))
+    return Prepared(config, jobs, pictures, recorded, located, plan, adapters)
+
+
+def _recorded(given: InputPicture) -> InputRecord:
+    width, height = given.picture.size
+    return InputRecord(
+        key=given.key, path=utf8(str(given.path)), sha256=pixel_hash(given.picture), width=width, height=height
+    )
 
 
 def make_plan(
@@ -67,7 +74,7 @@ def make_plan(
     machine: Machine,
     model: Flux2Model | None = None,
     weight_bytes: Mapping[str, int] | None = None,
-    reference_tokens: int = 0,
+    pictures: Pictures | None = None,
     declared: Mapping[str, str] | None = None,
 ) -> Plan:
     """Plan a run; ``model`` is the option with what its checkpoint knows filled in, ``weight_bytes`` its sizes,
@@ -80,9 +87,12 @@ def make_plan(
     choices = {group: Choice(option.name, option) for group, option in config.options().items()}
     choices["model"].option = model or config.model
     catalog = Catalog(config.config_dirs)
-    plan = Plan(config, machine.on(config.device), catalog, choices, weight_bytes, reference_tokens, declared or {})
+    plan = Plan(config, machine.on(config.device), catalog, choices, weight_bytes, declared=declared or {})
+    if pictures is not None:
+        plan.reference_tokens, plan.inpainted_size = pictures.tokens, pictures.size
     check_call(plan)
     settle(plan)
+    batch_guidance(plan)
     for group, choice in plan.choices.items():
         for knob in choice.option.unused_knobs():
             plan.note(f"{group}.{knob} is set, but {group}={choice.effective} does not use it")
@@ -91,9 +101,42 @@ def make_plan(
     return plan
 
 
+def batch_guidance(plan: Plan) -> None:
+    """Let guidance be one call of the transformer a step, if that was asked for and the placement chosen has room."""
+    if not plan.config.guidance_batched:
+        return
+    if not plan.guided:
+        raise ConfigError(
+            "guidance_batched: this run calls the transformer once a step anyway; a klein base model with guidance>1 "
+            "calls it twice"
+        )
+    if reason := _why_two_calls(plan):
+        if plan.config.strict:
+            raise OptionUnavailable(f"guidance_batched: {reason} (strict=true)")
+        plan.guidance_batched = False
+        plan.note(f"guidance_batched: {reason}, so a step is two calls of the transformer")
+
+
+def _why_two_calls(plan: Plan) -> str | None:
+    if plan.choices["cache"].effective != "none":
+        return f"cache={plan.choices['cache'].effective} looks at the two calls of a step one by one"
+    plan.guidance_batched = True
+    needs, budget = plan.estimate.memory_needs(), plan.memory.budget_bytes(plan.machine)
+    need = needs.get(plan.memory.name) if needs else None
+    if plan.machine.accelerated and need is not None and need.bytes > budget:
+        return f"memory={plan.memory.name} {need.described(budget)}"
+    return None
+
+
 def check_call(plan: Plan) -> None:
     """Refuse what the model cannot do with the call's arguments, instead of ignoring it."""
     config, model = plan.config, plan.model
+    if model.pipeline == "klein_kv" and (config.negative_prompt is not None or (plan.guidance or 0) > 1):
+        key = "guidance" if config.negative_prompt is None else "negative_prompt"
+        raise ConfigError(
+            f"{key}: model.pipeline=klein_kv has no classifier-free guidance; take a distilled model without {key}, "
+            "or guidance=1"
+        )
     if model.distilled and config.guidance is not None:
         raise ConfigError(
             f"guidance={config.guidance}: {model.name} is a distilled model, its guidance is built in; "

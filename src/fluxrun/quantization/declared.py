@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+
+from fluxrun.types import Json, JsonObject
 
 PACKAGES = {"sdnq": "sdnq", "torchao": "torchao", "bitsandbytes": "bitsandbytes"}
 """The package that reads a ``quant_method``; others are refused before anything is loaded."""
@@ -27,7 +28,7 @@ class Declared:
         return PACKAGES.get(self.method)
 
 
-def declared_by(config: Mapping[str, Any]) -> Declared | None:
+def declared_by(config: JsonObject) -> Declared | None:
     """What a component's config.json declares, or None for ordinary weights."""
     node = config.get("quantization_config")
     if not isinstance(node, Mapping):
@@ -37,7 +38,7 @@ def declared_by(config: Mapping[str, Any]) -> Declared | None:
     return Declared(method, _details(method, node))
 
 
-def _details(method: str, node: Mapping[str, Any]) -> str:
+def _details(method: str, node: JsonObject) -> str:
     """What people choose a quantized checkpoint by: format, group size and rank."""
     if method == "sdnq":
         parts = [str(node.get("weights_dtype", "")), "dynamic" if node.get("use_dynamic_quantization") else ""]
@@ -54,5 +55,5 @@ def _details(method: str, node: Mapping[str, Any]) -> str:
     return ""
 
 
-def _number(value: Any) -> int:
+def _number(value: Json) -> int:
     return value if isinstance(value, int) else 0

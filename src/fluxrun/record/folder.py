@@ -24,6 +24,7 @@ from fluxrun.reading import Unreadable, first_problem, read_text
 from fluxrun.record.picture import pixel_hash, save_image
 from fluxrun.record.schema import ErrorRecord, ImageRecord, OptionRecord, RecordModel, RunRecord, SpanRecord, Status
 from fluxrun.record.signature import sign
+from fluxrun.types import JsonObject
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -47,7 +48,7 @@ PATIENCE_S = 2.0
 class RunFolder:
     """A folder for one run: ``run.json``, ``images/``, ``fluxrun.log``; written after every image, atomically."""
 
-    def __init__(self, path: Path, config: dict[str, Any], command: Sequence[str] = ()) -> None:
+    def __init__(self, path: Path, config: JsonObject, command: Sequence[str] = ()) -> None:
         """Claim ``path`` for a run of this resolved config.
 
         Raises ConfigError if it holds another run or cannot be written.
@@ -143,6 +144,7 @@ class RunFolder:
             "config": self.record.config,
             "signature": self._signature,
             "environment": self.record.environment,
+            **({"inputs": [given.model_dump() for given in self.record.inputs]} if self.record.inputs else {}),
             **marks,
         }
         save_image(image, path, metadata, output_format)
@@ -181,7 +183,7 @@ class RunFolder:
             unfinished.unlink(missing_ok=True)
 
 
-def write_failure(folder: Path, data: dict[str, Any], error: BaseException) -> bool:
+def write_failure(folder: Path, data: JsonObject, error: BaseException) -> bool:
     """Record a run that failed before it had a record, or whose process died; returns whether there was need to.
 
     ``data`` is the config as far as it got: it may be what is wrong.
@@ -281,12 +283,12 @@ def read_record(folder: Path) -> RunRecord:
         raise ConfigError(f"{path} is no record of fluxrun's: {first_problem(error)}") from error
 
 
-def data_hash(data: dict[str, Any]) -> str:
+def data_hash(data: JsonObject) -> str:
     """Hash of a resolved config: equal for equal runs, whatever the command was. The config may be wrong."""
     return plain_hash(plain(data))
 
 
-def plain_hash(data: dict[str, Any]) -> str:
+def plain_hash(data: JsonObject) -> str:
     """The same of what ``plain`` has made."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 

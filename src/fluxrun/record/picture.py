@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fluxrun.errors import ConfigError
 from fluxrun.pictures import open_picture
 from fluxrun.reading import Unreadable, parse_json
+from fluxrun.types import JsonObject
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,7 +27,7 @@ MOST_EXIF_BYTES = 65_000
 """A JPEG segment holds 65533 bytes."""
 
 
-def save_image(image: Image, path: Path, metadata: dict[str, Any], output_format: str) -> None:
+def save_image(image: Image, path: Path, metadata: JsonObject, output_format: str) -> None:
     """Write the file with ``metadata`` as JSON: a PNG text chunk, or EXIF for JPEG and WebP. Atomic."""
     from PIL import PngImagePlugin
 
@@ -50,7 +51,7 @@ def save_image(image: Image, path: Path, metadata: dict[str, Any], output_format
         raise
 
 
-def _exif(image: Image, metadata: dict[str, Any]) -> Any:
+def _exif(image: Image, metadata: JsonObject) -> Any:
     exif = image.getexif()
     # EXIF text is ASCII: other characters travel as JSON escapes.
     exif[EXIF_IMAGE_DESCRIPTION] = json.dumps({METADATA_KEY: metadata})

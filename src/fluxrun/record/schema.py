@@ -134,6 +134,17 @@ class ImageRecord(SavedImage):
     height: int
 
 
+class InputRecord(RecordModel):
+    """A picture that the run was given; ``sha256`` is of its RGB pixels."""
+
+    key: str
+    """The config key that names its file."""
+    path: str
+    sha256: str
+    width: int
+    height: int
+
+
 class RunRecord(RecordModel):
     """A run folder's run.json."""
 
@@ -157,6 +168,8 @@ class RunRecord(RecordModel):
     """When each part began and ended, up to the last writing of this file."""
     memory: MemoryRecord = Field(default_factory=MemoryRecord)
     environment: dict[str, Any] = {}
+    inputs: list[InputRecord] = []
+    """The pictures that were edited, or looked at, as they were read."""
     images: list[ImageRecord] = []
 
 

@@ -11,30 +11,32 @@ import logging
 import os
 import secrets
 from pathlib import Path
-from typing import Any
 
 from fluxrun.errors import one_line
 from fluxrun.paths import data_dir
+from fluxrun.types import Json, JsonObject
 
 log = logging.getLogger("fluxrun.record")
 
 KEY_BYTES = 32
 
 
-def sign(config: dict[str, Any], cwd: str = "") -> str | None:
+def sign(config: JsonObject, cwd: str = "") -> str | None:
     """The signature of a config, as JSON holds it, run in ``cwd``; None where this user can keep no key."""
     key = _key(data_dir() / "record.key")
     return _signature(key, config, cwd) if key else None
 
 
-def is_own(config: dict[str, Any], signature: Any, cwd: str = "") -> bool:
+def is_own(config: JsonObject, signature: Json, cwd: str = "") -> bool:
     """Whether ``sign`` gave this signature here to that config."""
     file = data_dir() / "record.key"
-    key = _key(file) if isinstance(signature, str) and os.path.exists(file) else None
+    if not isinstance(signature, str) or not os.path.exists(file):
+        return False
+    key = _key(file)
     return key is not None and hmac.compare_digest(_signature(key, config, cwd).encode(), signature.encode())
 
 
-def _signature(key: bytes, config: dict[str, Any], cwd: str) -> str:
+def _signature(key: bytes, config: JsonObject, cwd: str) -> str:
     text = json.dumps([config, cwd], sort_keys=True)
     return hmac.digest(key, text.encode(), "sha256").hex()
 

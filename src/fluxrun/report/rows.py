@@ -19,6 +19,7 @@ from fluxrun.errors import ConfigError
 from fluxrun.reading import Unreadable, parse_yaml, read_text
 from fluxrun.record.folder import read_record
 from fluxrun.record.schema import Chosen, Fallback, RunRecord, SavedImage, SpanRecord, Status
+from fluxrun.types import JsonObject
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class GridJob:
 
     number: int
     overrides: tuple[str, ...]
-    data: dict[str, Any]
+    data: JsonObject
     config_hash: str
     for_hydra: tuple[str, ...] = ()
     """What Hydra composes it with; ``overrides`` are those among them that say what the job is."""
@@ -305,13 +306,13 @@ def _key(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
 
-def config_text(config: dict[str, Any], key: str) -> str:
+def config_text(config: JsonObject, key: str) -> str:
     """``config_value`` as text; nothing where there is no such key."""
     value = config_value(config, key)
     return " | ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
 
 
-def config_value(config: dict[str, Any], key: str) -> Any:
+def config_value(config: JsonObject, key: str) -> Any:
     """A config's value at a dotted key; of an option group, the option's name; None where there is no such key."""
     value: Any = config
     for part in key.split("."):

@@ -16,6 +16,7 @@ from hydra._internal.hydra import Hydra
 from hydra.core.override_parser.types import Override, QuotedString, RangeSweep, Transformer
 
 from fluxrun.errors import ConfigError
+from fluxrun.types import JsonObject
 
 Path_ = tuple[str, ...]
 """Where a key lies in the config."""
@@ -89,9 +90,9 @@ def _length(swept: RangeSweep) -> int:
 def changes_of(
     axis: Axis,
     values: Sequence[tuple[str, Any]],
-    base: dict[str, Any],
+    base: JsonObject,
     hydra: Hydra,
-    beside: Callable[[str], dict[str, Any]],
+    beside: Callable[[str], JsonObject],
 ) -> list[Changes]:
     """What each value of an axis changes in ``base``, the config of the first values; ``beside`` composes a value
     with the first ones of the other axes."""
@@ -132,9 +133,9 @@ def _same(one: Any, other: Any) -> bool:
     return repr(one) == repr(other)
 
 
-def changed(base: dict[str, Any], changes: Changes) -> dict[str, Any]:
+def changed(base: JsonObject, changes: Changes) -> dict[str, Any]:
     """``base`` with changes; what they do not touch is shared."""
-    data = dict(base)
+    data: dict[str, Any] = dict(base)
     for path, value in changes.items():
         node = data
         for key in path[:-1]:

@@ -9,6 +9,7 @@ from fluxrun.config.schema import GROUPS, RunConfig, SweepConfig
 from fluxrun.errors import ConfigError
 from fluxrun.record.folder import data_hash
 from fluxrun.report.rows import GridJob, config_value
+from fluxrun.types import JsonObject
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,7 +35,7 @@ def missing(
     return {name: data for data in wanted if (name := data_hash(data)) not in drawn and _valid(data, dirs)}
 
 
-def _valid(data: dict[str, Any], dirs: tuple[Path, ...]) -> bool:
+def _valid(data: JsonObject, dirs: tuple[Path, ...]) -> bool:
     """Whether there can be such a run at all: a job with ``steps=0`` has no baseline, and says itself why it fails."""
     try:
         RunConfig.from_dict(data, dirs)
@@ -43,13 +44,13 @@ def _valid(data: dict[str, Any], dirs: tuple[Path, ...]) -> bool:
     return True
 
 
-def is_neutral(data: dict[str, Any]) -> bool:
+def is_neutral(data: JsonObject) -> bool:
     """Whether a config asks for neutral options only; ``auto`` where it chooses a placement or tiles."""
     names = ((group, config_value(data, group)) for group in GROUPS if group != "model")
     return all(name == "auto" or is_neutral_option(group, name) for group, name in names)
 
 
-def neutral_data(data: dict[str, Any], dirs: tuple[Path, ...], keep: Sequence[str] = ()) -> dict[str, Any]:
+def neutral_data(data: JsonObject, dirs: tuple[Path, ...], keep: Sequence[str] = ()) -> dict[str, Any]:
     """The same run with every option neutral but those of the groups in ``keep``; where ``auto`` places the weights,
     it still does."""
     catalog = Catalog(dirs)
@@ -61,7 +62,7 @@ def neutral_data(data: dict[str, Any], dirs: tuple[Path, ...], keep: Sequence[st
     return {**data, **changed}
 
 
-def describes(wanted: str, data: dict[str, Any]) -> bool:
+def describes(wanted: str, data: JsonObject) -> bool:
     """Whether ``key=value key=value`` (a group's value is its option) holds for a config."""
     pairs = [pair.partition("=") for pair in wanted.split()]
     return bool(pairs) and all(equals and str(config_value(data, key)) == value for key, equals, value in pairs)

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -17,13 +16,14 @@ from fluxrun.errors import FluxrunError, Interrupted
 from fluxrun.process.console import console
 from fluxrun.process.signals import Interrupts
 from fluxrun.record.folder import PATIENCE_S, read_record, write_failure
+from fluxrun.types import JsonObject
 
 
 class JobProcessError(FluxrunError):
     """A job's process ended without saying why, for example by a crash in a kernel."""
 
 
-def run_in_child(data: dict[str, Any], dirs: tuple[Path, ...], folder: Path, command: Sequence[str]) -> None:
+def run_in_child(data: JsonObject, dirs: tuple[Path, ...], folder: Path, command: Sequence[str]) -> None:
     """Run one job's config in a child process and wait for it. Raises what ended it."""
     with Interrupts.held_back():  # until the child can take one; Python by itself would show a traceback
         child = subprocess.Popen(
@@ -53,7 +53,7 @@ def run_in_child(data: dict[str, Any], dirs: tuple[Path, ...], folder: Path, com
         raise _failure(child.returncode, folder)
 
 
-def _end_at_once(pid: int, folder: Path, data: dict[str, Any], error: Interrupted) -> None:
+def _end_at_once(pid: int, folder: Path, data: JsonObject, error: Interrupted) -> None:
     """Let the child close its record, as a run does at a second signal; close it here if it does not come to that."""
     with contextlib.suppress(psutil.Error, OSError):
         child = psutil.Process(pid)

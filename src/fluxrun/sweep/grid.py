@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -20,8 +20,9 @@ from fluxrun.formatting import counted
 from fluxrun.options.groups import APPLY_ORDER, ROWS
 from fluxrun.options.lora import LoraOption
 from fluxrun.record.folder import plain, plain_hash
-from fluxrun.report.rows import GridJob, Row
+from fluxrun.report.rows import GridJob, Row, config_value
 from fluxrun.sweep.axes import Axis, axes_of, changed, changes_of, differences
+from fluxrun.types import JsonObject
 from fluxrun.weights.lora_files import LoraSource, find_adapters
 
 WEIGHT_KEYS = ("preset", "model", "device", *(group for group in APPLY_ORDER if ROWS[group].loads_weights))
@@ -121,7 +122,7 @@ def _beside(first: Sequence[str], place: int, compose: Composer, override: str) 
     return compose([*first[:place], override, *first[place + 1 :]])
 
 
-def _holds(known: dict[str, Any], compose: Callable[[], dict[str, Any]]) -> bool:
+def _holds(known: JsonObject, compose: Callable[[], JsonObject]) -> bool:
     """Whether a job is as its axes say; where it cannot be composed, that is its own failure, later."""
     try:
         return not differences(known, compose())
@@ -136,18 +137,19 @@ def _for_task(job: Sequence[str]) -> tuple[str, ...]:
     return tuple(o for o in job if not o.lstrip("+~").startswith(("hydra.", "hydra/")))
 
 
-def prompts_beside(data: dict[str, Any], jobs: Sequence[dict[str, Any]]) -> list[str]:
+def prompts_beside(data: JsonObject, jobs: Sequence[JsonObject]) -> list[str]:
     """The prompts of all jobs with this one's model; a file's are read when its job runs."""
     same = [job.get("prompt") for job in jobs if job.get("model") == data.get("model") and not job.get("prompts_file")]
     texts = (prompt if isinstance(prompt, list) else [prompt] for prompt in same)
     return list(dict.fromkeys(text for found in texts for text in found if isinstance(text, str)))
 
 
-def adapters_beside(data: dict[str, Any], jobs: Sequence[dict[str, Any]]) -> list[tuple[LoraSource, ...]]:
+def adapters_beside(data: JsonObject, jobs: Sequence[JsonObject]) -> list[tuple[LoraSource, ...]]:
     """The LoRA files of all jobs with this one's model; those of a job that cannot be found are that job's affair."""
-    nodes = [job["lora"] for job in jobs if job.get("model") == data.get("model") and isinstance(job.get("lora"), dict)]
+    same = [job.get("lora") for job in jobs if job.get("model") == data.get("model")]
+    nodes = [node for node in same if isinstance(node, Mapping) and node.get("name") == config_value(data, "lora")]
     found = []
-    for node in {str(node.get("files")): node for node in nodes if node.get("name") == data["lora"]["name"]}.values():
+    for node in {str(node.get("files")): node for node in nodes}.values():
         with suppress(ConfigError):
             option = validate_option("lora", node)
             assert isinstance(option, LoraOption)

@@ -54,6 +54,7 @@ from fluxrun.sweep.grid import (
 from fluxrun.sweep.launch import launch_grid
 from fluxrun.sweep.live import SweepView
 from fluxrun.sweep.objective import objective
+from fluxrun.types import JsonObject
 
 log = logging.getLogger("fluxrun.sweep")
 
@@ -282,7 +283,7 @@ class Sweep:
             if config_hash not in self.completed and config_hash not in self.no_baseline:
                 self._draw_baseline(config_hash, data)
 
-    def _draw_baseline(self, config_hash: str, data: dict[str, Any]) -> None:
+    def _draw_baseline(self, config_hash: str, data: JsonObject) -> None:
         """A baseline that fails is a row of its own, and no job's failure: the others just have no comparison."""
         folder, job = baseline_folder(self.folder), GridJob(-1, (), data, config_hash)
         self.view.begin(folder.name, f"neutral options, seed={data.get('seed')}")
@@ -313,7 +314,7 @@ class Sweep:
         return self.unrecorded[folder.name] if folder.name in self.unrecorded else read_row(folder, self.folder)
 
 
-def draw(data: dict[str, Any], dirs: tuple[Path, ...], folder: Path, sweep: Sweep) -> None:
+def draw(data: JsonObject, dirs: tuple[Path, ...], folder: Path, sweep: Sweep) -> None:
     """Validate and run one job's config, in this process or in one of its own."""
     if sweep.config.isolation == "process":
         run_in_child(data, dirs, folder, sweep.command)

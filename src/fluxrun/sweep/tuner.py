@@ -30,10 +30,11 @@ from fluxrun.process.console import ConsoleHandler
 from fluxrun.record.folder import write_failure
 from fluxrun.report.comparison import compare
 from fluxrun.report.result import SweepProgress, finish
-from fluxrun.report.rows import Row, read_row, read_rows
+from fluxrun.report.rows import Row, config_value, read_row, read_rows
 from fluxrun.runner import run
 from fluxrun.sweep.baseline import neutral_data
 from fluxrun.sweep.trials import Trial, together
+from fluxrun.types import JsonObject
 
 log = logging.getLogger("fluxrun.tune")
 
@@ -81,7 +82,7 @@ class Tuner:
             best = self._search_group(group, best)
         return baseline, best
 
-    def _as_fixed(self, asked: dict[str, Any], baseline: Row) -> Row:
+    def _as_fixed(self, asked: JsonObject, baseline: Row) -> Row:
         """Where the search starts: the neutral options, but for the groups that the command line names."""
         self.data = {**self.data, **{group: asked[group] for group in GROUPS if group in self.fixed}}
         self.chosen = {group: self.data[group]["name"] for group in GROUPS if group != "model"}
@@ -120,7 +121,7 @@ class Tuner:
         data = {name: catalog.data(group, name) for name in names if name != self.chosen[group]}
         return sorted(data.items(), key=lambda item: (item[1].get("scope") == "full", item[0]))
 
-    def made_usable(self, group: str, name: str, option: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
+    def made_usable(self, group: str, name: str, option: JsonObject) -> tuple[dict[str, Any] | None, str]:
         """The config in which an option runs, or None and why there is none.
 
         An option that only does not go with one taken before gets a chance without that one.
@@ -139,7 +140,7 @@ class Tuner:
                 return without, ""
         return None, UNUSABLE + reason
 
-    def falls_back(self, group: str, data: dict[str, Any]) -> str | None:
+    def falls_back(self, group: str, data: JsonObject) -> str | None:
         """Why a config's option would not run here, or None; nothing is loaded."""
         try:
             choice = prepare(RunConfig.from_dict(data, self.dirs)).plan.choices[group]
@@ -147,34 +148,34 @@ class Tuner:
             return one_line(error)
         return choice.fallbacks[0].reason if choice.fallbacks else None
 
-    def _try(self, group: str, name: str, data: dict[str, Any], best: Row) -> Trial:
-        changed = [g for g in self.chosen if g != group and data[g]["name"] != self.chosen[g]]
-        also = "".join(f" {g}={data[g]['name']}" for g in changed)
+    def _try(self, group: str, name: str, data: JsonObject, best: Row) -> Trial:
+        changed = [g for g in self.chosen if g != group and config_value(data, g) != self.chosen[g]]
+        also = "".join(f" {g}={config_value(data, g)}" for g in changed)
         began = time.perf_counter()
         row = self._measure(data, f"{group}={name}{also}")
         verdict, taken = self.judge(group, row, best)
         log.info("    %s (%.0f s)", verdict + (": taken" if taken else ""), time.perf_counter() - began)
         return Trial(group, name, (f"with{also}: " if also else "") + verdict, row, taken)
 
-    def take(self, data: dict[str, Any], row: Row) -> None:
+    def take(self, data: JsonObject, row: Row) -> None:
         """Go on from here; an option of another group that had to give way is given up."""
         catalog = Catalog(self.dirs)
         fell_back = {g: row.options[g].effective for g in self.chosen if row.options[g].fell_back}
         # Loaded anew, an option that only lost a knob would lose its other ones, too.
-        gave_way = {g: name for g, name in fell_back.items() if name != data[g]["name"]}
+        gave_way = {g: name for g, name in fell_back.items() if name != config_value(data, g)}
         self.data = {**data, **{g: catalog.data(g, name) for g, name in gave_way.items()}}
         self.chosen = {group: self.data[group]["name"] for group in self.chosen}
 
     # -- one measurement ----------------------------------------------------------------------------------------
 
-    def _measure(self, data: dict[str, Any], title: str) -> Row:
+    def _measure(self, data: JsonObject, title: str) -> Row:
         """Draw a config's pictures into a folder of their own; a failure is a row too."""
         number = len(list(self.folder.glob("*/run.json")))
         log.info("[%d, %.0f s] %s …", number, time.perf_counter() - self.started, title)
         folder = self.folder / str(number)
         (folder / ".hydra").mkdir(parents=True)
         # Where the table looks for what a job differs in.
-        overrides = [f"{group}={data[group]['name']}" for group in GROUPS if group != "model"]
+        overrides = [f"{group}={config_value(data, group)}" for group in GROUPS if group != "model"]
         (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(overrides), encoding="utf-8")
         try:
             with _only_tune_speaks():

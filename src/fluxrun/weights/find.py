@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from fluxrun.architectures import ArchitectureName, architecture, recognised
+from fluxrun.architectures import ArchitectureName, PipelineKind, architecture, family, recognised
 from fluxrun.errors import ConfigError
 from fluxrun.hardware.machine import Machine
 from fluxrun.options.model import Flux2Model
@@ -38,12 +38,23 @@ def resolve(model: Flux2Model, located: Located) -> Flux2Model:
     return model.model_copy(
         update={
             "architecture": model.architecture or _architecture_of(located),
-            "pipeline": located.pipeline,
+            "pipeline": _pipeline_for(model, located),
             "distilled": located.distilled,
             "steps": model.default_steps(located.distilled),
             "guidance": model.default_guidance(located.distilled),
         }
     )
+
+
+def _pipeline_for(model: Flux2Model, located: Located) -> PipelineKind:
+    """The checkpoint's pipeline, or the one of its family that was asked for to edit with. Raises ConfigError."""
+    if model.pipeline not in ("klein_inpaint", "klein_kv"):
+        return located.pipeline
+    if family(located.pipeline) == "dev":
+        raise ConfigError(
+            f"model.pipeline={model.pipeline}: {located.source} is a dev model, only klein models have it"
+        )
+    return model.pipeline
 
 
 def _architecture_of(located: Located) -> ArchitectureName | None:

@@ -11,7 +11,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fluxrun.architectures import HIDDEN_STATES_READ, MODEL_COMPONENTS, PIPELINE_CLASSES, PipelineKind, layers_needed
+from fluxrun.architectures import (
+    HIDDEN_STATES_READ,
+    MODEL_COMPONENTS,
+    PIPELINE_CLASSES,
+    PipelineKind,
+    family,
+    layers_needed,
+)
 from fluxrun.errors import ConfigError
 from fluxrun.formatting import shorten
 from fluxrun.options.model import Flux2Model
@@ -39,16 +46,16 @@ VOCABULARIES = ("tokenizer.json", "vocab.json", "tekken.json", "tokenizer.model"
 
 def read_layers(model: Flux2Model, pipeline: PipelineKind) -> tuple[int, ...]:
     """The text encoder's hidden states that become the embedding."""
-    return model.text_encoder_out_layers or HIDDEN_STATES_READ[pipeline]
+    return model.text_encoder_out_layers or HIDDEN_STATES_READ[family(pipeline)]
 
 
 def of_folder(model: Flux2Model, folder: Path, *, kind: Kind, source: str) -> Located:
     pipeline, distilled = pipeline_of(_model_index(folder), model)
     check_sizes(folder, model.variant)
-    sizes = {name: sum(f.stat().st_size for f in _weights(folder, name, model.variant)) for name in MODEL_COMPONENTS}
+    files = {name: _weights(folder, name, model.variant) for name in MODEL_COMPONENTS}
+    sizes = {name: sum(file.stat().st_size for file in found) for name, found in files.items()}
     if model.text_encoder_layers == "needed":
-        files = _weights(folder, "text_encoder", model.variant)
-        sizes["text_encoder"] -= _unread_bytes(files, read_layers(model, pipeline))
+        sizes["text_encoder"] -= _unread_bytes(files["text_encoder"], read_layers(model, pipeline))
     return Located(
         kind=kind,
         source=source,
@@ -57,6 +64,7 @@ def of_folder(model: Flux2Model, folder: Path, *, kind: Kind, source: str) -> Lo
         folder=folder,
         variant=model.variant,
         component_bytes=sizes,
+        weight_files=tuple(file for found in files.values() for file in found),
         declared=declared_in(folder),
     )
 
@@ -159,8 +167,9 @@ def component_classes(folder: Path) -> dict[str, tuple[str, str]]:
 def pipeline_of(index: Mapping[str, Json], model: Flux2Model) -> tuple[PipelineKind, bool]:
     """Pipeline and whether it is distilled: the checkpoint knows; if it does not say, the option does."""
     pipeline = PIPELINE_CLASSES[str(index["_class_name"])]
-    said = index.get("is_distilled", model.distilled)
-    return pipeline, pipeline == "klein" and bool(said)
+    # Only few-step weights are made for the KV pipeline, whose config does not say.
+    unsaid = pipeline == "klein_kv" if model.distilled is None else model.distilled
+    return pipeline, pipeline != "dev" and bool(index.get("is_distilled", unsaid))
 
 
 def check_whole(folder: Path, variant: str | None, remedy: str) -> None:

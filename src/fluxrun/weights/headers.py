@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 from fluxrun.reading import Unreadable, parse_json
+from fluxrun.types import JsonObject
 
 MOST_HEADER_BYTES = 100_000_000
 """As the safetensors library has it."""
@@ -73,7 +74,7 @@ def _parsed(text: str) -> dict[str, Any]:
     return header
 
 
-def _tensors(header: dict[str, Any]) -> tuple[dict[str, Tensor], int]:
+def _tensors(header: JsonObject) -> tuple[dict[str, Tensor], int]:
     """The tensors, and where the last one ends."""
     tensors, last = {}, 0
     for name, entry in header.items():

@@ -1,24 +1,20 @@
-"""A model on the Hugging Face hub: what it takes to have it, the errors in one line, and a download that resumes.
+"""A model on the Hugging Face hub: what it takes to have it, and the errors in one line.
 
 Light like ``checkpoint.py``; huggingface_hub is imported inside functions, because only a hub id needs it.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fluxrun.architectures import MODEL_COMPONENTS
-from fluxrun.errors import ConfigError, FluxrunError, one_line
+from fluxrun.errors import ConfigError, one_line
 from fluxrun.formatting import gigabytes, nearest
 from fluxrun.options.model import Flux2Model
 from fluxrun.quantization.declared import Declared, declared_by
@@ -26,8 +22,6 @@ from fluxrun.weights.folder import (
     INDEX_FILE,
     WEIGHT_FILE,
     check_index,
-    check_sizes,
-    check_whole,
     components_of,
     of_folder,
     pipeline_of,
@@ -186,7 +180,7 @@ def locate_file(repo: str, choose: Callable[[list[str]], str], name: str | None,
 
     cache = Path(constants.HF_HUB_CACHE)
     found = Located("hub", f"hub {repo}", "klein", True, id=repo, cache=cache, free_disk_bytes=free_disk(cache))
-    if name is not None and (file := _cached_file(repo, name)) is not None:
+    if name is not None and (file := cached_file(repo, name)) is not None:
         return replace(found, files=(name,), folder=file.parents[len(Path(name).parts) - 1])
     if constants.HF_HUB_OFFLINE:
         raise ConfigError(f"{repo}: {name or 'its file list'} is not in {cache}, and HF_HUB_OFFLINE is set")
@@ -202,12 +196,13 @@ def locate_file(repo: str, choose: Callable[[list[str]], str], name: str | None,
     if sizes[name] > found.free_disk_bytes:
         free = gigabytes(found.free_disk_bytes)
         raise ConfigError(f"{repo}: {name} needs {gigabytes(sizes[name])}, {cache} has {free} free")
-    if (file := _cached_file(repo, name)) is not None:
+    if (file := cached_file(repo, name)) is not None:
         return replace(found, files=(name,), folder=file.parents[len(Path(name).parts) - 1])
     return replace(found, files=(name,), revision=info.sha, download_bytes=sizes[name])
 
 
-def _cached_file(repo: str, name: str) -> Path | None:
+def cached_file(repo: str, name: str) -> Path | None:
+    """A file of a repository, if the cache has it. Raises ConfigError for what is no hub id."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -216,17 +211,6 @@ def _cached_file(repo: str, name: str) -> Path | None:
     except HFValidationError as error:
         raise ConfigError(f"{repo}: neither a file or folder nor a hub id (OWNER/NAME)") from error
     return Path(file) if isinstance(file, str) else None
-
-
-def download_file(located: Located, progress: Callable[[str], None]) -> Path:
-    """The file that ``locate_file`` found, fetched first if it must be."""
-    if located.folder is not None:
-        return located.folder / located.files[0]
-    assert located.id is not None
-    if (file := _cached_file(located.id, located.files[0])) is not None:
-        return file
-    progress(located.announcement() or f"fetching {located.id}")
-    return _fetch(located, progress) / located.files[0]
 
 
 @contextmanager
@@ -319,105 +303,3 @@ def _is_cached(repo: str, name: str, commit: str | None) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
     return isinstance(try_to_load_from_cache(repo, name, revision=commit), str)
-
-
-def download(located: Located, progress: Callable[[str], None] | None = None) -> Path:
-    """The checkpoint folder of ``located``, fetched first if it must be; finished files are never fetched twice.
-
-    ``progress`` gets the announcement and then a line about once a second. Raises FluxrunError when the
-    download breaks off; the next one goes on from there.
-    """
-    if located.folder is not None:
-        return located.folder
-    arrived = _arrived(located)
-    if arrived is not None:  # since ``located`` was made, by an earlier job of the same sweep for example
-        return arrived
-    say = progress or (lambda line: None)
-    say(located.announcement() or f"fetching {located.id}")
-    folder = _fetch(located, say)
-    check_whole(folder, located.variant, "delete it from the cache and run again")
-    check_sizes(folder, located.variant)
-    return folder
-
-
-def _arrived(located: Located) -> Path | None:
-    """The snapshot folder, if every file of ``located`` is in the cache by now."""
-    from huggingface_hub import try_to_load_from_cache
-
-    assert located.id is not None
-    files = [try_to_load_from_cache(located.id, name, revision=located.revision) for name in located.files]
-    if not all(isinstance(file, str) for file in files):
-        return None
-    return Path(str(files[located.files.index("model_index.json")])).parent
-
-
-# Run in a child process: the hub client's worker threads finish whole files, gigabytes of them, before they let
-# an interrupt through; a child can be ended at once. It ends by itself when its standard input does, that is when
-# the parent is gone.
-_CHILD = """
-import json, os, sys, threading
-threading.Thread(target=lambda: (sys.stdin.buffer.read(), os._exit(1)), daemon=True).start()
-from huggingface_hub import snapshot_download
-try:
-    print(snapshot_download(**json.loads(sys.argv[1])), flush=True)
-    os._exit(0)
-except Exception as error:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    print(type(error).__name__ + ": " + " ".join(lines)[:300], file=sys.stderr, flush=True)
-    os._exit(1)
-"""
-
-
-def _fetch(located: Located, say: Callable[[str], None], every_s: float = 1.0) -> Path:
-    """Download ``located.files`` into the hub's cache and return the snapshot folder."""
-    from huggingface_hub import HfApi
-
-    assert located.id is not None
-    assert located.cache is not None
-    arguments = {
-        "repo_id": located.id,
-        "revision": located.asked_revision,
-        "allow_patterns": located.files,
-        "cache_dir": str(located.cache),
-        "endpoint": HfApi().endpoint,
-    }
-    blobs = located.cache / f"models--{located.id.replace('/', '--')}" / "blobs"
-    partial, before = set(blobs.glob("*.incomplete")), _folder_bytes(blobs)
-    read_end, write_end = os.pipe()
-    child = subprocess.Popen(
-        [sys.executable, "-c", _CHILD, json.dumps(arguments)],
-        stdin=read_end,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
-    )
-    try:
-        while True:
-            try:
-                answer, complaint = child.communicate(timeout=every_s)
-                break
-            except subprocess.TimeoutExpired:
-                # Measured in the cache, not by the client's counters: those differ between its versions.
-                arrived = min(max(_folder_bytes(blobs) - before, 0), located.download_bytes)
-                say(f"downloaded {gigabytes(arrived)} of {gigabytes(located.download_bytes)}")
-    finally:
-        child.kill()
-        child.wait()
-        os.close(read_end)
-        os.close(write_end)
-        for leftover in set(blobs.glob("*.*.incomplete")) - partial:  # named for the child, of no use to another
-            leftover.unlink(missing_ok=True)
-    if child.returncode != 0:
-        why = one_line(RuntimeError(complaint.strip().rpartition("\n")[2] or f"exit code {child.returncode}"), 200)
-        raise FluxrunError(f"the download of {located.id} broke off ({why}); run again to go on from there")
-    return Path(answer.strip().rpartition("\n")[2])
-
-
-def _folder_bytes(folder: Path) -> int:
-    total = 0
-    for file in folder.glob("*"):
-        with suppress(OSError):  # a finished file is renamed between listing and asking
-            total += file.stat().st_size
-    return total

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from fluxrun.architectures import HIDDEN_STATES_READ, MODEL_COMPONENTS, PipelineKind
+from fluxrun.architectures import HIDDEN_STATES_READ, MODEL_COMPONENTS, Family, PipelineKind, family
 from fluxrun.errors import ConfigError, FluxrunError, python_reason
 from fluxrun.offload.tensors import tensor_bytes
 from fluxrun.options.model import Flux2Model
@@ -29,9 +29,9 @@ from fluxrun.quantization.layers import parameter_count
 from fluxrun.quantization.libraries import import_library
 from fluxrun.types import Component, Json, Pipeline
 from fluxrun.weights.chat_template import check_templates, templates_of
+from fluxrun.weights.download import download
 from fluxrun.weights.find import find_weights
 from fluxrun.weights.folder import component_classes, variant_of
-from fluxrun.weights.hub import download
 from fluxrun.weights.location import Located
 from fluxrun.weights.random_weights import random_source
 from fluxrun.weights.store import Base, Part
@@ -121,7 +121,7 @@ def load(
             facts["components"][name] = _settle(component, name, device, conversion.quantize)
         if name == "text_encoder" and needed is not None:
             facts["components"][name] |= needed.facts(getattr(torch, dtype).itemsize)
-    pipeline = _assemble(located.pipeline, located.distilled, parts)
+    pipeline = _assemble(family(located.pipeline), located.distilled, parts)
     modules = [module for module in parts.values() if isinstance(module, nn.Module)]
     facts["parameters"] = sum(component["parameters"] for component in facts["components"].values())
     facts["bytes"] = tensor_bytes(_tensors(modules))
@@ -142,8 +142,8 @@ def _settle(module: nn.Module, name: str, device: str, quantize: Quantize) -> di
     }
 
 
-def _assemble(kind: PipelineKind, distilled: bool, parts: Mapping[str, Component]) -> Pipeline:
-    """The pipeline object of ``parts``; missing ones stay None."""
+def _assemble(kind: Family, distilled: bool, parts: Mapping[str, Component]) -> Pipeline:
+    """The pipeline object of ``parts``; missing ones stay None. What is drawn with may be another: see ``shell``."""
     cls: Any = pipeline_class(kind)
     pipeline: Pipeline = cls(**parts, is_distilled=distilled) if kind == "klein" else cls(**parts)
     return pipeline
@@ -155,6 +155,14 @@ def pipeline_class(kind: PipelineKind) -> type[DiffusionPipeline]:
         from diffusers.pipelines.flux2.pipeline_flux2_klein import Flux2KleinPipeline
 
         return Flux2KleinPipeline
+    if kind == "klein_inpaint":
+        from diffusers.pipelines.flux2.pipeline_flux2_klein_inpaint import Flux2KleinInpaintPipeline
+
+        return Flux2KleinInpaintPipeline
+    if kind == "klein_kv":
+        from diffusers.pipelines.flux2.pipeline_flux2_klein_kv import Flux2KleinKVPipeline
+
+        return Flux2KleinKVPipeline
     from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
 
     return Flux2Pipeline
@@ -167,7 +175,7 @@ def _needed_layers(model: Flux2Model, pipeline: PipelineKind) -> NeededLayers | 
     """What is cut from the text encoder; None when all of it is wanted."""
     if model.text_encoder_layers == "all":
         return None
-    return NeededLayers(model.text_encoder_out_layers or HIDDEN_STATES_READ[pipeline])
+    return NeededLayers(model.text_encoder_out_layers or HIDDEN_STATES_READ[family(pipeline)])
 
 
 class FromPretrained(TypedDict):

@@ -17,8 +17,9 @@ from fluxrun.options.lora import LoraFile, LoraOption
 from fluxrun.options.model import BUNDLED
 from fluxrun.paths import expanded
 from fluxrun.reading import Unreadable, check_plain, parse_json, read_text
+from fluxrun.weights.download import download_file
 from fluxrun.weights.headers import Tensor, read_whole_header
-from fluxrun.weights.hub import download_file, locate_file
+from fluxrun.weights.hub import locate_file
 from fluxrun.weights.location import Located
 from fluxrun.weights.lora_names import Match, Sorted, alpha_by_peft, match_layers, peft_config, sort_tensors
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from fluxrun.errors import ConfigError
 from fluxrun.formatting import shorten
+from fluxrun.types import JsonObject
 from fluxrun.weights.headers import Tensor, is_special
 
 LAYERS = ("num_layers", "num_single_layers", "num_hidden_layers")
@@ -32,7 +33,7 @@ MOST_ENTRIES = 1000
 MOST_TRAIN_TIMESTEPS = 1_000_000
 
 
-def check_config(file: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def check_config(file: Path, config: JsonObject, tensors: dict[str, Tensor]) -> None:
     """Refuse a component's config that asks for more than its weights hold. Raises ConfigError."""
     elements = sum(max(1, *tensor.shape) if tensor.shape else 1 for tensor in tensors.values())
     for key, value in _entries(config):
@@ -46,7 +47,7 @@ def check_config(file: Path, config: dict[str, Any], tensors: dict[str, Tensor])
             _check_numbers(file, key, value, elements, "its weights are smaller")
 
 
-def check_scheduler(file: Path, config: dict[str, Any]) -> None:
+def check_scheduler(file: Path, config: JsonObject) -> None:
     """Refuse a scheduler whose table of timesteps would fill the memory. Raises ConfigError."""
     steps = config.get("num_train_timesteps", 1)
     _check_numbers(file, "num_train_timesteps", steps, MOST_TRAIN_TIMESTEPS, f"at most {MOST_TRAIN_TIMESTEPS:,}")

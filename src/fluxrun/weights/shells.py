@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 from diffusers.configuration_utils import ConfigMixin
+from diffusers.image_processor import VaeImageProcessor
 from torch import nn
 
+from fluxrun.architectures import PipelineKind
 from fluxrun.types import Component, Pipeline
+from fluxrun.weights.loading import pipeline_class
 from fluxrun.weights.store import Base
 
 
-def shell(base: Base) -> Pipeline:
+def shell(base: Base, kind: PipelineKind | None = None) -> Pipeline:
     """A pipeline of fresh modules over ``base``'s weights: change it freely, the base stays as it was.
+
+    ``kind`` is the pipeline that is drawn with, if not the base's own: one weight store serves all of a family.
 
     Modules, hooks, attention processors, Parameter objects and buffers are new; parameters share their storage
     with the base (no memory, no time, bit-identical output). Writing into a parameter in place would reach the
@@ -26,13 +30,23 @@ def shell(base: Base) -> Pipeline:
         name: _fresh(part) for name, part in base.pipeline.components.items() if name not in modules
     }
     parts |= {name: _shared_copy(module) for name, module in modules.items()}
-    cls: Callable[..., Pipeline] = type(base.pipeline)
+    cls: Any = type(base.pipeline) if kind is None else pipeline_class(kind)
     # Settings such as is_distilled: leaving one out silently turns classifier-free guidance on.
     accepted = inspect.signature(cls).parameters
     settings = {k: v for k, v in base.pipeline.config.items() if k in accepted and k not in parts}
-    pipeline = cls(**parts, **settings)
+    pipeline: Pipeline = cls(**parts, **settings)
     pipeline.set_progress_bar_config(disable=True)
+    if kind == "klein_inpaint":
+        mend_overlay(pipeline)
     return pipeline
+
+
+def mend_overlay(pipeline: Pipeline) -> None:
+    """Let ``padding_mask_crop`` scale what was drawn down to the crop, as diffusers' other inpainting pipelines do.
+
+    The pipeline's own image processor cuts the crop's size out of the middle instead (diffusers 0.42.1).
+    """
+    pipeline.image_processor.apply_overlay = VaeImageProcessor().apply_overlay
 
 
 def _shared_copy(module: nn.Module) -> nn.Module:
