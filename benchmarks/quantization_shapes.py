@@ -1,8 +1,8 @@
 """What each quantization costs the bundled model's pictures: distance to the neutral ones, prompts kept, bytes -> JSON.
 
-python benchmarks/quantization_shapes.py                    # every setting below: about half an hour on two cores
-python benchmarks/quantization_shapes.py --only int8 "uint4 32"   # some of them; the others' results stay
-python docs/reference.py                                   # then: the table in docs/quantization.md
+python benchmarks/quantization_shapes.py                       # every setting below: about half an hour on two cores
+python benchmarks/quantization_shapes.py --only "sdnq fp4"     # some of them; the others' results stay
+python docs/reference.py                                       # then: the table in docs/quantization.md
 
 Each setting is drawn by ``fluxrun eval`` in a process of its own; nothing here quantizes anything itself.
 """
@@ -25,8 +25,6 @@ from fluxrun.report.fidelity import distance
 
 RESULTS = bench.ROOT / "benchmarks" / "results" / "quantization_shapes.json"
 SHAPES = bench.ROOT / "models" / "shapes"
-PROMPTS = ("--per-set", "8", "--seeds", "0")
-
 BOTH = "quantization.components=[transformer,text_encoder]"
 SDNQ = "quantization=sdnq quantization.weights_dtype="
 SETTINGS = {
@@ -42,7 +40,7 @@ SETTINGS = {
     "sdnq dynamic": f"{SDNQ}dynamic",
     "sdnq float8_e4m3fn": f"{SDNQ}float8_e4m3fn",
     "sdnq fp4": f"{SDNQ}fp4",
-    "int8": "quantization=int8",
+    "int8, compiled": "quantization=int8 compile=regional",
     "int8_weight_only": "quantization=int8_weight_only",
     "int8_weight_only, text encoder too": f"quantization=int8_weight_only {BOTH}",
     "fp8_weight_only": "quantization=fp8_weight_only",
@@ -57,27 +55,29 @@ def main() -> None:
     """Draw each setting, compare it with the neutral one, write after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(SETTINGS), help="settings to measure again")
+    parser.add_argument("--per-set", default="8", help="prompts of each of fluxrun eval's three sets")
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args()
+    prompts = ["--per-set", given.per_set, "--seeds", "0"]
     known = json.loads(given.output.read_text())["settings"] if given.only and given.output.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        neutral = drawn("none", work)
+        neutral = drawn("none", work, prompts)
         for name in given.only or SETTINGS:
-            run = neutral if name == "none" else drawn(name, work)
+            run = neutral if name == "none" else drawn(name, work, prompts)
             known[name] = compared(name, run, neutral)
             print(name, json.dumps({k: v for k, v in known[name].items() if k != "components"}), flush=True)
-            report = {"prompts": " ".join(PROMPTS), "settings": {n: known[n] for n in SETTINGS if n in known}}
+            report = {"prompts": " ".join(prompts), "settings": {n: known[n] for n in SETTINGS if n in known}}
             given.output.write_text(json.dumps({**report, "environment": neutral[1]["environment"]}, indent=1) + "\n")
 
 
-def drawn(name: str, work: Path) -> tuple[Path, dict[str, Any]]:
+def drawn(name: str, work: Path, prompts: list[str]) -> tuple[Path, dict[str, Any]]:
     """The run folder of a setting and its record."""
     folder, overrides = work / name.replace(" ", "_"), SETTINGS[name]
     if "{" in overrides:
         overrides = overrides.format(**single_files(work))
     # resident and full: what "auto" would take may differ from machine to machine, and so would pixels.
-    arguments = [*PROMPTS, "model=shapes", "memory=resident", "vae=full", *overrides.split()]
+    arguments = [*prompts, "model=shapes", "memory=resident", "vae=full", *overrides.split()]
     subprocess.run([sys.executable, "-m", "fluxrun", "eval", *arguments, f"hydra.run.dir={folder}"], check=True)
     return folder, json.loads((folder / "run.json").read_text())
 

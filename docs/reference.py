@@ -127,9 +127,10 @@ def measured_at_real_size(root: Path) -> str:
             missing.append(f"{name} ({row['error']})")
             continue
         memory = f"{row['load_peak_gb']:.1f} / {row['draw_peak_gb']:.1f} GB"
+        converting = "–" if row["setting"] == "bf16" else seconds(row["quantize_s"])
         step, error = statistics.median(row["step_ms"]), row["rel_l2"]
         lines.append(
-            f"| {name} | {row['weights_gb']:.1f} GB | {memory} | {seconds(row['quantize_s'])} | "
+            f"| {name} | {row['weights_gb']:.1f} GB | {memory} | {converting} | "
             f"{seconds(row['first_call_s'])} | {step:.1f} ms | {'–' if error is None else f'{error:.1e}'} |"
         )
     names = "; ".join(missing) or "none"

@@ -10,6 +10,7 @@ from helpers import H100, effective, plan_on
 from fluxrun.config.catalog import Catalog
 from fluxrun.config.composition import compose
 from fluxrun.errors import ConfigError
+from fluxrun.options.quantization import multiplies_quantized
 from fluxrun.planning.prepare import make_plan
 
 
@@ -71,3 +72,15 @@ def test_estimates_count_every_component_and_the_scales():
 def test_on_and_off_may_be_yamls():
     made = Catalog().load("quantization", "sdnq")
     assert type(made).model_validate({**made.model_dump(), "quantized_matmul": True}).quantized_matmul == "on"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("asked", "format", "device", "expected"),
+    [
+        ("auto", "int8", "cuda", True), ("auto", "float8_e4m3fn", "cuda:1", True), ("auto", "uint4", "cuda", False),
+        ("on", "uint4", "cuda", True), ("off", "int8", "cuda", False), ("auto", "int8", "cpu", False),
+        ("on", "int8", "cpu", True), ("on", "float8_e4m3fn", "cpu", False), ("auto", "dynamic", "cuda", False),
+    ],
+)  # fmt: skip
+def test_where_sdnq_multiplies_quantized(asked, format, device, expected):
+    assert multiplies_quantized(asked, format, device) == expected

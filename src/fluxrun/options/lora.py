@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -13,6 +13,9 @@ from fluxrun.hardware.machine import Machine
 from fluxrun.options.base import COMPILER, NOTHING_MORE, Context, Facts, Option, Workload
 from fluxrun.trust import Closed, Open
 from fluxrun.types import Pipeline
+
+if TYPE_CHECKING:
+    from torch import nn
 
 ADAPTER = "fluxrun"
 """peft's name of the one adapter that stands for all files."""
@@ -103,6 +106,7 @@ class Adapters(LoraOption):
     def apply(self, pipeline: Pipeline, context: Context) -> Facts:
         """Load the files as one adapter. Raises RuntimeError where peft made fewer layers than the files name."""
         assert context.lora is not None
+        _keep_dtype(pipeline.transformer, context.dtype)
         pipeline.load_lora_weights(self._tensors(pipeline, context), adapter_name=ADAPTER)
         made = sum(ADAPTER in getattr(module, "lora_A", ()) for module in pipeline.transformer.modules())
         if made < len(context.lora.room.layers):
@@ -146,3 +150,14 @@ class Adapters(LoraOption):
             "room": {"layers": len(room.layers), "rank": room.rank},
             "hot_swapped": swapped,
         }
+
+
+def _keep_dtype(transformer: nn.Module, dtype: str) -> None:
+    """Have peft make adapters in the run's dtype also beside float8 weights, whose own it would take."""
+    import torch
+
+    module: Any  # torch's types let a module have tensors and modules only
+    for module in transformer.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.itemsize == 1:
+            module.compute_dtype = getattr(torch, dtype)
