@@ -7,7 +7,12 @@ import functools
 import json
 import shutil
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
+
+import pytest
+
+from fluxrun.quantization.libraries import import_library
 
 HOLLOW_WEIGHTS = {
     "transformer": "diffusion_pytorch_model",
@@ -106,3 +111,10 @@ def sdnq_folder(weights_dtype: str = "int8") -> Path:
     base = load(model, dtype="float32", device="cpu", conversion=conversion)
     base.pipeline.save_pretrained(root / "model", variant=None, max_shard_size="5GB")
     return root / "model"
+
+
+def import_sdnq() -> None:
+    """As a run on a CPU imports it, which decides for the whole process; skips the test where it is not installed."""
+    if find_spec("sdnq") is None:
+        pytest.skip("sdnq is not installed")
+    import_library("sdnq", "cpu")

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from checkpoints import sdnq_folder, tiny_folder
+from checkpoints import import_sdnq, sdnq_folder, tiny_folder
 from helpers import draw, hashes
 
 from fluxrun.cli import quantize
@@ -22,7 +22,7 @@ def arguments(folder: Path, *overrides: str) -> list[str]:
 
 @pytest.mark.slow
 def test_what_is_written_is_what_is_drawn_with(tmp_path):
-    pytest.importorskip("sdnq")
+    import_sdnq()
     folder = tmp_path / "made"
     assert quantize.command(arguments(folder, "quantization=sdnq", "seed=3", "num_images=2")) == 0
     record = json.loads((folder / quantize.RECORD).read_text())
@@ -67,7 +67,7 @@ def pixels(folder: Path, seed: int) -> bytes:
 
 @pytest.mark.slow
 def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):
-    pytest.importorskip("sdnq")
+    import_sdnq()
     from diffusers import Flux2KleinPipeline
 
     def interrupted(self: object, folder: Path, **how: object) -> None:
@@ -91,7 +91,7 @@ def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):
     ],
 )
 def test_refusals(tmp_path, overrides, said):
-    pytest.importorskip("sdnq")
+    import_sdnq()
     with pytest.raises(ConfigError, match=said):
         quantize.command(arguments(tmp_path / "made", *overrides))
     assert list(tmp_path.iterdir()) == []
@@ -99,7 +99,7 @@ def test_refusals(tmp_path, overrides, said):
 
 @pytest.mark.slow
 def test_a_quantized_checkpoint_and_a_folder_that_is_there(tmp_path):
-    pytest.importorskip("sdnq")
+    import_sdnq()
     with pytest.raises(ConfigError, match="already there"):
         quantize.command(arguments(tmp_path, "quantization=sdnq"))
     given = [a for a in arguments(tmp_path / "made", "quantization=sdnq") if not a.startswith("model.path=")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from checkpoints import sdnq_folder, tiny_folder
+from checkpoints import import_sdnq, sdnq_folder, tiny_folder
 from helpers import draw, hashes
 from loras import BLOCKS, write_lora
 
@@ -26,7 +26,7 @@ def drawn(folder: Path, checkpoint: Path, *overrides: str, pool: SessionPool | N
 
 @pytest.fixture(scope="module")
 def quantized() -> Path:
-    pytest.importorskip("sdnq")
+    import_sdnq()
     return sdnq_folder()
 
 
@@ -80,7 +80,7 @@ def test_in_a_sweep_beside_unquantized(quantized, plain, tmp_path):
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory) -> Path:
     """The bundled model as ``fluxrun quantize`` writes it."""
-    pytest.importorskip("sdnq")
+    import_sdnq()
     root = tmp_path_factory.mktemp("shapes")
     how = ("quantization=sdnq", "quantization.weights_dtype=uint4", f"hydra.run.dir={root / 'runs'}")
     assert quantize.command([str(root / "made"), "--no-pictures", "model=shapes", "device=cpu", *how]) == 0
@@ -206,7 +206,7 @@ def test_zero_converted_is_a_failure(tmp_path):
     ],
 )
 def test_sdnqs_knobs(knobs, format, tmp_path):
-    pytest.importorskip("sdnq")
+    import_sdnq()
     record = drawn(tmp_path, tiny_folder(), "quantization=sdnq", *(f"quantization.{knob}" for knob in knobs))
     entry = record.options["quantization"]
     assert entry.fallbacks == []

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from checkpoints import import_sdnq
 from torch import nn
 
 from fluxrun.quantization.layers import counted, is_quantized, parameter_count
@@ -36,7 +37,7 @@ def test_torchaos():
 @pytest.mark.parametrize("matmul", [False, True])
 @pytest.mark.parametrize("format", ["int8", "uint4", "float8_e4m3fn"])
 def test_sdnqs(format, matmul):
-    pytest.importorskip("sdnq")
+    import_sdnq()
     from fluxrun.quantization.libraries import import_library
 
     import_library("sdnq", "cpu")
