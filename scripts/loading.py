@@ -121,7 +121,7 @@ def load_once(
     load(Flux2Model(weights="random", architecture="tiny"), dtype=dtype, device=device)  # all is imported by then
     read, started = read_bytes(), time.perf_counter()
     with watched_memory() as memory:
-        reading = read_ahead(located) if ahead else None
+        reading = read_ahead(located.weight_files) if ahead else None
         base = load(model, dtype=dtype, device=device, located=located)
         if device.startswith("cuda"):
             torch.cuda.synchronize()

@@ -22,7 +22,7 @@ from fluxrun.process.signals import Interrupts
 from fluxrun.record.environment import environment
 from fluxrun.record.folder import RunFolder, status_of
 from fluxrun.record.schema import RunRecord
-from fluxrun.weights.readahead import ReadAhead, read_ahead
+from fluxrun.weights.readahead import read_ahead
 
 log = logging.getLogger("fluxrun")
 
@@ -106,7 +106,7 @@ def _run(
         folder.write()
         _announce(prepared)
         stage.read = lambda: "load"
-        reading = _read_ahead(prepared) if not pool.loads else None
+        reading = None if pool.loads else read_ahead(prepared.weight_files)
         with spans.span("import"):
             from fluxrun.drawing.generation import Generation
 
@@ -120,11 +120,6 @@ def _run(
             note_options()
             if reading is not None:
                 reading.stop()
-
-
-def _read_ahead(prepared: Prepared) -> ReadAhead | None:
-    """The weights come from the disk while the libraries are imported."""
-    return read_ahead(prepared.located, first="text_encoder" if prepared.plan.memory.staged else "transformer")
 
 
 def _announce(prepared: Prepared) -> None:

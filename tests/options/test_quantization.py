@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from checkpoints import hollow_folder
 from helpers import H100, effective, plan_on
 
 from fluxrun.config.catalog import Catalog
 from fluxrun.config.composition import compose
 from fluxrun.errors import ConfigError
 from fluxrun.options.quantization import multiplies_quantized
-from fluxrun.planning.prepare import make_plan
+from fluxrun.planning.prepare import make_plan, prepare
+from fluxrun.quantization.declared import Declared
 
 
 def test_nf4_needs_a_gpu_and_its_library():
@@ -36,10 +38,24 @@ def test_single_files_are_looked_at_first(name, tmp_path):
         plan_on(machine, f"quantization={name}", f"quantization.file={tmp_path / 'model.bin'}")
 
 
+def test_of_the_folder_is_read_what_is_loaded_in_its_order(tmp_path):
+    folder, file = hollow_folder(tmp_path / "model"), tmp_path / "own.gguf"
+    file.write_bytes(b"")
+    machine = replace(H100, packages={**H100.packages, "gguf": "0.19"})
+
+    def read(*overrides: str) -> list[str]:
+        config = compose(["model=local", f"model.path={folder}", *overrides])
+        return [path.parent.name for path in prepare(config, machine).weight_files]
+
+    assert read("memory=resident") == ["transformer", "text_encoder", "vae"]
+    assert read("memory=staged") == ["text_encoder", "transformer", "vae"]
+    assert read("quantization=gguf", f"quantization.file={file}", "memory=resident") == ["text_encoder", "vae"]
+
+
 @pytest.mark.parametrize("memory", ["balanced", "group", "block_swap", "sequential"])
 def test_a_bitsandbytes_folder_stays_on_the_gpu(memory):
     config = compose([f"memory={memory}"])
-    plan = make_plan(config, H100, declared={"transformer": "bitsandbytes nf4"})
+    plan = make_plan(config, H100, declared={"transformer": Declared("bitsandbytes", "nf4")})
     (fallback,) = plan.choices["memory"].fallbacks
     assert "have their scales beside them" in fallback.reason
     assert plan.choices["memory"].effective == "resident"

@@ -47,7 +47,7 @@ def test_all_files_are_in_memory_afterwards(located: Located) -> None:
     drop_from_memory(located)
     if any(in_memory(file) for file in located.weight_files):
         pytest.skip("this file system keeps its files in memory (tmpfs)")
-    reading = read_ahead(located)
+    reading = read_ahead(located.weight_files)
     assert reading is not None
     reading.wait()
     assert all(in_memory(file) for file in located.weight_files)
@@ -57,7 +57,7 @@ def test_all_files_are_in_memory_afterwards(located: Located) -> None:
 def test_what_is_in_memory_is_not_read_again(located: Located) -> None:
     for file in located.weight_files:
         file.read_bytes()
-    reading = read_ahead(located)
+    reading = read_ahead(located.weight_files)
     assert reading is not None
     reading.wait()
     assert reading.bytes == 0
@@ -65,7 +65,7 @@ def test_what_is_in_memory_is_not_read_again(located: Located) -> None:
 
 def test_it_is_a_part_of_the_run(located: Located) -> None:
     spans.forget()
-    reading = read_ahead(located)
+    reading = read_ahead(located.weight_files)
     assert reading is not None
     reading.wait()
     assert [name for name, _, _ in spans.recorded()] == ["read"]
@@ -73,7 +73,7 @@ def test_it_is_a_part_of_the_run(located: Located) -> None:
 
 
 def test_it_can_be_stopped(located: Located) -> None:
-    reading = read_ahead(located)
+    reading = read_ahead(located.weight_files)
     assert reading is not None
     reading.stop()
     reading.wait()
@@ -83,7 +83,7 @@ def test_a_file_that_goes_away_is_left_to_who_loads_it(
     located: Located, recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gone = replace(located, weight_files=located.weight_files[1:])
-    reading = read_ahead(gone)
+    reading = read_ahead(gone.weight_files)
     located.weight_files[2].unlink()
     assert reading is not None
     reading.wait()
@@ -93,10 +93,10 @@ def test_a_file_that_goes_away_is_left_to_who_loads_it(
 def test_nothing_is_read_that_does_not_fit(located: Located, monkeypatch: pytest.MonkeyPatch) -> None:
     small = psutil.virtual_memory()._replace(available=16 * 2**20)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: small)
-    assert read_ahead(located) is None
+    assert read_ahead(located.weight_files) is None
 
 
 def test_a_small_model_is_not_worth_it(located: Located, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readahead, "WORTH_BYTES", 2**30)
-    assert read_ahead(located) is None
-    assert read_ahead(replace(located, weight_files=())) is None
+    assert read_ahead(located.weight_files) is None
+    assert read_ahead(()) is None

@@ -17,6 +17,7 @@ from fluxrun.hardware.machine import Machine
 from fluxrun.offload.block_sizes import BlockSizes
 from fluxrun.process.device import synchronize
 from fluxrun.process.switches import ProcessState
+from fluxrun.quantization.declared import Declared
 from fluxrun.trust import OWN_TARGETS, Open, check_target
 from fluxrun.types import Json, Pipeline
 
@@ -189,8 +190,8 @@ class Workload:
     """What each memory option needs of the GPU; None where the weights' sizes are not known."""
     ram: Mapping[str, int] | None = None
     """The same of the computer's own memory."""
-    declared: Mapping[str, str] = field(default_factory=dict)
-    """Components that the checkpoint has quantized weights of, with a description: ``sdnq uint4, SVD rank 32``."""
+    declared: Mapping[str, Declared] = field(default_factory=dict)
+    """Components that the checkpoint has quantized weights of."""
     swapping_bytes: int = 0
     """Working memory beside the weights under block swap."""
 

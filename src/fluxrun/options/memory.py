@@ -156,7 +156,7 @@ class Offload(MemoryOption):
         return f"offloads from a GPU to the CPU's memory; this run is on {machine.device}, there is nothing to offload"
 
     def inapplicable(self, workload: Workload) -> str | None:
-        if any(found.startswith("bitsandbytes") for found in workload.declared.values()):
+        if any(declared.method == "bitsandbytes" for declared in workload.declared.values()):
             return "a folder's bitsandbytes weights have their scales beside them, and lose them when they are moved"
         return super().inapplicable(workload)
 

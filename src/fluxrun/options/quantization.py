@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field
 
 from fluxrun.hardware.machine import Machine
 from fluxrun.options.base import COMPILER, NOTHING_MORE, Context, Facts, Option, Resolution, Workload
-from fluxrun.quantization.declared import declared_by
+from fluxrun.quantization.declared import Declared, declared_by
 from fluxrun.quantization.libraries import allow_recompiling, import_library
 from fluxrun.trust import Open
 from fluxrun.types import Pipeline
@@ -282,7 +282,7 @@ class Sdnq(OnTheFly):
         return frozenset({"sdnq", COMPILER})
 
     def requires(self, machine: Machine) -> str | None:
-        return machine.lacks("sdnq", "0.2.2")
+        return machine.lacks("sdnq", "0.2.8")
 
     def convert(self, component: nn.Module, name: str, place: str, device: str) -> Facts:
         library = import_library("sdnq", device)
@@ -336,7 +336,7 @@ class Nf4(OnTheFly):
 # --- what several of them do ------------------------------------------------------------------------------------------
 
 
-def described(declared: Mapping[str, str]) -> str:
+def described(declared: Mapping[str, Declared]) -> str:
     """``transformer: sdnq uint4, SVD rank 32; text_encoder: …``."""
     return "; ".join(f"{component}: {text}" for component, text in declared.items())
 

@@ -27,6 +27,7 @@ from fluxrun.options.memory import MemoryOption
 from fluxrun.options.model import Flux2Model
 from fluxrun.options.quantization import QuantizationOption
 from fluxrun.options.vae import VaeOption, decode_bytes
+from fluxrun.quantization.declared import Declared
 
 LARGEST_LEAF = 40
 """A transformer is at least so many times its largest layer (klein-4B 45, dev 95)."""
@@ -62,7 +63,7 @@ class Estimate:
     kernels: KernelsOption
     quantization: QuantizationOption
     guidance_batched: bool = False
-    declared: Mapping[str, str] = field(default_factory=dict)
+    declared: Mapping[str, Declared] = field(default_factory=dict)
     """Components whose bytes are of weights that are quantized already."""
 
     # -- what is asked of it ------------------------------------------------------------------------------------------

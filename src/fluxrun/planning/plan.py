@@ -17,6 +17,7 @@ from fluxrun.options.quantization import QuantizationOption
 from fluxrun.options.scheduler import SchedulerOption
 from fluxrun.options.vae import VaeOption
 from fluxrun.planning.estimate import Estimate
+from fluxrun.quantization.declared import Declared
 from fluxrun.record.schema import Fallback, OptionRecord
 from fluxrun.types import Json
 
@@ -58,7 +59,7 @@ class Plan:
     """Height and width of the picture that is repainted, which are the run's."""
     guidance_batched: bool = False
     """Whether a guided step is one call of the transformer; decided once the placement is known."""
-    declared: Mapping[str, str] = field(default_factory=dict)
+    declared: Mapping[str, Declared] = field(default_factory=dict)
     """Components that the checkpoint has quantized weights of, with a description."""
     notes: list[str] = field(default_factory=list)
 

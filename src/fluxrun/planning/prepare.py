@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from fluxrun.config.catalog import Catalog
 from fluxrun.config.inputs import InputPicture, read_inputs
@@ -19,6 +20,7 @@ from fluxrun.options.model import Flux2Model
 from fluxrun.planning.editing import Pictures, prepared_pictures
 from fluxrun.planning.fallbacks import settle
 from fluxrun.planning.plan import Choice, Plan
+from fluxrun.quantization.declared import Declared
 from fluxrun.record.picture import pixel_hash
 from fluxrun.record.schema import InputRecord
 from fluxrun.weights.find import check_layers, find_weights, resolve
@@ -40,6 +42,14 @@ class Prepared:
     """The run's LoRA files."""
 
     @property
+    def weight_files(self) -> list[Path]:
+        """The checkpoint folder's files that the run loads, in the order in which it does."""
+        first = "text_encoder" if self.plan.memory.staged else "transformer"
+        instead = self.plan.quantization.loaded_bytes
+        files = [file for file in self.located.weight_files if instead(file.parent.name) is None]
+        return sorted(files, key=lambda file: file.parent.name != first)
+
+    @property
     def texts(self) -> list[str]:
         """Every text that the run must encode, once each."""
         return texts_of(self.jobs, self.plan.negative_prompt)
@@ -55,8 +65,7 @@ def prepare(config: RunConfig, machine: Machine | None = None) -> Prepared:
     located = find_weights(config.model, machine)
     model = resolve(config.model, located)
     pictures = prepared_pictures(config, model, inputs, len(jobs))
-    declared = {name: str(found) for name, found in located.declared.items()}
-    plan = make_plan(config, machine, model, located.component_bytes, pictures, declared)
+    plan = make_plan(config, machine, model, located.component_bytes, pictures, located.declared)
     check_layers(plan.model, located)
     recorded, adapters = [_recorded(given) for given in inputs], find_adapters(plan.option(LoraOption, "lora"))
     return Prepared(config, jobs, pictures, recorded, located, plan, adapters)
@@ -75,7 +84,7 @@ def make_plan(
     model: Flux2Model | None = None,
     weight_bytes: Mapping[str, int] | None = None,
     pictures: Pictures | None = None,
-    declared: Mapping[str, str] | None = None,
+    declared: Mapping[str, Declared] | None = None,
 ) -> Plan:
     """Plan a run; ``model`` is the option with what its checkpoint knows filled in, ``weight_bytes`` its sizes,
     ``declared`` what it says of its components' quantization.

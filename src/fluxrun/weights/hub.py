@@ -1,6 +1,6 @@
 """A model on the Hugging Face hub: what it takes to have it, and the errors in one line.
 
-Light like ``checkpoint.py``; huggingface_hub is imported inside functions, because only a hub id needs it.
+Light like ``folder.py``; huggingface_hub is imported inside functions, because only a hub id needs it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Weights: loaded or built once, component by component, kept in a store, handed out as fresh module shells.
 
 This module is heavy (torch, diffusers, transformers); nothing light may import it. Where a checkpoint lies and
-whether it is whole is ``checkpoint.py``'s business and is settled before anything here runs.
+whether it is whole is ``find.py``'s business and is settled before anything here runs.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class Located:
     component_bytes: dict[str, int] = field(default_factory=dict)
     """Weight bytes of each model component: of its files, whose dtype may not be the run's; of ``random``, as built."""
     weight_files: tuple[Path, ...] = ()
-    """The files of a checkpoint folder that hold them, in the order in which they are loaded."""
+    """The files of a checkpoint folder that hold them, component by component."""
     declared: dict[str, Declared] = field(default_factory=dict)
     """Components whose weights are quantized as they lie there, with what their config.json says of it."""
 

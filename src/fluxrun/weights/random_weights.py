@@ -40,7 +40,7 @@ def builders(sizes: Architecture) -> dict[str, Callable[[], Any]]:
 
 def random_source(model: Flux2Model, dtype: str, device: str, needed: NeededLayers | None) -> Callable[[str], Any]:
     """A function that builds one component of ``model``'s architecture by its pipeline name."""
-    assert model.architecture is not None  # checkpoint.inspect refused everything else
+    assert model.architecture is not None  # find_weights refused everything else
     sizes = architecture(model.architecture, model.pipeline)
     build = builders(sizes) | {"text_encoder": lambda: random_text_encoder(sizes, needed)}
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
 from fluxrun.process import spans
-from fluxrun.weights.location import Located
 
 THREADS = 4
 """Enough to keep an NVMe disk or a network file system busy."""
@@ -67,18 +66,17 @@ class ReadAhead:
                     self.bytes += read
 
 
-def read_ahead(located: Located, *, first: str = "transformer") -> ReadAhead | None:
-    """Read a checkpoint's weight files in the background, ``first`` being the component that is loaded first.
+def read_ahead(files: Iterable[Path]) -> ReadAhead | None:
+    """Read files in the background, in this order.
 
-    Pages that are in memory are not read again. None, and nothing is done, where there is no folder, where it is small,
-    or where the files would not fit into the available memory.
+    Pages that are in memory are not read again. None, and nothing is done, where they are small, or would not fit into
+    the available memory.
     """
-    files = [(file, file.stat().st_size) for file in located.weight_files]
-    files.sort(key=lambda entry: entry[0].parent.name != first)
-    total = sum(size for _, size in files)
+    sizes = [(file, file.stat().st_size) for file in files]
+    total = sum(size for _, size in sizes)
     if not hasattr(os, "RWF_NOWAIT") or not WORTH_BYTES < total < MOST_OF_FREE * psutil.virtual_memory().available:
         return None
-    return ReadAhead(files)
+    return ReadAhead(sizes)
 
 
 def _read_chunk(file: Path, offset: int, buffer: bytearray) -> int:
