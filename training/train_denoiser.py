@@ -40,11 +40,18 @@ class Denoiser(nn.Module):
 
     def forward(self, x: torch.Tensor, timestep: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Velocity [b, tokens, channels] of noisy latents `x` at `timestep` in [0, 1] for prompts `ids` [b, length]."""
+        return self.velocity(x, timestep, self.embeds(ids))
+
+    def embeds(self, ids: torch.Tensor) -> torch.Tensor:
+        """The prompts' embeddings [b, length, channels]."""
         mask = (ids != self.pad).long()
         states = self.text.model(
             input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False
         ).hidden_states
-        embeds = torch.cat([states[layer] for layer in self.layers], dim=-1)
+        return torch.cat([states[layer] for layer in self.layers], dim=-1)
+
+    def velocity(self, x: torch.Tensor, timestep: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        """The transformer's output for embeddings that are known."""
         return self.transformer(
             hidden_states=x,
             encoder_hidden_states=embeds,
@@ -80,7 +87,9 @@ def build(config: DictConfig, tokenizer: Qwen2Tokenizer) -> tuple[Qwen3ForCausal
 
 
 @torch.no_grad()
-def encode_pool(vae: AutoencoderKLFlux2, rows: torch.Tensor, device: torch.device, batch: int) -> torch.Tensor:
+def encode_pool(
+    vae: AutoencoderKLFlux2, rows: torch.Tensor, device: torch.device, batch: int, stroke: float | None = None
+) -> torch.Tensor:
     """The scenes' normalised latents as the transformer sees them, half precision [n, tokens, channels]."""
     table = distance_table(device)
     mean = vae.bn.running_mean.view(1, -1, 1, 1)
@@ -88,7 +97,7 @@ def encode_pool(vae: AutoencoderKLFlux2, rows: torch.Tensor, device: torch.devic
     parts = []
     for chunk in rows.split(batch):
         with autocast(device):
-            latents = vae.encode(render(from_rows(chunk.to(device)), table)).latent_dist.mode()
+            latents = vae.encode(render(from_rows(chunk.to(device)), table, stroke=stroke)).latent_dist.mode()
         latents = (Flux2KleinPipeline._patchify_latents(latents.float()) - mean) / std
         parts.append(Flux2KleinPipeline._pack_latents(latents).half())
     return torch.cat(parts)

@@ -117,6 +117,93 @@ def small_transformer(pipeline: str):
     return transformer, inputs
 
 
+@pytest.mark.parametrize("shape", [(4608, 3072, 27648), (4096, 3072, 9216), (512, 3072, 9216), (384, 512, 640)])
+@pytest.mark.parametrize("float8", [False, True])
+def test_cublas_lts_algorithms_also_in_a_cuda_graph(shape, float8, random):
+    from fluxrun.kernels.transformer.cublas_lt import Operands, Problem
+    from fluxrun.kernels.transformer.matmul_choice import by_torch
+
+    m, k, n = shape
+    given = Operands(random(m, k), random(n, k), torch.bfloat16)
+    if float8:
+        scales = torch.rand(m, 1, device="cuda"), torch.rand(1, n, device="cuda")
+        small = (part.to(torch.float8_e4m3fn) for part in given[:2])
+        given = Operands(*small, torch.bfloat16, scales)
+    assert Problem.suits(given)
+    problem, expected = Problem(given), by_torch(given)
+    found = problem.algorithms(8)
+    assert found
+    for algorithm in found:
+        assert error(problem.multiply(given, algorithm), expected) < 1e-2
+        assert problem.checked(algorithm.data).workspace <= 64 * 2**20
+    graph = torch.cuda.CUDAGraph()
+    alone = problem.multiply(given, found[0])
+    with torch.cuda.graph(graph):
+        recorded = problem.multiply(given, found[0])
+    recorded.zero_()
+    graph.replay()
+    assert torch.equal(recorded, alone)
+
+
+def test_the_chosen_matmuls_leave_a_whole_transformer_eager_to_the_bit(monkeypatch, tmp_path):
+    from fluxrun.compilation.cuda_graphs import GraphedForward
+    from fluxrun.hardware.kept import Kept
+    from fluxrun.kernels.transformer import blocks, matmul_choice, triton_ops
+
+    monkeypatch.setenv("FLUXRUN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(matmul_choice, "LEAST_GAIN", -1e9)  # whatever has the same bits is taken
+    transformer, inputs = small_transformer("klein")
+    with torch.no_grad():
+        eager = transformer(**inputs)[0]
+        matmuls = matmul_choice.Matmuls(Kept("matmuls", {"gpu": "this"}))
+        blocks.fuse(transformer, triton_ops, Counter(), multiply=matmuls.layer)
+        graphed = GraphedForward(transformer.forward)
+        for _ in range(3):
+            assert torch.equal(graphed(**inputs)[0], eager)
+    assert (graphed.graphs, graphed.refused) == (1, None)
+    facts = matmuls.facts()
+    assert facts["chosen_matmuls"] + facts["torch_matmuls"] == 2 * 8 + 2 * 2
+    assert facts["chosen_matmuls"] > 0, facts
+
+
+@pytest.mark.parametrize("width", [2560, 4096])
+def test_the_text_encoders_kernels_have_torchs_bits(width):
+    from fluxrun.kernels.text_encoder.proof import Sizes, proven
+
+    sizes = Sizes(width, heads=32, key_heads=8, head_size=128, hidden=9728, eps=1e-6, tokens=512)
+    ops = proven(sizes, torch.bfloat16, torch.device("cuda"))
+    assert {name: who.partition(",")[0] for name, who in ops.by.items()} == dict.fromkeys(ops.by, "triton")
+
+
+def test_a_text_encoder_is_transformers_own_to_the_bit():
+    from transformers import Qwen3Config, Qwen3Model
+
+    from fluxrun.kernels.text_encoder.layers import fuse
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        hidden_size=512, intermediate_size=1536, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2,
+        head_dim=128, vocab_size=100,
+    )  # fmt: skip
+    model = Qwen3Model(config).to("cuda", torch.bfloat16).eval()
+    ids, mask = torch.randint(0, 100, (1, 128), device="cuda"), (torch.arange(128, device="cuda") < 30)[None].long()
+    asked = {"input_ids": ids, "attention_mask": mask, "output_hidden_states": True, "use_cache": False}
+    with torch.no_grad():
+        expected = model(**asked).hidden_states
+        facts = fuse(model, 128)
+        assert facts["text_encoder_layers"] == 3, facts
+        assert all(map(torch.equal, model(**asked).hidden_states, expected))
+
+
+def test_pixels_come_through_page_locked_memory_as_they_are():
+    from fluxrun.kernels.vae.decoder import on_cpu, pictures
+
+    image = torch.randn(3, 3, 40, 56, device="cuda", dtype=torch.bfloat16)
+    assert all(map(torch.equal, on_cpu(image), image.cpu()))
+    for there, here in zip(pictures(image), pictures(image.cpu()), strict=True):
+        assert np.array_equal(np.asarray(there), np.asarray(here))
+
+
 def test_fp8_attention(random):
     pytest.importorskip("cudnn")
     from fluxrun.kernels.transformer import triton_ops
@@ -168,6 +255,20 @@ def test_lossless_options_draw_the_same_picture(overrides, tmp_path):
     assert psnr(plain, pixels(tmp_path / "b", record)) >= 40
     if "kernels=fused" in overrides:
         assert record.options["kernels"].facts["fused_block_calls"] > 0
+
+
+def test_chosen_matmuls_and_the_fused_text_encoder_draw_the_same_pixels(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLUXRUN_CACHE_DIR", str(tmp_path / "cache"))
+    given = ("kernels=fused", "compile=cudagraphs", "compile.targets=[transformer,text_encoder]", "num_images=2")
+    plain = draw(tmp_path / "a", *given)
+    for number in range(2):  # the second one finds the choices of the first
+        record = draw(tmp_path / f"b{number}", *given, "kernels.matmuls=fastest", "kernels.text_encoder=fused")
+        assert [image.sha256 for image in record.images] == [image.sha256 for image in plain.images]
+        facts = record.options["kernels"].facts
+        assert record.options["kernels"].effective == "fused"
+        assert facts["chosen_matmuls"] + facts["torch_matmuls"] > 0
+        assert facts["text_encoder_layers"] > 0, facts
+        assert "cuda_graphs_refused" not in record.options["compile"].facts
 
 
 def test_graphs_are_recorded_once_and_replayed(tmp_path):

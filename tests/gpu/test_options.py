@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from loras import write_lora
 
 import fluxrun
 from fluxrun.config.catalog import Catalog
@@ -40,6 +41,14 @@ def test_memory_options_draw_the_same_picture(memory: str, pipeline: str, tmp_pa
     resident = draw(tmp_path / "a", f"model.pipeline={pipeline}", "memory=resident")
     other = draw(tmp_path / "b", f"model.pipeline={pipeline}", f"memory={memory}")
     assert other.options["memory"].effective == memory
+    assert other.images[0].sha256 == resident.images[0].sha256
+
+
+@pytest.mark.parametrize("memory", ["staged", "balanced", "group", "sequential"])
+def test_lora_files_draw_the_same_picture_wherever_the_weights_are(memory: str, tmp_path: Path) -> None:
+    lora = ["lora=adapters", f"lora.files=[{{path: {write_lora(tmp_path / 'lora.safetensors')}}}]"]
+    resident, other = (draw(tmp_path / name, *lora, f"memory={name}") for name in ("resident", memory))
+    assert (other.options["memory"].effective, other.options["lora"].effective) == (memory, "adapters")
     assert other.images[0].sha256 == resident.images[0].sha256
 
 

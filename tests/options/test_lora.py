@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,17 @@ def test_fused_kernels_give_way(loras: Path) -> None:
     plan = plan_on(machine, "kernels=fused", "lora=adapters", files(loras / "r2.safetensors"))
     assert effective(plan)["kernels"] == "diffusers"
     assert "LoRA files stand beside them" in plan.choices["kernels"].fallbacks[0].reason
+
+
+def test_the_memory_estimate_counts_the_adapters(loras: Path) -> None:
+    machine = replace(H100, packages={**H100.packages, **PEFT})
+    two = ("lora=adapters", files(loras / "r2.safetensors", loras / "r4.safetensors"))
+    klein = ("model=flux2_klein_4b", "model.weights=random")
+    without, beside = (plan_on(machine, *klein, *more).estimate for more in ((), two))
+    elements = (2 + 4) * sum(sum(TINY[name]) for name in BLOCKS)
+    for placement in ("resident", "balanced", "block_swap"):
+        weights = [(e.memory_needs() or {})[placement].bytes - e.working_bytes() for e in (without, beside)]
+        assert weights[1] - weights[0] == elements * 2
 
 
 # --- pictures -----------------------------------------------------------------------------------------------------

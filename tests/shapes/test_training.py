@@ -11,7 +11,7 @@ import pytest
 
 from fluxrun.shapes.captions import random_scene
 from fluxrun.shapes.checker import score
-from fluxrun.shapes.scenes import draw
+from fluxrun.shapes.scenes import Object, Scene, draw
 
 ROOT = Path(__file__).parents[2]
 torch = pytest.importorskip("torch")
@@ -35,6 +35,21 @@ def test_distance_field_drawings_agree_with_pillow() -> None:
         drawn = render(from_rows(rows), table)[0].permute(1, 2, 0).add(1).mul(127.5).round().numpy()
         assert np.abs(expected - drawn).mean() < 1.0
         assert score(scene, drawn.astype(np.uint8))["all"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("training_path")
+def test_a_stroke_leaves_the_inside_empty() -> None:
+    from render import distance_table, from_rows, render, scene_rows
+
+    scene = Scene(objects=(Object(colour="red", shape="circle", size="large"),))
+    rows = from_rows(torch.tensor(scene_rows(scene))[None])
+    table = distance_table(torch.device("cpu"))
+    whole, outline = render(rows, table)[0], render(rows, table, stroke=7.0)[0]
+    assert torch.equal(outline[:, 128, 128], outline[:, 0, 0])
+    edge = 128 + int(0.28 * 256) - 3
+    assert torch.equal(outline[:, 128, edge], whole[:, 128, 128])
+    assert torch.equal(outline[:, 128, edge + 10 :], whole[:, 128, edge + 10 :])
 
 
 @pytest.mark.usefixtures("training_path")

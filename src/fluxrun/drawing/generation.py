@@ -14,6 +14,7 @@ from PIL.Image import Image
 
 from fluxrun.config.prompts import Job, texts_of
 from fluxrun.drawing.inspection import Finding, Inspection
+from fluxrun.drawing.noise import NoiseAhead, Wanted
 from fluxrun.drawing.saving import Saver
 from fluxrun.drawing.stopwatch import Stopwatch
 from fluxrun.errors import Interrupted, NotFinite
@@ -66,6 +67,9 @@ class Generation:
         """Whether no option is, or may be, looked for any more when a picture is not finite."""
         self._spoiled_at = ""
         """The stage in which values that are no numbers first came, in a picture that stayed like that."""
+        self._noise = NoiseAhead()
+        self._upcoming: Sequence[Job] = ()
+        """The batch that comes after the one being drawn."""
 
     # -- the loop -----------------------------------------------------------------------------------------------
 
@@ -80,10 +84,11 @@ class Generation:
             self._rebuild(None)
         self.memory.start_bytes = used_bytes(self.device)
         batches = [self.jobs[n : n + self.config.batch_size] for n in range(0, len(self.jobs), self.config.batch_size)]
-        for _ in range(self.config.measure.warmup):
-            self._note_first_call(self._draw_or_fall_back(batches[0], "warm-up"))
-        with self._saver() as saver:
+        with self._noise, self._saver() as saver:
+            for _ in range(self.config.measure.warmup):
+                self._note_first_call(self._draw_or_fall_back(batches[0], "warm-up"))
             for number, batch in enumerate(batches, 1):
+                self._upcoming = batches[number] if number < len(batches) else ()
                 self._draw_and_save(batch, f"image {number}/{len(batches)}", saver)
                 self._forget(batch)
             self.stage = "save"
@@ -241,16 +246,18 @@ class Generation:
             raise
 
     def _arguments(self, batch: Sequence[Job]) -> dict[str, Any]:
-        """The pipeline call's arguments: the same that a user of plain diffusers would give."""
+        """The pipeline call's arguments: those that a user of plain diffusers would give, and the noise drawn ahead."""
         height, width = self.plan.size
-        generators = [torch.Generator("cpu").manual_seed(job.seed) for job in batch]
+        self._begin_noise(batch, getattr(torch, self.plan.dtype))
+        embeddings = self._embeddings([job.prompt for job in batch])
         arguments: dict[str, Any] = {
-            "prompt_embeds": self._embeddings([job.prompt for job in batch]),
+            "prompt_embeds": embeddings,
             "height": height,
             "width": width,
             "num_inference_steps": self.plan.steps,
-            "generator": generators[0] if len(generators) == 1 else generators,
+            **self._noise_arguments(batch, embeddings.dtype),
         }
+        self._begin_noise(self._upcoming, embeddings.dtype)
         if self.plan.scheduler.sigmas is not None:
             arguments["sigmas"] = list(self.plan.scheduler.sigmas)
         if self.plan.model.pipeline == "klein_kv":
@@ -262,6 +269,25 @@ class Generation:
         if self.plan.negative_prompt is not None:
             arguments["negative_prompt_embeds"] = self._embeddings([self.plan.negative_prompt] * len(batch))
         return arguments | self.session.pictures.arguments(self.config)
+
+    def _noise_arguments(self, batch: Sequence[Job], dtype: torch.dtype) -> dict[str, Any]:
+        """The generators, and what was drawn ahead from them."""
+        wanted = self._wanted(batch, dtype)
+        ahead = {"latents": self._noise.of(wanted)} if self._draws_ahead else {}
+        return {"generator": wanted.generators(), **ahead}
+
+    def _begin_noise(self, batch: Sequence[Job], dtype: torch.dtype) -> None:
+        if batch and self._draws_ahead:
+            self._noise.begin(self._wanted(batch, dtype))
+
+    @property
+    def _draws_ahead(self) -> bool:
+        """Whether the pipeline takes noise as its latents: to inpaint it mixes its own with the picture."""
+        return self.plan.model.pipeline != "klein_inpaint"
+
+    def _wanted(self, batch: Sequence[Job], dtype: torch.dtype) -> Wanted:
+        """The noise of a batch; diffusers draws it in its embeddings' dtype."""
+        return Wanted.of(self.session.pipeline, [job.seed for job in batch], self.plan.size, dtype)
 
     def _embeddings(self, texts: Sequence[str]) -> torch.Tensor:
         return self.session.prompts.of(texts, self.session.pipeline)

@@ -21,7 +21,7 @@ LIBRARIES = (
     "torch", "diffusers", "transformers", "accelerate", "torchao", "torchvision", "xformers", "flash-attn",
     "flash-attn-3", "flash-attn-4", "sageattention", "kernels", "triton", "sdnq", "gguf", "bitsandbytes", "cache-dit",
     "hydra-core", "nvidia-cudnn-frontend", "peft", "omegaconf", "pydantic", "huggingface-hub", "safetensors", "pillow",
-    "numpy",
+    "numpy", "isal",
 )  # fmt: skip
 
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from fluxrun.compilation.compiler import Compiler
     from fluxrun.compilation.cuda_graphs import Graphs
+    from fluxrun.kernels.transformer.matmul_choice import Matmuls
     from fluxrun.offload.pinning import Pins
     from fluxrun.options.adapters import LoraWeights
 
@@ -216,6 +217,8 @@ class Context:
     weight_facts: Facts = field(default_factory=dict)
     """What was counted while the weights were loaded."""
     pins: Pins | None = None
+    matmuls: Matmuls | None = None
+    """The fused kernels' choice among cublasLt's algorithms, if it is made."""
     lora: LoraWeights | None = None
     """The LoRA files of the run, read for this transformer."""
 

@@ -45,7 +45,7 @@ class Group:
 TABLE = (
     Group("model", Flux2Model, None, None, None, loads_weights=True),
     Group("memory", MemoryOption, 3, None, None, loads_weights=True),
-    Group("kernels", KernelsOption, 6, 3, 1, marks=("fluxrun/kernels/transformer/",)),
+    Group("kernels", KernelsOption, 6, 3, 1, marks=("fluxrun/kernels/transformer/", "fluxrun/kernels/text_encoder/")),
     Group("vae", VaeOption, 7, 6, 5, marks=("fluxrun/kernels/vae/", "autoencoder")),
     Group(
         "attention", AttentionOption, 5, 4, 2,

@@ -62,6 +62,8 @@ class Estimate:
     memory: MemoryOption
     kernels: KernelsOption
     quantization: QuantizationOption
+    adapter_elements: int = 0
+    """Numbers in LoRA matrices, which are in the run's dtype whatever the weights beside them are."""
     guidance_batched: bool = False
     declared: Mapping[str, Declared] = field(default_factory=dict)
     """Components whose bytes are of weights that are quantized already."""
@@ -111,9 +113,10 @@ class Estimate:
         if not self.vae.splits_batches:
             decode *= self.batch_size
         # The most that lives at once in a single block is about 22 times its two-byte input: projection, q, k,
-        # attention, the gated MLP's halves, and their concatenation.
+        # attention, the gated MLP's halves, and their concatenation. With adapters it is in a projection: what the
+        # weights make (9 times), what is added, and their sum.
         at_once = self.batch_size * (2 if self.guidance_batched else 1)
-        step = at_once * self.tokens * self._width() * 2 * 22
+        step = at_once * self.tokens * self._width() * 2 * (30 if self.adapter_elements else 22)
         return max(decode, step + self._remembered_bytes()) + self._joined_bytes()
 
     def swapping_bytes(self) -> int:
@@ -136,9 +139,10 @@ class Estimate:
 
     def _transformer_sizes(self) -> BlockSizes:
         config, itemsize, share = self._sizes(), self._itemsize(), self._share("transformer")
+        adapters = self._adapter_bytes()
         if not config:
-            return unknown_sizes(self.in_memory("transformer"), UNKNOWN_PARTS)
-        return transformer_sizes(config, self._unquantized("transformer"), itemsize, itemsize * share)
+            return unknown_sizes(self.in_memory("transformer") + adapters, UNKNOWN_PARTS)
+        return transformer_sizes(config, self._unquantized("transformer") + adapters, itemsize, itemsize * share)
 
     def _text_encoder_sizes(self) -> BlockSizes:
         total, found = self.in_memory("text_encoder"), self._architecture()
@@ -152,8 +156,12 @@ class Estimate:
     # -- sizes --------------------------------------------------------------------------------------------------------
 
     def _parts(self) -> tuple[int, int, int]:
-        """Bytes of text encoder, transformer and VAE, as they will lie in memory."""
-        return self.in_memory("text_encoder"), self.in_memory("transformer"), self._bytes_of("vae")
+        """Bytes of text encoder, transformer with its adapters, and VAE, as they will lie in memory."""
+        transformer = self.in_memory("transformer") + self._adapter_bytes()
+        return self.in_memory("text_encoder"), transformer, self._bytes_of("vae")
+
+    def _adapter_bytes(self) -> int:
+        return self.adapter_elements * self._itemsize()
 
     def _bytes_of(self, component: str) -> int:
         return (self.weight_bytes or {}).get(component, 0)

@@ -11,6 +11,7 @@ from fluxrun.hardware.machine import Machine
 from fluxrun.options.base import Facts, O, Option, Workload, steps_after
 from fluxrun.options.compile import CompileOption
 from fluxrun.options.kernels import KernelsOption
+from fluxrun.options.lora import LoraOption
 from fluxrun.options.memory import MemoryOption
 from fluxrun.options.model import Flux2Model
 from fluxrun.options.quantization import QuantizationOption
@@ -55,6 +56,8 @@ class Plan:
     """Bytes of the model's components, where they are known before loading."""
     reference_tokens: int = 0
     """What reference pictures add to the transformer's sequence."""
+    adapter_elements: int = 0
+    """Numbers in the LoRA files' matrices, as they will stand beside the weights."""
     inpainted_size: tuple[int, int] | None = None
     """Height and width of the picture that is repainted, which are the run's."""
     guidance_batched: bool = False
@@ -160,6 +163,7 @@ class Plan:
             memory=self.memory,
             kernels=self.option(KernelsOption, "kernels"),
             quantization=self.quantization,
+            adapter_elements=self.adapter_elements if self.option(LoraOption, "lora").adapts else 0,
             guidance_batched=self.guidance_batched,
             declared=self.declared,
         )

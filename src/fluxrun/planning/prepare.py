@@ -25,7 +25,7 @@ from fluxrun.record.picture import pixel_hash
 from fluxrun.record.schema import InputRecord
 from fluxrun.weights.find import check_layers, find_weights, resolve
 from fluxrun.weights.location import Located
-from fluxrun.weights.lora_files import LoraSource, find_adapters
+from fluxrun.weights.lora_files import LoraSource, adapter_elements, find_adapters
 
 
 @dataclass
@@ -65,10 +65,14 @@ def prepare(config: RunConfig, machine: Machine | None = None) -> Prepared:
     located = find_weights(config.model, machine)
     model = resolve(config.model, located)
     pictures = prepared_pictures(config, model, inputs, len(jobs))
-    plan = make_plan(config, machine, model, located.component_bytes, pictures, located.declared)
+    usable = config.lora.requires(machine.on(config.device)) is None
+    adapters = find_adapters(config.lora) if usable else ()
+    elements = adapter_elements(adapters)
+    plan = make_plan(config, machine, model, located.component_bytes, pictures, located.declared, elements)
     check_layers(plan.model, located)
-    recorded, adapters = [_recorded(given) for given in inputs], find_adapters(plan.option(LoraOption, "lora"))
-    return Prepared(config, jobs, pictures, recorded, located, plan, adapters)
+    if not plan.option(LoraOption, "lora").adapts:
+        adapters = ()
+    return Prepared(config, jobs, pictures, [_recorded(given) for given in inputs], located, plan, adapters)
 
 
 def _recorded(given: InputPicture) -> InputRecord:
@@ -85,6 +89,7 @@ def make_plan(
     weight_bytes: Mapping[str, int] | None = None,
     pictures: Pictures | None = None,
     declared: Mapping[str, Declared] | None = None,
+    adapter_elements: int = 0,
 ) -> Plan:
     """Plan a run; ``model`` is the option with what its checkpoint knows filled in, ``weight_bytes`` its sizes,
     ``declared`` what it says of its components' quantization.
@@ -97,6 +102,7 @@ def make_plan(
     choices["model"].option = model or config.model
     catalog = Catalog(config.config_dirs)
     plan = Plan(config, machine.on(config.device), catalog, choices, weight_bytes, declared=declared or {})
+    plan.adapter_elements = adapter_elements
     if pictures is not None:
         plan.reference_tokens, plan.inpainted_size = pictures.tokens, pictures.size
     check_call(plan)

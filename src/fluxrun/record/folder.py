@@ -147,7 +147,7 @@ class RunFolder:
             **({"inputs": [given.model_dump() for given in self.record.inputs]} if self.record.inputs else {}),
             **marks,
         }
-        save_image(image, path, metadata, output_format)
+        compressed_by = save_image(image, path, metadata, output_format)
         return path, ImageRecord(
             path=str(path.relative_to(self.path)),
             prompt=prompt,
@@ -155,6 +155,7 @@ class RunFolder:
             width=image.width,
             height=image.height,
             sha256=pixel_hash(image),
+            compressed_by=compressed_by,
         )
 
     def finish(self, status: Status, error: BaseException | None = None, stage: str = "") -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fluxrun.errors import ConfigError
 from fluxrun.pictures import open_picture
 from fluxrun.reading import Unreadable, parse_json
+from fluxrun.record import png
 from fluxrun.types import JsonObject
 
 if TYPE_CHECKING:
@@ -27,28 +28,34 @@ MOST_EXIF_BYTES = 65_000
 """A JPEG segment holds 65533 bytes."""
 
 
-def save_image(image: Image, path: Path, metadata: JsonObject, output_format: str) -> None:
-    """Write the file with ``metadata`` as JSON: a PNG text chunk, or EXIF for JPEG and WebP. Atomic."""
-    from PIL import PngImagePlugin
+def save_image(image: Image, path: Path, metadata: JsonObject, output_format: str) -> str:
+    """Write the file with ``metadata`` as JSON: a PNG text chunk, or EXIF for JPEG and WebP. Atomic.
 
+    Returns what compressed it: isal, zlib, or Pillow.
+    """
     temporary = path.with_name(f".{path.name}.part")
     try:
-        if output_format == "png":
-            info = PngImagePlugin.PngInfo()
-            info.add_itxt(METADATA_KEY, json.dumps(metadata, ensure_ascii=False))
-            # zlib's default level takes half a second for 1024x1024, longer than drawing it; level 1 a fifth of that.
-            image.save(temporary, format="PNG", pnginfo=info, compress_level=1)
-        else:
-            exif = _exif(image, metadata)
-            if output_format == "jpeg" and len(exif.tobytes()) > MOST_EXIF_BYTES:
-                log.warning("%s: its config is too long for this format, only run.json has it", path.name)
-                exif = _exif(image, {key: metadata[key] for key in ("run_id", "seed") if key in metadata})
-            options: dict[str, Any] = {"quality": 95} if output_format == "jpeg" else {"lossless": True}
-            image.save(temporary, format=output_format.upper(), exif=exif, **options)
+        compressed_by = _write(image, temporary, metadata, output_format, path.name)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    return compressed_by
+
+
+def _write(image: Image, file: Path, metadata: JsonObject, output_format: str, name: str) -> str:
+    if output_format == "png":
+        texts = {METADATA_KEY: json.dumps(metadata, ensure_ascii=False)}
+        with file.open("wb") as opened:
+            opened.writelines(png.encode(_rgb(image), texts))
+        return png.encoder().name
+    exif = _exif(image, metadata)
+    if output_format == "jpeg" and len(exif.tobytes()) > MOST_EXIF_BYTES:
+        log.warning("%s: its config is too long for this format, only run.json has it", name)
+        exif = _exif(image, {key: metadata[key] for key in ("run_id", "seed") if key in metadata})
+    options: dict[str, Any] = {"quality": 95} if output_format == "jpeg" else {"lossless": True}
+    image.save(file, format=output_format.upper(), exif=exif, **options)
+    return "pillow"
 
 
 def _exif(image: Image, metadata: JsonObject) -> Any:
@@ -87,4 +94,9 @@ def _parsed(text: Any) -> Any:
 
 def pixel_hash(image: Image) -> str:
     """SHA-256 of the picture's RGB bytes, row by row."""
-    return hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()
+    return hashlib.sha256(_rgb(image).tobytes()).hexdigest()
+
+
+def _rgb(image: Image) -> Image:
+    """The picture in 3 x 8 bits; itself if it is, as ``convert`` would copy it."""
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -87,8 +87,8 @@ class SpanRecord(RecordModel):
     """One part of a run, in seconds since its process began; parts may overlap.
 
     ``interpreter`` (Python's own start), ``compose`` (the config), ``import``, ``plan``, ``load`` (weights), ``apply``
-    (options), ``encode`` (prompts), ``first call`` (the first step of a pipeline), ``steps``, ``decode``, ``save``,
-    ``close``. In a sweep they are in the record of the job that had to wait for them.
+    (options), ``noise`` (by the CPU, ahead), ``encode`` (prompts), ``first call`` (the first step of a pipeline),
+    ``steps``, ``decode``, ``save``, ``close``. In a sweep they are in the record of the job that had to wait for them.
     """
 
     name: str
@@ -132,6 +132,8 @@ class ImageRecord(SavedImage):
 
     width: int
     height: int
+    compressed_by: str | None = None
+    """What wrote the file: ``isal`` or ``zlib`` (PNG), ``pillow`` (JPEG, WebP)."""
 
 
 class InputRecord(RecordModel):

@@ -34,6 +34,9 @@ class GridJob:
     """What Hydra composes it with; ``overrides`` are those among them that say what the job is."""
 
 
+NOT_IN_A_ROW = {"path", "width", "height", "compressed_by"}
+"""What a record says of a picture and a table does not."""
+
 BASELINE = "baseline"
 """The folder of a baseline that the sweep draws by itself; those of further prompts and seeds are ``baseline-2``, …"""
 
@@ -218,8 +221,7 @@ def read_row(folder: Path, root: Path) -> Row:
         continued=bool(timings.step_s) and timings.load_s == 0 and timings.apply_s == 0,
         notes=record.notes,
         images=[
-            Picture(**i.model_dump(exclude={"path", "width", "height"}), path=_relative(folder / i.path, root))
-            for i in record.images
+            Picture(**i.model_dump(exclude=NOT_IN_A_ROW), path=_relative(folder / i.path, root)) for i in record.images
         ],
     )
     if all(image.finite for image in record.images):  # how soon a black picture comes is no speed

@@ -77,6 +77,25 @@ def find_adapters(option: LoraOption) -> tuple[LoraSource, ...]:
     return sources
 
 
+def adapter_elements(sources: Iterable[LoraSource]) -> int:
+    """Numbers in a run's adapter: each layer that a file names has its matrices in the files' ranks together."""
+    rank, waiting = 0, 0
+    sizes: dict[str, int] = {}
+    for source in sources:
+        if source.file is None:
+            assert source.located is not None
+            waiting += source.located.download_bytes // 2  # of two bytes each, as nearly all are
+            continue
+        header = _checked_header(source)
+        shapes = {
+            layer: (header.tensors[parts.down or ""].shape, header.tensors[parts.up or ""].shape)
+            for layer, parts in header.found.layers.items()
+        }
+        rank += max((down[0] for down, _ in shapes.values()), default=0)
+        sizes |= {layer: down[1] + up[0] for layer, (down, up) in shapes.items()}
+    return rank * sum(sizes.values()) + waiting
+
+
 def load_adapters(
     sources: Iterable[LoraSource],
     upcoming: Iterable[Iterable[LoraSource]],

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_flux2 import (
     Flux2Attention,
@@ -18,6 +18,9 @@ from diffusers.models.transformers.transformer_flux2 import (
     Flux2TransformerBlock,
 )
 from torch import nn
+
+from fluxrun.kernels.transformer.cublas_lt import Operands
+from fluxrun.kernels.transformer.matmul_choice import Multiply, by_torch
 
 if TYPE_CHECKING:
     from fluxrun.kernels.transformer.triton_ops import Rows
@@ -73,9 +76,11 @@ class Projection:
 
     Weights are used in place; those of several layers are put side by side once (a copy) unless they already are.
     Raises ValueError for layers it cannot stand in for, and with ``in_place`` for those it would have to copy.
+    ``multiply`` computes it.
     """
 
-    def __init__(self, *layers: nn.Module, in_place: bool = False) -> None:
+    def __init__(self, *layers: nn.Module, in_place: bool = False, multiply: Multiply = by_torch) -> None:
+        self.multiply = multiply
         linears = [layer for layer in layers if type(layer) is nn.Linear and layer.bias is None]
         if len(linears) < len(layers):
             raise ValueError("only plain torch.nn.Linear layers without bias are supported")
@@ -96,10 +101,23 @@ class Projection:
     def __call__(self, rows: Rows, dtype: torch.dtype) -> torch.Tensor:
         """rows [n, in] (or float8 with scales, if ``quantized``) -> [n, out] in ``dtype``."""
         if isinstance(rows, torch.Tensor):
-            return F.linear(rows, self.weight)
-        return torch._scaled_mm(
-            rows.data, self.weight.t(), scale_a=rows.scale, scale_b=self.scale, out_dtype=dtype, use_fast_accum=True
-        )
+            return self.multiply(Operands(rows, self.weight, rows.dtype))
+        return self.multiply(Operands(rows.data, self.weight, dtype, (rows.scale, self.scale)))
+
+
+@dataclass(frozen=True)
+class How:
+    """By what the blocks compute; the arguments of ``fuse``."""
+
+    ops: Ops
+    counters: Counter[str]
+    fp8_attention: bool
+    in_place: bool
+    multiply: Callable[[], Multiply]
+
+    def projection(self, *layers: nn.Module) -> Projection:
+        """One matmul for these layers."""
+        return Projection(*layers, in_place=self.in_place, multiply=self.multiply())
 
 
 def _joined(parts: list[torch.Tensor], in_place: bool) -> torch.Tensor:
@@ -123,15 +141,13 @@ def _side_by_side(parts: list[torch.Tensor]) -> bool:
 class FusedSingleBlock:
     """The forward of a ``Flux2SingleTransformerBlock``: three fused kernels, attention and two matmuls."""
 
-    def __init__(
-        self, block: Flux2SingleTransformerBlock, ops: Ops, counters: Counter[str], fp8_attention: bool
-    ) -> None:
-        self.ops, self.counters = ops, counters
+    def __init__(self, block: Flux2SingleTransformerBlock, how: How) -> None:
+        self.ops, self.counters = how.ops, how.counters
         self.attn = block.attn  # not the block itself: a reference cycle would keep the derived weights alive
         self.eps = block.norm.eps
-        self.project_in = Projection(block.attn.to_qkv_mlp_proj)
-        self.project_out = Projection(block.attn.to_out)
-        self.attend = Attend(block.attn, [_norms(block.attn)], ops, fp8_attention)
+        self.project_in = how.projection(block.attn.to_qkv_mlp_proj)
+        self.project_out = how.projection(block.attn.to_out)
+        self.attend = Attend(block.attn, [_norms(block.attn)], how)
 
     def __call__(
         self,
@@ -164,20 +180,14 @@ class FusedSingleBlock:
 class FusedDoubleBlock:
     """The forward of a ``Flux2TransformerBlock``, each stream's three projections in one matmul."""
 
-    def __init__(
-        self, block: Flux2TransformerBlock, ops: Ops, counters: Counter[str], fp8_attention: bool, in_place: bool
-    ) -> None:
-        self.ops, self.counters, attn = ops, counters, block.attn
+    def __init__(self, block: Flux2TransformerBlock, how: How) -> None:
+        self.ops, self.counters, attn = how.ops, how.counters, block.attn
         self.eps = block.norm1.eps
-        self.image = _Stream(
-            Projection(attn.to_q, attn.to_k, attn.to_v, in_place=in_place), Projection(attn.to_out[0]),
-            block.ff, _norms(attn),
-        )  # fmt: skip
-        self.text = _Stream(
-            Projection(attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, in_place=in_place),
-            Projection(attn.to_add_out), block.ff_context, (attn.norm_added_q.weight, attn.norm_added_k.weight),
-        )  # fmt: skip
-        self.attend = Attend(attn, [self.text.norms, self.image.norms], ops, fp8_attention)
+        self.image = _Stream((attn.to_q, attn.to_k, attn.to_v), attn.to_out[0], block.ff, _norms(attn), how)
+        added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+        added_norms = (attn.norm_added_q.weight, attn.norm_added_k.weight)
+        self.text = _Stream(added, attn.to_add_out, block.ff_context, added_norms, how)
+        self.attend = Attend(attn, [self.text.norms, self.image.norms], how)
 
     def __call__(
         self,
@@ -226,9 +236,9 @@ class FusedDoubleBlock:
 class _Stream:
     """The weights of one of a double block's two streams."""
 
-    def __init__(self, qkv: Projection, out: Projection, ff: Flux2FeedForward, norms: Pair) -> None:
-        self.qkv, self.out, self.norms = qkv, out, norms
-        self.linear_in, self.linear_out = Projection(ff.linear_in), Projection(ff.linear_out)
+    def __init__(self, qkv: Sequence[nn.Module], out: nn.Module, ff: Flux2FeedForward, norms: Pair, how: How) -> None:
+        self.qkv, self.out, self.norms = how.projection(*qkv), how.projection(out), norms
+        self.linear_in, self.linear_out = how.projection(ff.linear_in), how.projection(ff.linear_out)
 
 
 class Attended(NamedTuple):
@@ -253,14 +263,12 @@ class Attended(NamedTuple):
 class Attend:
     """From a block's projections to attention's output: by the ``attention`` group's kernel, or in float8."""
 
-    def __init__(
-        self, attn: Flux2Attention | Flux2ParallelSelfAttention, norms: Sequence[Pair], ops: Ops, fp8: bool
-    ) -> None:
-        self.attn, self.norms, self.ops = attn, norms, ops
+    def __init__(self, attn: Flux2Attention | Flux2ParallelSelfAttention, norms: Sequence[Pair], how: How) -> None:
+        self.attn, self.norms, self.ops = attn, norms, how.ops
         assert attn.norm_q.eps is not None
         self.eps = attn.norm_q.eps
         self.fp8 = None
-        if fp8:
+        if how.fp8_attention:
             from fluxrun.kernels.transformer.fp8_attention import CudnnFp8Attention
 
             self.fp8 = CudnnFp8Attention([query for query, _ in norms], [key for _, key in norms])
@@ -297,18 +305,21 @@ def fuse(
     *,
     fp8_attention: bool = False,
     in_place: bool = False,
+    multiply: Callable[[], Multiply] = lambda: by_torch,
 ) -> dict[str, int]:
     """Give every block of a ``Flux2Transformer2DModel`` its fused forward; returns how many of each kind.
 
     ``ops`` has the kernels (``triton_ops``); ``counters["fused_block_calls"]`` is counted up with every call.
     ``in_place``: a block's weights must not be copied, as block swap copies others into the same memory later.
+    ``multiply`` makes the matmul of one layer.
 
     Raises ValueError, with nothing changed, when a block's layers are not what the kernels expect.
     """
+    how = How(ops, counters, fp8_attention, in_place, multiply)
     double_blocks = _all_of(transformer.transformer_blocks, Flux2TransformerBlock)
     single_blocks = _all_of(transformer.single_transformer_blocks, Flux2SingleTransformerBlock)
-    double = [FusedDoubleBlock(block, ops, counters, fp8_attention, in_place) for block in double_blocks]
-    single = [FusedSingleBlock(block, ops, counters, fp8_attention) for block in single_blocks]
+    double = [FusedDoubleBlock(block, how) for block in double_blocks]
+    single = [FusedSingleBlock(block, how) for block in single_blocks]
     forwards: list[FusedDoubleBlock | FusedSingleBlock] = [*double, *single]
     for block, forward in zip([*double_blocks, *single_blocks], forwards, strict=True):
         block.forward = forward
