@@ -86,7 +86,9 @@ def next_tenth(root: Path) -> str:
 def _cells(figures: Mapping[str, float | None]) -> list[str]:
     """Milliseconds of each setting, then how many times faster than plain diffusers both presets are."""
     plain = figures["plain"]
-    times = [f"{plain / now:.2f}" if plain and (now := figures[name]) else "–" for name in ("h100_lossless", "h100_fast")]
+    times = [
+        f"{plain / now:.2f}" if plain and (now := figures[name]) else "–" for name in ("h100_lossless", "h100_fast")
+    ]
     return [*("–" if ms is None else f"{ms:.1f} ms" for ms in figures.values()), " / ".join(times)]
 
 

@@ -28,7 +28,7 @@ from fluxrun.record.schema import RecordModel, RunRecord
 from fluxrun.trust import OpenWhere, why_closed
 
 sys.path.insert(0, str(Path(__file__).parent))
-from measured import measured_at_real_size, measured_quantizations, next_tenth  # noqa: E402
+from measured import measured_at_real_size, measured_quantizations, next_tenth
 
 ABOUT_OPENNESS = """\
 The column "others' files" says what a config file that is not fluxrun's own, a record or a picture may set without
