@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import inspect
 import json
-import re
 import sys
 import textwrap
 from itertools import pairwise
@@ -19,11 +18,11 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from fluxrun.config.catalog import Catalog
+from fluxrun.config.catalog import Catalog, about, default_choices, purpose
 from fluxrun.config.schema import GROUPS, Measure, RunConfig, SweepConfig
 from fluxrun.options.base import Option
 from fluxrun.options.conflicts import CONFLICTS
-from fluxrun.paths import PACKAGE, conf_dir
+from fluxrun.paths import PACKAGE
 from fluxrun.record.schema import RecordModel, RunRecord
 from fluxrun.trust import OpenWhere, why_closed
 
@@ -124,7 +123,7 @@ def group_reference(group: str) -> str:
         option = catalog.load(group, name)
         classes.setdefault(type(option), []).append(name)
         shown = f"**{name}** (default)" if name == default else name
-        lines.append(f"| {shown} | {when(catalog.path(group, name))} | {option.fallback} |")
+        lines.append(f"| {shown} | {about(catalog.path(group, name))} | {option.fallback} |")
     for cls, names in classes.items():
         lines += [f"\nKnobs of {', '.join(f'`{name}`' for name in names)}:\n", knob_table(cls, skip=("name",))]
     return "\n".join(lines)
@@ -162,25 +161,6 @@ def conflict_table() -> str:
             then = f"`{c.target}` is taken out of `{c.group}.targets`; {then} where it is the only one"
         rows.append(f"| `{c.a.group}` and `{c.b.group}` | {c.why} | {then} |")
     return "\n".join(rows)
-
-
-def when(path: Path) -> str:
-    """The first comment of an option's YAML: when to use it."""
-    first = path.read_text(encoding="utf-8").splitlines()[0]
-    return first.lstrip("# ").strip() if first.startswith("#") else ""
-
-
-def purpose(group: str) -> str:
-    """The comment of a group's line in the defaults list."""
-    text = (conf_dir() / "config.yaml").read_text(encoding="utf-8")
-    match = re.search(rf"^  - {group}: \S+\s+# (.+)$", text, re.MULTILINE)
-    return match.group(1) if match else ""
-
-
-def default_choices() -> dict[str, str]:
-    """The option of each group that the defaults list names."""
-    text = (conf_dir() / "config.yaml").read_text(encoding="utf-8")
-    return dict(re.findall(r"^  - (\w+): (\w+)", text, re.MULTILINE))
 
 
 def _type(annotation: Any) -> str:

@@ -180,8 +180,7 @@ class RunFolder:
             if self._finished:
                 return
             self.finish("interrupted", error, stage)
-        for unfinished in (*self.path.glob(".run.json.*"), *self.path.glob("images/.*.part"), self.path / LOCK):
-            unfinished.unlink(missing_ok=True)
+        remove_unfinished(self.path)
 
 
 def write_failure(folder: Path, data: JsonObject, error: BaseException) -> bool:
@@ -203,6 +202,12 @@ def write_failure(folder: Path, data: JsonObject, error: BaseException) -> bool:
     record.error = ErrorRecord(type=type(error).__name__, message=one_line(error), stage="prepare")
     _write_last(folder, record, Reserve(folder / RESERVE))
     return True
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a run that ended in the middle of writing has left."""
+    for unfinished in (*folder.glob(".run.json.*"), *folder.glob("images/.*.part"), folder / LOCK):
+        unfinished.unlink(missing_ok=True)
 
 
 def is_running(folder: Path) -> bool:
