@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fluxrun.kernels.ahead import launch
 from fluxrun.kernels.transformer.triton_ops import FP8_MAX, TINY, warps
 
 ROWS_PER_PROGRAM = 8
@@ -21,12 +22,12 @@ def fp8_scales(values: Sequence[torch.Tensor], bounds: torch.Tensor) -> tuple[to
     largest = torch.zeros(1, dtype=torch.float32, device=bounds.device)
     for part in values:
         rows, width = part.shape
-        _largest_kernel[(triton.cdiv(rows, ROWS_PER_PROGRAM),)](
+        launch(_largest_kernel, (triton.cdiv(rows, ROWS_PER_PROGRAM),))(
             part, largest, rows, part.stride(0),
             WIDTH=width, BLOCK=triton.next_power_of_2(width), ROWS=ROWS_PER_PROGRAM, num_warps=warps(width),
         )  # fmt: skip
     out = torch.empty(6, dtype=torch.float32, device=bounds.device)
-    _scales_kernel[(1,)](bounds, largest, out, num_warps=1)
+    launch(_scales_kernel, (1,))(bounds, largest, out, num_warps=1)
     return out[:3], out[3:]
 
 
