@@ -59,7 +59,8 @@ def test_a_list_of_files_is_written_as_it_was_read(text):
 def plain(text: str) -> list[str]:
     """Lines without what differs from run to run: folder and times."""
     return [
-        re.sub(r"\d+\.\d+( s)?", "T", re.sub(r"outputs/[\w/.-]+?(?=/images| \()", "OUT", line)) for line in said(text)
+        re.sub(r"\d+\.\d+( s)?", "T", re.sub(r"\S*outputs/[\w/.-]+?(?=/images| \()", "OUT", line))
+        for line in said(text)
     ]
 
 
@@ -79,7 +80,7 @@ def test_a_run_elsewhere_is_a_run(server, tmp_path):
     assert (first / "fluxrun.log").exists()
     lines = [line for line in plain(there.stderr) if "new shell" not in line]
     assert lines == [line for line in plain(here.stderr) if not line.startswith("Loading")]
-    assert str(first.relative_to(tmp_path)) in there.stderr
+    assert str(first) in there.stderr
 
 
 @pytest.mark.slow

@@ -78,9 +78,8 @@ class Client:
     def __init__(self, server: Server, cwd: Path) -> None:
         now = datetime.now()
         self.server = server
-        self.folder = Path("outputs") / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S-%f}"
+        self.folder = cwd / "outputs" / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S-%f}"
         """Where a plain run would have put it."""
-        self._target = cwd / self.folder
         self._said = ""
         """The last line above an ordinary one."""
 
@@ -183,15 +182,15 @@ class Client:
                 return False
             raise
         images = [str(image["path"]) for image in json.loads(text)["images"]]
-        (self._target / "images").mkdir(parents=True)
+        (self.folder / "images").mkdir(parents=True)
         for name in (*images, "fluxrun.log"):
             self._fetch_file(run, name)
-        (self._target / "run.json").write_bytes(text)  # last: what is in it is there
+        (self.folder / "run.json").write_bytes(text)  # last: what is in it is there
         return True
 
     def _fetch_file(self, run: str, name: str) -> None:
-        path = self._target / name
-        if path.parent not in (self._target, self._target / "images"):
+        path = self.folder / name
+        if path.parent not in (self.folder, self.folder / "images"):
             raise ServerError(f"the server names a file outside of the run's folder: {shorten(name)}", 0)
         try:
             with self.server.open("GET", f"/api/runs/{run}/files/{name}") as answer, path.open("wb") as file:
