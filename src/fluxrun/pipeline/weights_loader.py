@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
+from fluxrun.architectures import MODEL_COMPONENTS
 from fluxrun.errors import Interrupted, OptionFailed
 from fluxrun.options.adapters import LoraWeights
 from fluxrun.options.base import Facts
@@ -97,10 +98,15 @@ class WeightsLoader:
                 dtype=key.dtype,
                 device=key.placement,
                 part=part,
-                conversion=Conversion(self._quantize, self._instead, self.plan.machine.device),
+                conversion=self._conversion(),
                 progress=_say,
                 located=self.located,
             )
+
+    def _conversion(self) -> Conversion:
+        quantization = self.plan.quantization
+        converted = frozenset(name for name in MODEL_COMPONENTS if quantization.converts(name))
+        return Conversion(self._quantize, self._instead, self.plan.machine.device, converted)
 
     def _instead(self, name: str, folder: Path | None) -> nn.Module | None:
         try:
