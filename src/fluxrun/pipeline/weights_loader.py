@@ -17,6 +17,7 @@ from fluxrun.pipeline.blame import is_out_of_memory
 from fluxrun.planning.plan import Plan
 from fluxrun.process import spans
 from fluxrun.process.console import Reporter
+from fluxrun.process.ranks import ALONE, Ranks
 from fluxrun.process.signals import Interrupts
 from fluxrun.weights.loading import Conversion, load
 from fluxrun.weights.location import Located
@@ -31,10 +32,11 @@ DESCRIPTIONS: dict[Part, str] = {"all": "model", "text": "text encoder", "image"
 class WeightsLoader:
     """Loads what a plan needs into a store, on first use; other weights are freed first."""
 
-    def __init__(self, plan: Plan, store: WeightStore, located: Located | None) -> None:
+    def __init__(self, plan: Plan, store: WeightStore, located: Located | None, ranks: Ranks = ALONE) -> None:
         self.plan = plan
         self.store = store
         self.located = located
+        self.ranks = ranks
         self.adapters: Sequence[LoraSource] = ()
         """The LoRA files of this run,"""
         self.upcoming: Sequence[Sequence[LoraSource]] = ()
@@ -48,8 +50,9 @@ class WeightsLoader:
         """The key of ``part`` under the options in use."""
         placement = "cpu" if self.plan.memory.offloads else self.plan.machine.device
         quantization = self.plan.quantization.model_dump_json(exclude={"fallback"})
+        share = f"{self.ranks.rank + 1} of {self.ranks.size}" if self.plan.parallel.splits_weights else "all"
         return WeightsKey.of(
-            self.plan.model, dtype=self.plan.dtype, device=placement, part=part, quantization=quantization
+            self.plan.model, dtype=self.plan.dtype, device=placement, part=part, quantization=quantization, share=share
         )
 
     def load(self, part: Part, reporter: Reporter, interrupts: Interrupts) -> Base:
@@ -97,7 +100,9 @@ class WeightsLoader:
                 dtype=key.dtype,
                 device=key.placement,
                 part=part,
-                conversion=Conversion(self._quantize, self._instead, self.plan.machine.device),
+                conversion=Conversion(
+                    self._quantize, self._instead, self.plan.machine.device, self.plan.parallel.tensor_config(self.ranks)
+                ),
                 progress=_say,
                 located=self.located,
             )

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
@@ -36,6 +37,9 @@ from fluxrun.weights.location import Located
 from fluxrun.weights.random_weights import random_source
 from fluxrun.weights.store import Base, Part
 from fluxrun.weights.text_encoder import NeededLayers
+
+if TYPE_CHECKING:
+    from diffusers import TensorParallelConfig
 
 Quantize = Callable[[nn.Module, str], Mapping[str, Json]]
 
@@ -60,6 +64,8 @@ class Conversion:
     """A component that comes from a file of its own, by name and checkpoint folder; None: from the model's."""
     device: str | None = None
     """The run's device, where that is another one than the weights are placed on."""
+    tensor_parallel: TensorParallelConfig | None = None
+    """By what the transformer's weights are spread out over several GPUs; None: they are not."""
 
 
 Progress = Callable[[str], None]
@@ -104,7 +110,7 @@ def load(
     needed = _needed_layers(model, located.pipeline)
     folder = None if located.kind == "random" else download(located, progress)
     make: Callable[[str], Component] = (
-        partial(_pretrained, folder, dtype, model.variant, needed)
+        partial(_pretrained, folder, dtype, model.variant, needed, conversion.tensor_parallel)
         if folder
         else random_source(model, dtype, device, needed)
     )
@@ -118,7 +124,7 @@ def load(
         if name == "tokenizer" and folder and model.bundled is None:
             check_templates(templates_of(component), folder / name)
         if isinstance(component, nn.Module):
-            facts["components"][name] = _settle(component, name, device, conversion.quantize)
+            facts["components"][name] = _settle(component, name, device, conversion)
         if name == "text_encoder" and needed is not None:
             facts["components"][name] |= needed.facts(getattr(torch, dtype).itemsize)
     pipeline = _assemble(family(located.pipeline), located.distilled, parts)
@@ -128,12 +134,16 @@ def load(
     return Base(pipeline, facts, facts["bytes"])
 
 
-def _settle(module: nn.Module, name: str, device: str, quantize: Quantize) -> dict[str, Any]:
+def _settle(module: nn.Module, name: str, device: str, conversion: Conversion) -> dict[str, Any]:
     """Freeze, quantize and place one component; returns its facts."""
     module.eval().requires_grad_(False)
     parameters = parameter_count(module)
-    quantized = quantize(module, name)
+    quantized = conversion.quantize(module, name)
     module.to(device)
+    tensor = conversion.tensor_parallel
+    if tensor is not None and isinstance(module, ModelMixin) and name == "transformer":
+        if module._parallel_config is None:  # else its file was read like that
+            module.enable_parallelism(config=tensor)
     return {
         "class": type(module).__name__,
         "parameters": parameters,
@@ -188,8 +198,17 @@ class FromPretrained(TypedDict):
     dtype: torch.dtype
 
 
-def _pretrained(folder: Path, dtype: str, variant: str | None, needed: NeededLayers | None, name: str) -> Component:
+def _pretrained(
+    folder: Path,
+    dtype: str,
+    variant: str | None,
+    needed: NeededLayers | None,
+    tensor_parallel: TensorParallelConfig | None,
+    name: str,
+) -> Component:
     """One component of a diffusers folder, on the CPU, in ``dtype``; of the text encoder what is ``needed``.
+
+    Of a transformer that is ``tensor_parallel`` only this process's share is read, onto its GPU.
 
     Components are loaded one at a time by their own ``from_pretrained`` and not through the pipeline's: that
     is what lets each be quantized before the next one needs memory.
@@ -211,7 +230,8 @@ def _pretrained(folder: Path, dtype: str, variant: str | None, needed: NeededLay
         )
         if name == "text_encoder" and needed is not None:
             return _cut_text_encoder(cls, folder, arguments, needed)
-        component, report = cls.from_pretrained(str(folder), output_loading_info=True, **arguments)
+        share = {} if name != "transformer" or tensor_parallel is None else {"parallel_config": tensor_parallel}
+        component, report = cls.from_pretrained(str(folder), output_loading_info=True, **arguments, **share)
         _check_complete(folder / name, report["missing_keys"])
         return component
 
