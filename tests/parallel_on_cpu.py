@@ -1,6 +1,6 @@
 """Processes that draw together on a CPU, for the tests alone: what stands in the way of it, and how it is put aside.
 
-``torchrun … -m parallel_on_cpu JOBS``: each of JSON's ``[[folder, [override, …]], …]`` is drawn by all of the processes.
+``torchrun … -m parallel_on_cpu JOBS``: each of JSON's ``[[folder, [override, …]], …]`` is drawn by all processes.
 ``python -m parallel_on_cpu`` with anything else is ``fluxrun.sweep.rank_process`` on a CPU.
 """
 

@@ -18,8 +18,8 @@ from hydra.types import RunMode
 from fluxrun.cli.arguments import flags_parser
 from fluxrun.config.composition import CONFIG_NAME, compose_node, config_dirs, hydra_errors, hydra_for, quote_raw_text
 from fluxrun.errors import ConfigError, FluxrunError, one_line
-from fluxrun.hardware.detection import place
 from fluxrun.formatting import nearest, shorten, utf8
+from fluxrun.hardware.detection import place
 from fluxrun.paths import cache_dir, check_folders
 from fluxrun.process import spans
 from fluxrun.process.console import console, one_line_warning

@@ -12,7 +12,7 @@ from fluxrun.trust import Open
 from fluxrun.types import Pipeline
 
 if TYPE_CHECKING:
-    from diffusers import ContextParallelConfig, TensorParallelConfig
+    from diffusers.models._modeling_parallel import ContextParallelConfig, TensorParallelConfig
 
     from fluxrun.process.ranks import Ranks
 
@@ -106,7 +106,7 @@ class TokenParallel(Several):
     splits_tokens: ClassVar[bool] = True
 
     def _config(self, ranks: Ranks) -> ContextParallelConfig:
-        from diffusers import ContextParallelConfig
+        from diffusers.models._modeling_parallel import ContextParallelConfig
 
         degrees = {"ring": 1, "ulysses": 1, str(self.engine): ranks.size}
         mesh = ranks.mesh(tuple(degrees.values()), tuple(degrees))
@@ -140,7 +140,7 @@ class Tensor(Several):
     splits_weights: ClassVar[bool] = True
 
     def tensor_config(self, ranks: Ranks) -> TensorParallelConfig | None:
-        from diffusers import TensorParallelConfig
+        from diffusers.models._modeling_parallel import TensorParallelConfig
 
         if ranks.size == 1:
             return None

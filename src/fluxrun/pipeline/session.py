@@ -21,7 +21,7 @@ from fluxrun.planning.plan import Plan
 from fluxrun.process import spans
 from fluxrun.process.console import Reporter
 from fluxrun.process.device import free_memory
-from fluxrun.process.ranks import ALONE, RankFailed, Ranks
+from fluxrun.process.ranks import RankFailed, Ranks
 from fluxrun.process.signals import Interrupts
 from fluxrun.process.switches import ProcessState, import_diffusers
 from fluxrun.record.schema import Stage
@@ -53,7 +53,6 @@ class Session:
         pictures: Pictures | None = None,
         located: Located | None = None,
         adapters: Sequence[LoraSource] = (),
-        ranks: Ranks = ALONE,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         started = time.perf_counter()
@@ -71,9 +70,7 @@ class Session:
 
         self.plan = plan
         self.store = WeightStore() if store is None else store
-        self.ranks = ranks
-        """This process among those that draw the pictures together."""
-        self.loader = WeightsLoader(plan, self.store, located, ranks)
+        self.loader = WeightsLoader(plan, self.store, located)
         self.loader.adapters = adapters
         self.prompts = PromptEncoder(self.loader)
         self.reporter = reporter or Reporter()
@@ -109,6 +106,11 @@ class Session:
         """The pipeline as it is built; there is none before ``assemble`` and after ``release``."""
         assert self._pipeline is not None
         return self._pipeline
+
+    @property
+    def ranks(self) -> Ranks:
+        """This process among those that draw the pictures together."""
+        return self.loader.ranks
 
     @property
     def compiles(self) -> bool:

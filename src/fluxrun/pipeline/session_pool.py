@@ -126,9 +126,10 @@ class SessionPool:
     def _open(self, prepared: Prepared, caller: Caller) -> Session:
         session = Session(
             prepared.plan, store=self._store, pictures=prepared.pictures, located=prepared.located,
-            adapters=prepared.adapters, ranks=self.ranks, **caller,
+            adapters=prepared.adapters, **caller,
         )  # fmt: skip
         self._store, session.prompts.upcoming = session.store, self.upcoming
+        session.loader.ranks = self.ranks
         session.loader.upcoming = self.upcoming_adapters() if prepared.adapters else ()
         session.__enter__()
         return session

@@ -26,6 +26,7 @@ from fluxrun.process.ranks import RankFailed
 from fluxrun.process.signals import Interrupts
 from fluxrun.record.folder import plain, read_record, write_failure
 from fluxrun.record.schema import RunRecord
+from fluxrun.types import JsonObject
 
 log = logging.getLogger("fluxrun")
 
@@ -71,7 +72,7 @@ def draw_in_ranks(
 class _Group:
     """torchrun and the processes below it."""
 
-    def __init__(self, state: Path, folder: Path, data: dict[str, object], size: int) -> None:
+    def __init__(self, state: Path, folder: Path, data: JsonObject, size: int) -> None:
         self.state, self.folder, self.data, self.size = state, folder, data, size
         self._watch = Watch(state, size)
         self._torchrun: subprocess.Popen[bytes] | None = None

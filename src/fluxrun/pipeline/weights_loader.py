@@ -32,11 +32,12 @@ DESCRIPTIONS: dict[Part, str] = {"all": "model", "text": "text encoder", "image"
 class WeightsLoader:
     """Loads what a plan needs into a store, on first use; other weights are freed first."""
 
-    def __init__(self, plan: Plan, store: WeightStore, located: Located | None, ranks: Ranks = ALONE) -> None:
+    def __init__(self, plan: Plan, store: WeightStore, located: Located | None) -> None:
         self.plan = plan
         self.store = store
         self.located = located
-        self.ranks = ranks
+        self.ranks: Ranks = ALONE
+        """This process among those that draw the pictures together."""
         self.adapters: Sequence[LoraSource] = ()
         """The LoRA files of this run,"""
         self.upcoming: Sequence[Sequence[LoraSource]] = ()
@@ -94,15 +95,14 @@ class WeightsLoader:
 
     def _load(self, part: Part, key: WeightsKey, reporter: Reporter) -> Base:
         text = f"Loading {self.plan.model.name} ({DESCRIPTIONS[part]}, {key.dtype}, {key.placement})"
+        shares = self.plan.parallel.tensor_config(self.ranks)
         with reporter.stage(text):
             return load(
                 self.plan.model,
                 dtype=key.dtype,
                 device=key.placement,
                 part=part,
-                conversion=Conversion(
-                    self._quantize, self._instead, self.plan.machine.device, self.plan.parallel.tensor_config(self.ranks)
-                ),
+                conversion=Conversion(self._quantize, self._instead, self.plan.machine.device, shares),
                 progress=_say,
                 located=self.located,
             )

@@ -43,7 +43,10 @@ def _run(folder: Path) -> int:
 
 
 def run_job(job: Mapping[str, Any], folder: Path, *, is_first: bool = True) -> tuple[int, str]:
-    """Run a job's config into the folder; returns the exit code, and what failed. Not ``is_first``: nothing is written."""
+    """Run a job's config into the folder; returns the exit code, and what failed.
+
+    Not ``is_first``: another process writes the folder, and this one draws along.
+    """
     from fluxrun.config.schema import RunConfig
     from fluxrun.planning.libraries import libraries_of
     from fluxrun.planning.prepare import prepare

@@ -39,7 +39,7 @@ from fluxrun.weights.store import Base, Part
 from fluxrun.weights.text_encoder import NeededLayers
 
 if TYPE_CHECKING:
-    from diffusers import TensorParallelConfig
+    from diffusers.models._modeling_parallel import TensorParallelConfig
 
 Quantize = Callable[[nn.Module, str], Mapping[str, Json]]
 
@@ -140,10 +140,10 @@ def _settle(module: nn.Module, name: str, device: str, conversion: Conversion) -
     parameters = parameter_count(module)
     quantized = conversion.quantize(module, name)
     module.to(device)
-    tensor = conversion.tensor_parallel
-    if tensor is not None and isinstance(module, ModelMixin) and name == "transformer":
-        if module._parallel_config is None:  # else its file was read like that
-            module.enable_parallelism(config=tensor)
+    shares = conversion.tensor_parallel if name == "transformer" else None
+    # Of a file only this process's share was read; random weights are made whole.
+    if shares is not None and isinstance(module, ModelMixin) and module._parallel_config is None:
+        module.enable_parallelism(config=shares)
     return {
         "class": type(module).__name__,
         "parameters": parameters,
