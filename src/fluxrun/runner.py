@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fluxrun.config.schema import RunConfig
 from fluxrun.errors import ConfigError, FluxrunError, mark_said, one_line
@@ -20,12 +21,15 @@ from fluxrun.planning.plan import Plan
 from fluxrun.planning.prepare import Prepared, prepare
 from fluxrun.process import spans
 from fluxrun.process.console import Reporter, log_to
-from fluxrun.process.ranks import Group
+from fluxrun.process.ranks import ALONE, Group, Ranks
 from fluxrun.process.signals import Interrupts
 from fluxrun.record.environment import environment
 from fluxrun.record.folder import RunFolder, UnwrittenFolder, status_of
 from fluxrun.record.schema import RunRecord
 from fluxrun.weights.readahead import read_ahead
+
+if TYPE_CHECKING:
+    from fluxrun.weights.store import WeightStore
 
 log = logging.getLogger("fluxrun")
 
@@ -220,10 +224,14 @@ def build(config: RunConfig) -> Session:
     return assembled(prepared, whole=True)
 
 
-def assembled(prepared: Prepared, *, whole: bool = False) -> Session:
+def assembled(
+    prepared: Prepared, *, whole: bool = False, ranks: Ranks = ALONE, store: WeightStore | None = None
+) -> Session:
     """A session with its pipeline built; ``whole`` keeps the text encoder whatever has to fall back."""
-    session = Session(prepared.plan, pictures=prepared.pictures, located=prepared.located, adapters=prepared.adapters)
-    session.whole = whole
+    session = Session(
+        prepared.plan, store=store, pictures=prepared.pictures, located=prepared.located, adapters=prepared.adapters
+    )
+    session.whole, session.loader.ranks = whole, ranks
     session.__enter__()
     try:
         session.assemble()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from fluxrun.hardware.machine import Machine
-from fluxrun.options.base import NOTHING_MORE, Context, Facts, Option, Workload
+from fluxrun.options.base import COMPILER, NOTHING_MORE, Context, Facts, Option, Workload
 from fluxrun.trust import Open
 from fluxrun.types import Pipeline
 
@@ -42,7 +42,7 @@ class ParallelOption(Option):
 
     @property
     def libraries(self) -> frozenset[str] | None:
-        return NOTHING_MORE if self.engine is None else None
+        return NOTHING_MORE if self.engine is None else frozenset({COMPILER})  # DTensor is made of its parts
 
     def unused_knobs(self) -> list[str]:
         return self.changed_knobs() if self.engine is None else []

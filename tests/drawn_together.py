@@ -1,7 +1,7 @@
-"""Processes that draw together on a CPU, for the tests alone: what stands in the way of it, and how it is put aside.
+"""Processes that draw together, for the tests: on a CPU with what stands in the way of it put aside, here alone.
 
-``torchrun … -m parallel_on_cpu JOBS``: each of JSON's ``[[folder, [override, …]], …]`` is drawn by all processes.
-``python -m parallel_on_cpu`` with anything else is ``fluxrun.sweep.rank_process`` on a CPU.
+``torchrun … -m drawn_together JOBS``: each of JSON's ``[[folder, [override, …]], …]`` is drawn by all processes.
+With a folder instead it is ``fluxrun.sweep.rank_process``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from pathlib import Path
 def allow_it() -> None:
     """Let diffusers' parallelism, and our own plan, take a CPU."""
     import torch
+
+    if torch.cuda.is_available():
+        return
     from diffusers.hooks import tensor_parallel
 
     from fluxrun.options import parallel
