@@ -1,4 +1,4 @@
-"""``parallel``: what a plan makes of it on machines that are not here, and what does not go with it. Imports no torch."""
+"""``parallel``: what a plan makes of it on machines that are not here, and what does not go with it. No torch."""
 
 from __future__ import annotations
 
@@ -81,11 +81,15 @@ def test_a_ring_needs_a_kernel_that_returns_what_it_summed_up() -> None:
     assert "needs a CUDA GPU" in reason(plan_on(CPU, "model=tiny", "parallel=ring"))
 
 
-def test_float8_attention_gives_way_and_float8_weights_stay() -> None:
+def test_float8_attention_goes_with_ulysses_and_gives_way_in_a_ring() -> None:
     machine = several(H100, **{"nvidia-cudnn-frontend": "1.15.0"})
-    found = effective(plan_on(machine, *KLEIN, "+preset=h100_fast", "parallel=ulysses"))
-    assert (found["attention"], found["quantization"], found["kernels"]) == ("sdpa", "fp8", "fused")
-    assert found["parallel"] == "ulysses"
+    found = {
+        engine: effective(plan_on(machine, *KLEIN, "+preset=h100_fast", f"parallel={engine}"))
+        for engine in ("ulysses", "ring")
+    }
+    assert [found[engine]["attention"] for engine in found] == ["fp8", "cudnn"]
+    assert {(one["quantization"], one["kernels"]) for one in found.values()} == {("fp8", "fused")}
+    assert [found[engine]["parallel"] for engine in found] == ["ulysses", "ring"]
 
 
 @pytest.mark.parametrize("overrides", [("quantization=fp8",), ("lora=adapters", "lora.files=[a.safetensors]")])

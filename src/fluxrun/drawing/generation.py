@@ -134,6 +134,8 @@ class Generation:
                 failed = self.session.agreed(failed)
             if drawn is not None and failed is None:
                 self._fresh = False
+                # All go by what the first process has found. Not before all have drawn: one that failed is not here.
+                drawn.findings = self.session.ranks.first(drawn.findings)
                 return drawn if drawn.finite else self._without_culprit(drawn, batch, text)
             self._rebuild(failed)
 
@@ -159,6 +161,7 @@ class Generation:
         self._fresh = True
         drawn = self._draw(batch, text)
         self._fresh = False
+        drawn.findings = self.session.ranks.first(drawn.findings)
         return drawn
 
     def _fail_for_pictures_that_are_not_finite(self) -> None:
@@ -213,7 +216,7 @@ class Generation:
         self._note_spans(watch)
         self._note_memory("decode")
         embeddings = [value for name, value in arguments.items() if name.endswith("prompt_embeds")]
-        findings = self.session.ranks.first(inspection.findings(images, embeddings))
+        findings = inspection.findings(images, embeddings)
         return Drawn(images, watch.step_seconds(), watch.denoise_s, watch.decode_s, findings)
 
     def _note_spans(self, watch: Stopwatch) -> None:

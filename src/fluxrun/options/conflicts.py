@@ -137,9 +137,10 @@ CONFLICTS = (
         "kernels", "diffusers",
     ),
     Conflict(
-        FP8_ATTENTION, TOKENS_SHARED,
-        "float8 attention is called past diffusers' dispatcher, which is what exchanges the GPUs' shares",
-        "attention", "sdpa",
+        FP8_ATTENTION, when(ParallelOption, lambda option: option.needs_lse),
+        "cuDNN's float8 attention does not return the log-sum-exp, by which parallel=ring adds up what each GPU has "
+        "attended to",
+        "attention", "cudnn",
     ),
     Conflict(
         when(AttentionOption, lambda option: option.takes_shares and not option.returns_lse),

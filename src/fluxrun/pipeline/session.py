@@ -201,7 +201,7 @@ class Session:
                 self.assemble_once()
             except OptionFailed as error:
                 failed = error
-            failure = self.ranks.agreed(None if failed is None else Failure.of(failed.error, failed.group))
+            failure = self.ranks.agreed(None if failed is None else self._failure(failed.error, failed.group))
             if failure is None:
                 self._on_change()
                 return
@@ -211,7 +211,8 @@ class Session:
         """After a first call: the failure, if there was one in any of the processes that draw the picture."""
         if self.ranks.size == 1:
             return error
-        failure = self.ranks.agreed(None if error is None else Failure.of(error, self._to_blame(error)))
+        own = None if error is None else self._failure(error, self._to_blame(error))
+        failure = self.ranks.agreed(own)
         return None if failure is None else AgreedFailure(failure, error)
 
     def recover(self, error: BaseException) -> None:
@@ -225,11 +226,15 @@ class Session:
         if isinstance(error, AgreedFailure):
             failure, own = error.failure, error.own or RankFailed(error.failure.reason)
         else:
-            failure, own = Failure.of(error, self._to_blame(error)), error
+            failure, own = self._failure(error, self._to_blame(error)), error
         if failure.group is None:
             raise own
         self._fall_back(failure, "first_call", own)
         self.assemble()
+
+    def _failure(self, error: BaseException, group: str | None) -> Failure:
+        failure = Failure.of(error, group)
+        return replace(failure, reason=f"rank {self.ranks.rank}: {failure.reason}") if self.ranks.rank else failure
 
     def _to_blame(self, error: BaseException) -> str | None:
         return "memory" if is_out_of_memory(error) else blame(error, fallbacks.suspects(self.plan))
