@@ -339,9 +339,10 @@ def main() -> None:
         return any(part in name for part in given.only)
 
     rows = [name for name in names() if wanted(name)]
-    first, rest = rows[:3], rows[3:]
+    lost = wanted("lost") and not given.tiny
+    first, rest = (rows[:3], rows[3:]) if lost else (rows, [])
     measure_outside(first, out, save, end, tiny=given.tiny)
-    if wanted("lost") and not given.tiny:
+    if lost:
         out["lost_process"] = lost_process(tiny=given.tiny)
         save()
     measure_outside(rest, out, save, end, tiny=given.tiny)
