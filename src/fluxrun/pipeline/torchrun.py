@@ -166,6 +166,7 @@ class _Group:
 
     def _keep_log(self) -> None:
         with contextlib.suppress(OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.state / LOG, self.folder / LOG)
 
 

@@ -21,10 +21,10 @@ BEAT_S = 1.0
 """How often a process writes one."""
 
 SILENT_S = 45.0
-"""Without one for so long a process is taken for stopped: a library that is being loaded may hold up all threads."""
+"""Without one for so long, and without any work, a process is taken for stopped."""
 
-STARTING_S = 120.0
-"""The same before the first one."""
+STARTING_S = 300.0
+"""The same before the first one: on a busy machine torch takes long to load."""
 
 
 @dataclass(frozen=True)
@@ -91,16 +91,29 @@ def is_alive(pid: int) -> bool:
         return False
     except PermissionError:
         return True
+    return _stat(pid)[:1] != ["Z"]
+
+
+def cpu_ticks(pid: int) -> int:
+    """What a process has computed so far: one that loads a library may hold up its own threads, and works. Linux."""
+    stat = _stat(pid)
+    return int(stat[11]) + int(stat[12]) if len(stat) > 12 else 0
+
+
+def _stat(pid: int) -> list[str]:
+    """What Linux says of a process, from its state on; nothing elsewhere, or once it is gone."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (OSError, IndexError):  # no Linux, or it ended just now: then it is not there the next time
-        return True
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
 
 
 @dataclass
 class _Seen:
-    number: int
+    life: tuple[int, int]
+    """The number of the last sign of life, and what was computed by then,"""
     at: float
+    """and when it was seen."""
 
 
 class Watch:
@@ -109,7 +122,7 @@ class Watch:
     def __init__(self, folder: Path, size: int, *, silent_s: float = SILENT_S) -> None:
         self._folder, self._size, self._silent_s = folder, size, silent_s
         now = time.monotonic()
-        self._seen = {rank: _Seen(0, now) for rank in range(size)}
+        self._seen = {rank: _Seen((0, 0), now) for rank in range(size)}
 
     def beats(self) -> dict[int, Beat]:
         """The last one of each process that has written any."""
@@ -122,9 +135,10 @@ class Watch:
     def silent(self) -> list[int]:
         """Processes that give no sign of life; by this process's clock, which may itself have been stopped."""
         now, beats = time.monotonic(), self.beats()
-        for rank, seen in self._seen.items():
-            if rank in beats and (beats[rank].number != seen.number or beats[rank].ended):
-                self._seen[rank] = _Seen(beats[rank].number, now)
+        for rank, beat in beats.items():
+            life = (beat.number, cpu_ticks(beat.pid))
+            if life != self._seen[rank].life or beat.ended:
+                self._seen[rank] = _Seen(life, now)
         limits = {rank: self._silent_s if rank in beats else STARTING_S for rank in self._seen}
         return [rank for rank, seen in self._seen.items() if now - seen.at > limits[rank]]
 
