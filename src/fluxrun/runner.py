@@ -7,22 +7,29 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fluxrun.config.schema import RunConfig
 from fluxrun.errors import ConfigError, FluxrunError, mark_said, one_line
+from fluxrun.hardware.detection import place
 from fluxrun.hardware.machine import Machine
 from fluxrun.pipeline.session import Session
 from fluxrun.pipeline.session_pool import SessionPool
+from fluxrun.pipeline.torchrun import draw_in_ranks
 from fluxrun.planning.fallbacks import announce, settle
 from fluxrun.planning.plan import Plan
 from fluxrun.planning.prepare import Prepared, prepare
 from fluxrun.process import spans
-from fluxrun.process.console import Reporter
+from fluxrun.process.console import Reporter, log_to
+from fluxrun.process.ranks import ALONE, Group, Ranks
 from fluxrun.process.signals import Interrupts
 from fluxrun.record.environment import environment
-from fluxrun.record.folder import RunFolder, status_of
+from fluxrun.record.folder import RunFolder, UnwrittenFolder, status_of
 from fluxrun.record.schema import RunRecord
 from fluxrun.weights.readahead import read_ahead
+
+if TYPE_CHECKING:
+    from fluxrun.weights.store import WeightStore
 
 log = logging.getLogger("fluxrun")
 
@@ -44,7 +51,12 @@ def run(
 
     Raises what ended the run when it was not completed; the record on disk then says so, with all finished images.
     """
-    folder = RunFolder(Path(output_dir), config.source, command)
+    if (size := _processes_to_start(config, machine)) > 1:
+        if pool is not None:
+            pool.clear()
+        return draw_in_ranks(config, Path(output_dir), size, command)
+    kind = UnwrittenFolder if helps_another() else RunFolder
+    folder = kind(Path(output_dir), config.source, command)
     started = time.perf_counter()
     stage = _Stage()
     interrupts = Interrupts(
@@ -56,6 +68,9 @@ def run(
             with _borrowed(pool) as sessions:
                 with interrupts.immediate(), spans.span("plan"):
                     prepared = prepare(config, machine)
+                if prepared.plan.machine.place is not None:
+                    with interrupts.immediate(), spans.span("import"):
+                        prepared = _joined(prepared, sessions, folder.path)
                 _run(prepared, folder, interrupts, stage, sessions, reporter or Reporter())
         except BaseException as error:
             ended = interrupts.error() if interrupts.requested else error
@@ -72,6 +87,41 @@ def run(
 def _borrowed(pool: SessionPool | None) -> AbstractContextManager[SessionPool]:
     """The caller's pool, which stays open, or one for this run alone."""
     return SessionPool() if pool is None else nullcontext(pool)
+
+
+def _processes_to_start(config: RunConfig, machine: Machine | None) -> int:
+    """How many processes are to draw the pictures, where this one is not one of them."""
+    if config.parallel.engine is None or place() is not None:
+        return 1
+    try:
+        return prepare(config, machine).plan.ranks
+    except FluxrunError:  # the run refuses it once more, and records that
+        return 1
+
+
+def helps_another() -> bool:
+    """Whether this process helps to draw the pictures of another one, which owns the folder."""
+    here = place()
+    return here is not None and here.rank > 0
+
+
+def _joined(prepared: Prepared, pool: SessionPool, folder: Path) -> Prepared:
+    """Join the processes that torchrun has started; all of them plan with what is free on the fullest GPU."""
+    plan = prepared.plan
+    if plan.config.parallel.engine is None:
+        size = plan.machine.place.size if plan.machine.place else 1
+        raise ConfigError(
+            f"torchrun has started {size} process(es), and parallel=single draws a picture with one: add "
+            "parallel=ulysses, ring or tensor, or leave torchrun out"
+        )
+    ranks = pool.ranks = Group.join(plan.machine.device, plan.config.parallel.timeout_minutes)
+    folder = Path(ranks.first(str(folder)))
+    if ranks.rank:
+        log_to(folder, f"fluxrun.rank{ranks.rank}.log")
+    machine = plan.machine
+    if machine.gpu is not None:
+        machine = machine.with_free_bytes(min(ranks.gather(machine.gpu.free_bytes)))
+    return prepare(plan.config, machine)
 
 
 class _Stage:
@@ -174,10 +224,14 @@ def build(config: RunConfig) -> Session:
     return assembled(prepared, whole=True)
 
 
-def assembled(prepared: Prepared, *, whole: bool = False) -> Session:
+def assembled(
+    prepared: Prepared, *, whole: bool = False, ranks: Ranks = ALONE, store: WeightStore | None = None
+) -> Session:
     """A session with its pipeline built; ``whole`` keeps the text encoder whatever has to fall back."""
-    session = Session(prepared.plan, pictures=prepared.pictures, located=prepared.located, adapters=prepared.adapters)
-    session.whole = whole
+    session = Session(
+        prepared.plan, store=store, pictures=prepared.pictures, located=prepared.located, adapters=prepared.adapters
+    )
+    session.whole, session.loader.ranks = whole, ranks
     session.__enter__()
     try:
         session.assemble()

@@ -37,22 +37,23 @@ def gated_add(x, y, gate):
 
 def split_qkv(projected, norms, rotary, into, eps, *, tokens, offset, multipliers=None):
     assert multipliers is None, "float8 attention has no reference here"
-    heads, size = into[0].shape[2:]
+    size, heads = into[0].shape[-1], into[0].shape[2:-1].numel()
     parts = projected[:, : 3 * heads * size].reshape(-1, tokens, 3, heads, size).unbind(2)
     own = tuple(table[offset : offset + tokens] for table in rotary)
     for part, room, norm in zip(parts, into, (*norms, None), strict=True):
         if norm is not None:
             normed = F.rms_norm(part, (size,), norm, eps)
-            room[:, offset : offset + tokens] = apply_rotary_emb(normed, own, sequence_dim=1)
+            made = apply_rotary_emb(normed, own, sequence_dim=1)
         else:
-            room[:, offset : offset + tokens] = part
+            made = part
+        room[:, offset : offset + tokens] = made.unflatten(2, room.shape[2:-1])
 
 
 def pack(attended, gate_up, *, quantize, descale=None, dtype=None):
     assert (descale, dtype) == (None, None), "float8 attention has no reference here"
     parts = []
     if attended is not None:
-        parts.append(attended.flatten(2, 3).flatten(0, 1))
+        parts.append(attended.flatten(2).flatten(0, 1))
     if gate_up is not None:
         half = gate_up.shape[1] // 2
         parts.append(F.silu(gate_up[:, :half]) * gate_up[:, half:])

@@ -7,10 +7,10 @@ from diffusers import Flux2Transformer2DModel
 from torch import nn
 
 
-def transformer(dtype: torch.dtype) -> Flux2Transformer2DModel:
+def transformer(dtype: torch.dtype, heads: int = 3) -> Flux2Transformer2DModel:
     torch.manual_seed(0)
     model = Flux2Transformer2DModel(
-        in_channels=16, num_layers=2, num_single_layers=3, attention_head_dim=16, num_attention_heads=3,
+        in_channels=16, num_layers=2, num_single_layers=3, attention_head_dim=16, num_attention_heads=heads,
         joint_attention_dim=24, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
     )  # fmt: skip
     for parameter in model.parameters():
@@ -20,13 +20,13 @@ def transformer(dtype: torch.dtype) -> Flux2Transformer2DModel:
     return model.eval()
 
 
-def inputs(dtype: torch.dtype, batch: int = 2) -> dict:
+def inputs(dtype: torch.dtype, batch: int = 2, text: int = 7) -> dict:
     zero = torch.zeros(1, dtype=torch.long)
     return {
         "hidden_states": torch.randn(batch, 16, 16, dtype=dtype),
-        "encoder_hidden_states": torch.randn(batch, 7, 24, dtype=dtype),
+        "encoder_hidden_states": torch.randn(batch, text, 24, dtype=dtype),
         "timestep": torch.linspace(0.3, 0.7, batch, dtype=dtype),
         "img_ids": torch.cartesian_prod(zero, torch.arange(4), torch.arange(4), zero),
-        "txt_ids": torch.cartesian_prod(zero, zero, zero, torch.arange(7)),
+        "txt_ids": torch.cartesian_prod(zero, zero, zero, torch.arange(text)),
         "return_dict": False,
     }

@@ -39,10 +39,11 @@ def test_the_orders() -> None:
         "attention",
         "kernels",
         "vae",
+        "parallel",
         "cache",
         "compile",
     )
-    assert BLAME_ORDER == ("compile", "cache", "kernels", "attention", "quantization", "vae", "scheduler")
+    assert BLAME_ORDER == ("compile", "cache", "kernels", "attention", "quantization", "vae", "scheduler", "parallel")
     assert SEARCH_ORDER == ("kernels", "attention", "compile", "quantization", "vae", "cache")
 
 
@@ -59,7 +60,7 @@ def test_what_does_something_to_a_pipeline_is_applied() -> None:
 
 
 def test_every_group_is_searched_or_stays_as_it_was_asked_for() -> None:
-    assert set(GROUPS) - set(SEARCH_ORDER) == {"model", "memory", "lora", "scheduler"}
+    assert set(GROUPS) - set(SEARCH_ORDER) == {"model", "memory", "lora", "scheduler", "parallel"}
 
 
 def test_the_ladder_is_of_memory_options() -> None:

@@ -19,6 +19,7 @@ from fluxrun.cli.arguments import flags_parser
 from fluxrun.config.composition import CONFIG_NAME, compose_node, config_dirs, hydra_errors, hydra_for, quote_raw_text
 from fluxrun.errors import ConfigError, FluxrunError, one_line
 from fluxrun.formatting import nearest, shorten, utf8
+from fluxrun.hardware.detection import place
 from fluxrun.paths import cache_dir, check_folders
 from fluxrun.process import spans
 from fluxrun.process.console import console, one_line_warning
@@ -54,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of ``fluxrun``; ends the process with the exit code of DESIGN (0, 1, 2, 129, 130, 143)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     warnings.formatwarning = one_line_warning
+    if (here := place()) is not None and here.rank > 0:
+        console.quiet = True  # the first of torchrun's processes speaks
     with lasting("stderr"), Interrupts() as interrupts:
         try:
             with interrupts.immediate():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from fluxrun.planning.libraries import libraries_of
 from fluxrun.planning.prepare import prepare
 from fluxrun.process import spans
 from fluxrun.record.folder import claimed
-from fluxrun.runner import run
+from fluxrun.runner import helps_another, run
 from fluxrun.startup.lean import start_lean
 from fluxrun.streams import lasting
 
@@ -38,6 +38,8 @@ def draw_run(
     with spans.span("plan"):
         prepared = prepare(config)
         start_lean(libraries_of(prepared))
+    if helps_another():
+        return _exit_code(lambda: run(config, Path(), command=command, machine=prepared.plan.machine))
     job = functools.partial(_job, config=config, machine=prepared.plan.machine, command=command)
     with lasting("stdout"), claimed(Path(str(node.hydra.run.dir))), hydra_errors(overrides, dirs):
         app.compose_config = functools.partial(_composed, node)  # type: ignore[method-assign]
@@ -56,18 +58,27 @@ def _job(node: DictConfig, config: RunConfig, machine: Machine, command: Sequenc
     hydra: Any = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
     spans.end("compose")
+    return _exit_code(lambda: run(config, folder, command=command, machine=machine), folder)
+
+
+def _exit_code(draw: Callable[[], object], folder: Path | None = None) -> int:
+    """What a run ends with; what its record, in the folder, says has been said."""
+
+    def said(error: Exception) -> bool:
+        return is_said(error) or (folder is not None and (folder / "run.json").exists())
+
     try:
-        run(config, folder, command=command, machine=machine)
+        draw()
     except KeyboardInterrupt:
         return 130
     except FluxrunError as error:
         log.debug("refused", exc_info=error)
-        if not (isinstance(error, Interrupted) or is_said(error) or (folder / "run.json").exists()):
+        if not (isinstance(error, Interrupted) or said(error)):
             log.error("%s", error)
         return error.exit_code
     except Exception as error:  # already one line on screen and a traceback in the log
         log.debug("failed", exc_info=error)
-        if not (is_said(error) or (folder / "run.json").exists()):
+        if not said(error):
             log.error("%s: %s", type(error).__name__, one_line(error))
         return exit_code_of(error)
     return 0

@@ -22,6 +22,7 @@ from fluxrun.options.kernels import KernelsOption
 from fluxrun.options.lora import LoraOption
 from fluxrun.options.memory import MemoryOption
 from fluxrun.options.model import Flux2Model
+from fluxrun.options.parallel import ParallelOption
 from fluxrun.options.quantization import QuantizationOption
 from fluxrun.options.scheduler import SchedulerOption
 from fluxrun.options.vae import VaeOption
@@ -116,6 +117,7 @@ class RunConfig(BaseModel):
     cache: Annotated[CacheOption, _LOAD]
     lora: Annotated[LoraOption, _LOAD]
     scheduler: Annotated[SchedulerOption, _LOAD]
+    parallel: Annotated[ParallelOption, _LOAD]
 
     source: dict[str, Any] = Field(default_factory=dict, exclude=True, repr=False)
     """The resolved config as plain data, as it goes into the record."""

@@ -102,11 +102,11 @@ class Generation:
 
     def _draw_and_save(self, batch: Sequence[Job], text: str, saver: Saver) -> None:
         for repeat in range(self.config.measure.repeats):
-            self.session.interrupts.check()
+            self.session.ranks.check(self.session.interrupts)
             drawn = self._draw_or_fall_back(batch, text if repeat == 0 else f"{text}, repeat {repeat + 1}")
             self._record(drawn)
             self._spoiled_at = self._spoiled_at or drawn.spoiled_at
-            if repeat == 0:
+            if repeat == 0 and self.session.ranks.rank == 0:
                 self.stage = "save"
                 about = f"denoise {drawn.denoise_s:.2f} s, decode {drawn.decode_s:.2f} s"
                 for image, job, finding in zip(drawn.images, batch, drawn.findings, strict=True):
@@ -122,18 +122,23 @@ class Generation:
     def _draw_or_fall_back(self, batch: Sequence[Job], text: str) -> Drawn:
         """One call. A failure of the first call after a build takes a fallback and draws the image again."""
         while True:
-            first = self._fresh
+            first, drawn, failed = self._fresh, None, None
             try:
                 drawn = self._draw(batch, text)
-                self._fresh = False
             except (Interrupted, KeyboardInterrupt):
                 raise
             except Exception as error:
                 if not first:
                     raise
-                self._rebuild(error)
-            else:
+                failed = error
+            if first:
+                failed = self.session.agreed(failed)
+            if drawn is not None and failed is None:
+                self._fresh = False
+                # All go by what the first process has found. Not before all have drawn: one that failed is not here.
+                drawn.findings = self.session.ranks.first(drawn.findings)
                 return drawn if drawn.finite else self._without_culprit(drawn, batch, text)
+            self._rebuild(failed)
 
     def _without_culprit(self, drawn: Drawn, batch: Sequence[Job], text: str) -> Drawn:
         """A picture that is not finite, drawn again without the option that makes it so, if there is such a one."""
@@ -157,6 +162,7 @@ class Generation:
         self._fresh = True
         drawn = self._draw(batch, text)
         self._fresh = False
+        drawn.findings = self.session.ranks.first(drawn.findings)
         return drawn
 
     def _fail_for_pictures_that_are_not_finite(self) -> None:
@@ -227,7 +233,7 @@ class Generation:
     def _after_step(self) -> None:
         assert self.session.context is not None
         self.session.context.counters["steps"] += 1
-        self.session.interrupts.check()
+        self.session.ranks.check(self.session.interrupts)
 
     def _after_denoising(self) -> None:
         self._note_memory("denoise")
@@ -322,6 +328,8 @@ class Generation:
     def _summarise(self) -> None:
         """Bring options, timings and memory in the record up to date; written with every image."""
         self.session.observe()
+        if self.session.ranks.size > 1:
+            self.memory.by_rank_bytes = self.session.ranks.gather(self.memory.peak_allocated_bytes)
         self.folder.note_options(self.plan.record(), self.plan.notes)
         for name, seconds in self.session.timings.items():  # import_s, load_s, apply_s
             setattr(self.timings, name, seconds)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
-from fluxrun.hardware.machine import Gpu, Machine
+from fluxrun.hardware.machine import Gpu, Machine, Place
 from fluxrun.hardware.proofs import remembered
 
 # Distributions an option may need, by the name pip knows them.
@@ -112,6 +112,13 @@ def cxx_compiler() -> str | None:
     return next((path for name in candidates if (path := shutil.which(name))), None)
 
 
+def place() -> Place | None:
+    """Where torchrun has put this process; None where something else has started it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    return Place(*(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
+
+
 def detect() -> Machine:
     """This computer, with the run on its default device; remembered proofs included."""
     gpus, driver = _nvml()
@@ -127,6 +134,7 @@ def detect() -> Machine:
         mps=sys.platform == "darwin" and platform.machine() == "arm64",
         cxx_compiler=cxx_compiler(),
         packages=installed(),
+        place=place(),
     )
     machine = replace(machine, proven=remembered(machine))
     return machine.on("auto")

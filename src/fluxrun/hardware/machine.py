@@ -27,6 +27,17 @@ class Gpu:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where this process stands among those that torchrun has started."""
+
+    rank: int
+    local_rank: int
+    """The same among those on this machine, which is the number of its GPU."""
+    size: int
+    """How many there are."""
+
+
+@dataclass(frozen=True)
 class Proof:
     """What one real kernel call in a child process showed: ``reason`` is None when it worked."""
 
@@ -55,6 +66,8 @@ class Machine:
     proven: Mapping[str, Proof] = field(default_factory=dict)
     """Remembered results of real kernel calls, by probe name (see ``fluxrun.probe``)."""
     device: str = "cpu"
+    place: Place | None = None
+    """This process among torchrun's; None outside of it."""
 
     @property
     def accelerated(self) -> bool:
@@ -107,8 +120,16 @@ class Machine:
         return None if index < len(self.gpus) else f"this machine has {len(self.gpus)} GPU(s), numbered from 0"
 
     def on(self, device: str) -> Machine:
-        """The same machine, with the run on ``device``."""
-        return replace(self, device=self.default_device() if device == "auto" else device)
+        """The same machine, with the run on ``device``; each of torchrun's processes has a GPU of its own."""
+        chosen = self.default_device() if device == "auto" else device
+        if chosen == "cuda" and self.place is not None:
+            chosen = f"cuda:{self.place.local_rank}"
+        return replace(self, device=chosen)
+
+    def with_free_bytes(self, free: int) -> Machine:
+        """The same machine, with so much left of the run's GPU."""
+        gpus = [replace(gpu, free_bytes=free) if gpu is self.gpu else gpu for gpu in self.gpus]
+        return replace(self, gpus=tuple(gpus))
 
 
 def _release(version: str) -> Version:

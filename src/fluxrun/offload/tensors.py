@@ -10,12 +10,13 @@ from torch import nn
 
 
 def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The ordinary tensors inside ``tensor``: itself, or a quantized one's data and scales."""
+    """The ordinary tensors inside ``tensor``: itself, a quantized one's data and scales, a shared-out one's share."""
     if is_plain(tensor):
         yield tensor
         return
     for name in _flattened(tensor)[0]:
-        yield from plain_tensors(getattr(tensor, name))
+        if isinstance(inside := getattr(tensor, name), torch.Tensor):  # a DTensor's device mesh is none
+            yield from plain_tensors(inside)
 
 
 def rebuilt(tensor: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field
 
 from fluxrun.hardware.machine import Machine
-from fluxrun.options.base import NOTHING_MORE, Context, Facts, Option
+from fluxrun.options.base import NOTHING_MORE, Context, Facts, Option, Workload
 from fluxrun.trust import Closed, Open, OpenWhere
 from fluxrun.types import Pipeline
 
@@ -22,6 +22,14 @@ if TYPE_CHECKING:
 TORCHS_OWN = ("native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math")
 """Backends that are operators of torch's; FlexAttention is none: it asks for the compiler."""
 
+TAKE_SHARES = frozenset({
+    "native", "_native_cudnn", "_native_flash", "flash", "flash_hub", "_flash_3_hub", "sage", "sage_hub",
+})  # fmt: skip
+"""Backends that diffusers 0.42.1 registers with ``supports_context_parallel``, of those that options name."""
+
+RETURN_LSE = TAKE_SHARES - {"native"}
+"""Those of them that return the log-sum-exp, which a ring of GPUs needs."""
+
 HUB = "a kernel from the kernels hub is code that is downloaded and run"
 
 
@@ -30,6 +38,16 @@ class AttentionOption(Option):
 
     in_fp8: ClassVar[bool] = False
     """Whether it takes queries, keys and values in float8."""
+
+    @property
+    def takes_shares(self) -> bool:
+        """Whether it goes with a share of a picture's tokens on each of several GPUs."""
+        return False
+
+    @property
+    def returns_lse(self) -> bool:
+        """Whether it can also return the log-sum-exp of what it computes."""
+        return False
 
 
 class Attention(AttentionOption):
@@ -70,6 +88,14 @@ class Attention(AttentionOption):
     @property
     def needs_proof(self) -> bool:
         return bool(self.package or self.flash_impl)
+
+    @property
+    def takes_shares(self) -> bool:
+        return self.effective_backend in TAKE_SHARES and not self.in_fp8
+
+    @property
+    def returns_lse(self) -> bool:
+        return self.effective_backend in RETURN_LSE and not self.in_fp8
 
     @property
     def effective_backend(self) -> str:
@@ -164,6 +190,14 @@ class AutoAttention(AttentionOption):
     def alternatives(self) -> tuple[str, ...]:
         return self.candidates
 
+    @property
+    def takes_shares(self) -> bool:
+        return True  # it leaves out those that do not
+
+    @property
+    def returns_lse(self) -> bool:
+        return True
+
     def choose(self, pipeline: Pipeline, context: Context) -> tuple[str, Facts]:
         """The fastest candidate and the probe's figures in milliseconds (or why a candidate was left out)."""
         shape = attention_shape(pipeline.transformer, context)
@@ -171,7 +205,7 @@ class AutoAttention(AttentionOption):
         left_out: dict[str, str] = {}
         for name in self.candidates:
             option = context.load_option("attention", name)
-            reason = option.requires(context.machine)
+            reason = option.requires(context.machine) or _cannot_share(option, context.workload)
             try:
                 if reason is None and isinstance(option, Attention):
                     times[name] = _measure(option, shape, context, self.repeats)
@@ -186,10 +220,19 @@ class AutoAttention(AttentionOption):
 
 
 def attention_shape(transformer: Flux2Transformer2DModel, context: Context) -> tuple[int, int, int, int]:
-    """[batch, tokens, heads, head size] of the single blocks' attention in this run."""
-    config = transformer.config
+    """[batch, tokens, heads, head size] of the single blocks' attention in this run: on several GPUs of one of them."""
+    config, workload = transformer.config, context.workload
     heads, size = config["num_attention_heads"], config["attention_head_dim"]
-    return (context.workload.batch_size, context.workload.tokens, heads, size)
+    return (workload.batch_size, workload.tokens, max(1, heads // workload.ranks), size)
+
+
+def _cannot_share(option: Option, workload: Workload) -> str | None:
+    """Why a candidate does not go with the run's ``parallel`` option, or None."""
+    if not isinstance(option, AttentionOption) or not workload.shares_tokens:
+        return None
+    if workload.needs_lse and not option.returns_lse:
+        return "does not return the log-sum-exp, which parallel=ring needs"
+    return None if option.takes_shares else "does not go with a share of the tokens on each GPU"
 
 
 def _unproven(name: str, machine: Machine) -> str | None:

@@ -16,6 +16,7 @@ from fluxrun.formatting import GIB, shorten
 from fluxrun.hardware.machine import Machine
 from fluxrun.offload.block_sizes import BlockSizes
 from fluxrun.process.device import synchronize
+from fluxrun.process.ranks import ALONE, Ranks
 from fluxrun.process.switches import ProcessState
 from fluxrun.quantization.declared import Declared
 from fluxrun.trust import OWN_TARGETS, Open, check_target
@@ -195,6 +196,16 @@ class Workload:
     """Components that the checkpoint has quantized weights of."""
     swapping_bytes: int = 0
     """Working memory beside the weights under block swap."""
+    text_tokens: int = 0
+    """Those of the tokens that are text."""
+    heads: int | None = None
+    """The transformer's attention heads; None where its sizes are not known."""
+    ranks: int = 1
+    """Processes that draw one picture together."""
+    shares_tokens: bool = False
+    """Whether each of these has a share of the tokens,"""
+    needs_lse: bool = False
+    """and whether attention then has to return the log-sum-exp."""
 
 
 @dataclass
@@ -221,6 +232,8 @@ class Context:
     """The fused kernels' choice among cublasLt's algorithms, if it is made."""
     lora: LoraWeights | None = None
     """The LoRA files of the run, read for this transformer."""
+    ranks: Ranks = ALONE
+    """This process among those that draw the picture together."""
 
     @property
     def machine(self) -> Machine:

@@ -37,6 +37,9 @@ class CacheOption(Option):
     skips_steps: ClassVar[bool] = True
     """Whether some steps may be skipped."""
 
+    decides: ClassVar[bool] = False
+    """Whether it looks at the picture to know which ones."""
+
     first_blocks: Open[int] = Field(1, ge=1)
     """Blocks at the start of each block list that always run (cache-dit's Fn, which is at least one)."""
 
@@ -162,6 +165,8 @@ class StepCache(CacheOption):
 
 class DBCache(StepCache):
     """cache-dit's DBCache: skips a step when the first blocks' output hardly changed."""
+
+    decides: ClassVar[bool] = True
 
     def unused_knobs(self) -> list[str]:
         return _within(self.changed_knobs(), {"compute", "mask", "ratios", "error_threshold"})

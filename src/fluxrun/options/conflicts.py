@@ -14,6 +14,7 @@ from fluxrun.options.kernels import KernelsOption
 from fluxrun.options.lora import LoraOption
 from fluxrun.options.memory import MemoryOption
 from fluxrun.options.model import Flux2Model
+from fluxrun.options.parallel import ParallelOption
 from fluxrun.options.quantization import QuantizationOption
 from fluxrun.options.scheduler import SchedulerOption
 from fluxrun.options.vae import VaeOption
@@ -70,6 +71,9 @@ OFFLOADING = when(MemoryOption, lambda option: option.offloads)
 MOVING_WEIGHTS = when(MemoryOption, lambda option: option.offloads and not option.swaps_blocks)
 KLEIN_KV = when(Flux2Model, lambda option: option.pipeline == "klein_kv")
 ADAPTED = when(LoraOption, lambda option: option.adapts)
+SEVERAL = when(ParallelOption, lambda option: option.engine is not None)
+TOKENS_SHARED = when(ParallelOption, lambda option: option.splits_tokens)
+WEIGHTS_SHARED = when(ParallelOption, lambda option: option.splits_weights)
 CUDAGRAPHS = when(CompileOption, lambda option: option.cudagraphs)
 
 KV_GROWS = "model.pipeline=klein_kv hands keys and values on from the first step to the others: no two are one graph"
@@ -106,6 +110,55 @@ class Conflict:
 
 
 CONFLICTS = (
+    Conflict(
+        SEVERAL, KLEIN_KV,
+        "model.pipeline=klein_kv keeps keys and values of the references, and diffusers shares out none of these",
+        "parallel", "single",
+    ),
+    Conflict(
+        SEVERAL, OFFLOADING,
+        "several GPUs and weights that are moved between the steps: diffusers refuses it for tensor (both decide where "
+        "a weight lies), and each process would keep all of them in the computer's memory",
+        "parallel", "single",
+    ),
+    Conflict(
+        WEIGHTS_SHARED, when(QuantizationOption, lambda option: option.quantizes or option.inherent),
+        "diffusers' tensor parallelism does not split up quantized weights (parallel=ulysses leaves them whole)",
+        "parallel", "single",
+    ),
+    Conflict(
+        WEIGHTS_SHARED, ADAPTED,
+        "diffusers' tensor parallelism does not split up LoRA layers (parallel=ulysses leaves them whole)",
+        "parallel", "single",
+    ),
+    Conflict(
+        FUSED, WEIGHTS_SHARED,
+        "the fused kernels read a layer's weights as one tensor, and parallel=tensor makes shares of it (DTensor)",
+        "kernels", "diffusers",
+    ),
+    Conflict(
+        FP8_ATTENTION, when(ParallelOption, lambda option: option.needs_lse),
+        "cuDNN's float8 attention does not return the log-sum-exp, by which parallel=ring adds up what each GPU has "
+        "attended to",
+        "attention", "cudnn",
+    ),
+    Conflict(
+        when(AttentionOption, lambda option: option.takes_shares and not option.returns_lse),
+        when(ParallelOption, lambda option: option.needs_lse),
+        "this kernel does not return the log-sum-exp, by which parallel=ring adds up what each GPU has attended to",
+        "attention", "cudnn",
+    ),
+    Conflict(
+        when(AttentionOption, lambda option: not option.takes_shares and not option.in_fp8), TOKENS_SHARED,
+        "diffusers has no way to share out this attention kernel's tokens (attention=sdpa, cudnn, flash or sage)",
+        "parallel", "single",
+    ),
+    Conflict(
+        when(CacheOption, lambda option: option.skips_steps and option.decides), SEVERAL,
+        "each process would decide by its own share of the tokens whether to skip a step, and wait for the others "
+        "where they decide otherwise (cache=fixed and magcache skip the same steps everywhere)",
+        "cache", "none",
+    ),
     Conflict(
         when(SchedulerOption, lambda option: option.solver != "euler"),
         when(Flux2Model, lambda option: option.pipeline == "klein_inpaint"),

@@ -17,6 +17,7 @@ from fluxrun.options.kernels import KernelsOption
 from fluxrun.options.lora import LoraOption
 from fluxrun.options.memory import MemoryOption
 from fluxrun.options.model import Flux2Model
+from fluxrun.options.parallel import ParallelOption
 from fluxrun.options.quantization import QuantizationOption
 from fluxrun.options.quantization_file import SingleFile  # noqa: F401 - with it the group has its options
 from fluxrun.options.scheduler import SchedulerOption
@@ -45,6 +46,11 @@ class Group:
 TABLE = (
     Group("model", Flux2Model, None, None, None, loads_weights=True),
     Group("memory", MemoryOption, 3, None, None, loads_weights=True),
+    # After attention, whose kernel it looks at, and before what wraps the transformer's forward.
+    Group(
+        "parallel", ParallelOption, 8, 8, None, loads_weights=True,
+        marks=("diffusers/hooks/context_parallel", "diffusers/hooks/tensor_parallel", "torch/distributed/"),
+    ),
     Group("kernels", KernelsOption, 6, 3, 1, marks=("fluxrun/kernels/transformer/", "fluxrun/kernels/text_encoder/")),
     Group("vae", VaeOption, 7, 6, 5, marks=("fluxrun/kernels/vae/", "autoencoder")),
     Group(
@@ -58,9 +64,9 @@ TABLE = (
     # Before memory, which then places the adapters with the weights. Never suspected: what it draws is asked for.
     Group("lora", LoraOption, 2, None, None),
     Group("scheduler", SchedulerOption, 4, 7, None, marks=("diffusers/schedulers/", "flow_schedulers")),
-    Group("cache", CacheOption, 8, 2, 6, marks=("cache_dit",)),
+    Group("cache", CacheOption, 9, 2, 6, marks=("cache_dit",)),
     Group(
-        "compile", CompileOption, 9, 1, 3,
+        "compile", CompileOption, 10, 1, 3,
         marks=("torch/_inductor", "torch/_dynamo", "torch/_functorch", "triton"),
     ),
 )  # fmt: skip

@@ -4,9 +4,36 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from fluxrun.errors import chain
+from fluxrun.errors import chain, one_line
 from fluxrun.options.groups import TABLE
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What failed, as the processes that draw a picture together tell each other."""
+
+    group: str | None
+    """Whose option gives way; None: nobody's."""
+    reason: str
+    kind: str
+    out_of_memory: bool
+    trace: str
+
+    @classmethod
+    def of(cls, error: BaseException, group: str | None) -> Failure:
+        """The same of an error."""
+        trace = "".join(traceback.format_exception(error)).rstrip()
+        return cls(group, one_line(error), type(error).__name__, is_out_of_memory(error), trace)
+
+
+class AgreedFailure(Exception):
+    """A failure on which all processes go by, whether it was this one's or another's."""
+
+    def __init__(self, failure: Failure, own: BaseException | None) -> None:
+        super().__init__(failure.reason)
+        self.failure, self.own = failure, own
 
 
 def blame(error: BaseException, suspects: Sequence[str]) -> str | None:

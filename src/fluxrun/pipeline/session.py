@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -12,16 +11,17 @@ from typing import TYPE_CHECKING
 
 from fluxrun.errors import Interrupted, OptionFailed, OptionUnavailable, OutOfMemory, chain, one_line
 from fluxrun.options.adapters import LoraWeights
-from fluxrun.options.base import Context, Option
+from fluxrun.options.base import Context, Facts, Option
 from fluxrun.options.groups import APPLY_ORDER
 from fluxrun.options.lora import Adapters
-from fluxrun.pipeline.blame import blame, is_out_of_memory
+from fluxrun.pipeline.blame import AgreedFailure, Failure, blame, is_out_of_memory
 from fluxrun.planning import fallbacks
 from fluxrun.planning.editing import Pictures
 from fluxrun.planning.plan import Plan
 from fluxrun.process import spans
 from fluxrun.process.console import Reporter
 from fluxrun.process.device import free_memory
+from fluxrun.process.ranks import RankFailed, Ranks
 from fluxrun.process.signals import Interrupts
 from fluxrun.process.switches import ProcessState, import_diffusers
 from fluxrun.record.schema import Stage
@@ -113,6 +113,11 @@ class Session:
         return self._pipeline
 
     @property
+    def ranks(self) -> Ranks:
+        """This process among those that draw the pictures together."""
+        return self.loader.ranks
+
+    @property
     def compiles(self) -> bool:
         """Whether torch.compile was asked to work on the pipeline as it stands."""
         return self.context is not None and self.context.compiler.active
@@ -196,12 +201,24 @@ class Session:
     def assemble(self) -> None:
         """Build until it works: every failure at ``apply`` takes that option's fallback and starts afresh."""
         while True:
+            failed: OptionFailed | None = None
             try:
                 self.assemble_once()
+            except OptionFailed as error:
+                failed = error
+            failure = self.ranks.agreed(None if failed is None else self._failure(failed.error, failed.group))
+            if failure is None:
                 self._on_change()
                 return
-            except OptionFailed as failed:
-                self._fall_back(failed.group, "apply", failed.error)
+            self._fall_back(failure, "apply", RankFailed(failure.reason) if failed is None else failed.error)
+
+    def agreed(self, error: Exception | None) -> Exception | None:
+        """After a first call: the failure, if there was one in any of the processes that draw the picture."""
+        if self.ranks.size == 1:
+            return error
+        own = None if error is None else self._failure(error, self._to_blame(error))
+        failure = self.ranks.agreed(own)
+        return None if failure is None else AgreedFailure(failure, error)
 
     def recover(self, error: BaseException) -> None:
         """After a failed first call: take the fallback of the option to blame and build again.
@@ -211,11 +228,21 @@ class Session:
         self.interrupts.check()
         if isinstance(error, (Interrupted, KeyboardInterrupt)):
             raise error
-        group = "memory" if is_out_of_memory(error) else blame(error, fallbacks.suspects(self.plan))
-        if group is None:
-            raise error
-        self._fall_back(group, "first_call", error)
+        if isinstance(error, AgreedFailure):
+            failure, own = error.failure, error.own or RankFailed(error.failure.reason)
+        else:
+            failure, own = self._failure(error, self._to_blame(error)), error
+        if failure.group is None:
+            raise own
+        self._fall_back(failure, "first_call", own)
         self.assemble()
+
+    def _failure(self, error: BaseException, group: str | None) -> Failure:
+        failure = Failure.of(error, group)
+        return replace(failure, reason=f"rank {self.ranks.rank}: {failure.reason}") if self.ranks.rank else failure
+
+    def _to_blame(self, error: BaseException) -> str | None:
+        return "memory" if is_out_of_memory(error) else blame(error, fallbacks.suspects(self.plan))
 
     def note_change(self) -> None:
         """Tell the run's record that the choices are others now."""
@@ -279,6 +306,7 @@ class Session:
             weight_facts={**base.facts, "components": self.loader.components},
             pins=base.pins,
             lora=lora,
+            ranks=self.ranks,
         )
 
     def _apply(self, group: str) -> None:
@@ -286,7 +314,7 @@ class Session:
         assert self.context is not None
         choice = self.plan.choices[group]
         try:
-            if chosen := choice.option.choose(self.pipeline, self.context):
+            if chosen := self._chosen(choice.option):
                 self.plan.switch(group, *chosen)
                 self.context.options = self.plan.options
             choice.facts = {**choice.facts, **choice.option.apply(self.pipeline, self.context)}
@@ -295,20 +323,35 @@ class Session:
         except Exception as error:  # an option may fail in any way its library likes; it is recorded, never hidden
             raise OptionFailed(group, error) from error
 
+    def _chosen(self, option: Option) -> tuple[str, Facts] | None:
+        """What an ``auto`` option measured to be best; of several processes the first one's word counts."""
+        assert self.context is not None
+        if self.ranks.size == 1 or not option.alternatives:
+            return option.choose(self.pipeline, self.context)
+        chosen, problem = None, ""
+        try:
+            chosen = option.choose(self.pipeline, self.context)
+        except Exception as error:  # of this process alone, perhaps: the others must hear of it
+            problem = one_line(error)
+        chosen, problem = self.ranks.first((chosen, problem))
+        if problem:
+            raise RuntimeError(problem)
+        return chosen
+
     # -- falling back -------------------------------------------------------------------------------------------------
 
-    def _fall_back(self, group: str, stage: Stage, error: BaseException) -> None:
+    def _fall_back(self, failure: Failure, stage: Stage, error: BaseException) -> None:
+        """Take a fallback; ``error`` is what it looks like in this process."""
         said = fallbacks.known(self.plan)
-        reason, kind = one_line(error), type(error).__name__
         try:
-            if is_out_of_memory(error):
-                fallbacks.step_down(self.plan, stage, reason, kind, whole=self.whole)
+            if failure.out_of_memory or failure.group is None:
+                fallbacks.step_down(self.plan, stage, failure.reason, failure.kind, whole=self.whole)
             else:
-                fallbacks.fall_back(self.plan, group, stage, reason, kind)
+                fallbacks.fall_back(self.plan, failure.group, stage, failure.reason, failure.kind)
         except (OptionUnavailable, OutOfMemory) as refused:
             raise refused from error
         fallbacks.settle(self.plan)
-        fallbacks.announce(self.plan, said, "".join(traceback.format_exception(error)).rstrip())
+        fallbacks.announce(self.plan, said, failure.trace)
         self.let_go(error)
 
     def let_go(self, error: BaseException) -> None:

@@ -22,6 +22,7 @@ from fluxrun.pipeline.session import Session
 from fluxrun.planning.prepare import Prepared
 from fluxrun.process.console import Reporter
 from fluxrun.process.device import free_memory
+from fluxrun.process.ranks import ALONE, Ranks
 from fluxrun.process.signals import Interrupts
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ class SessionPool:
         """Prompts of the runs still to come over the same weights, where that is known."""
         self.upcoming_adapters: Callable[[], Sequence[Sequence[LoraSource]]] = tuple
         """Finds the LoRA files of each of them."""
+        self.ranks: Ranks = ALONE
+        """This process among those that draw the pictures together."""
 
     def __enter__(self) -> SessionPool:
         return self
@@ -61,6 +64,10 @@ class SessionPool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Drop the pipeline and the weights: other processes are to have the memory."""
         self.close()
         if self._store is not None:
             self._store.clear()
@@ -128,6 +135,7 @@ class SessionPool:
             adapters=prepared.adapters, **caller,
         )  # fmt: skip
         self._store, session.prompts.upcoming = session.store, self.upcoming
+        session.loader.ranks = self.ranks
         session.loader.upcoming = self.upcoming_adapters() if prepared.adapters else ()
         session.__enter__()
         return session

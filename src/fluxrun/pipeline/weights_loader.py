@@ -18,6 +18,7 @@ from fluxrun.pipeline.blame import is_out_of_memory
 from fluxrun.planning.plan import Plan
 from fluxrun.process import spans
 from fluxrun.process.console import Reporter
+from fluxrun.process.ranks import ALONE, Ranks
 from fluxrun.process.signals import Interrupts
 from fluxrun.weights.loading import Conversion, load
 from fluxrun.weights.location import Located
@@ -36,6 +37,8 @@ class WeightsLoader:
         self.plan = plan
         self.store = store
         self.located = located
+        self.ranks: Ranks = ALONE
+        """This process among those that draw the pictures together."""
         self.adapters: Sequence[LoraSource] = ()
         """The LoRA files of this run,"""
         self.upcoming: Sequence[Sequence[LoraSource]] = ()
@@ -49,8 +52,9 @@ class WeightsLoader:
         """The key of ``part`` under the options in use."""
         placement = "cpu" if self.plan.memory.offloads else self.plan.machine.device
         quantization = self.plan.quantization.model_dump_json(exclude={"fallback"})
+        share = f"{self.ranks.rank + 1} of {self.ranks.size}" if self.plan.parallel.splits_weights else "all"
         return WeightsKey.of(
-            self.plan.model, dtype=self.plan.dtype, device=placement, part=part, quantization=quantization
+            self.plan.model, dtype=self.plan.dtype, device=placement, part=part, quantization=quantization, share=share
         )
 
     def load(self, part: Part, reporter: Reporter, interrupts: Interrupts) -> Base:
@@ -106,7 +110,8 @@ class WeightsLoader:
     def _conversion(self) -> Conversion:
         quantization = self.plan.quantization
         converted = frozenset(name for name in MODEL_COMPONENTS if quantization.converts(name))
-        return Conversion(self._quantize, self._instead, self.plan.machine.device, converted)
+        shares = self.plan.parallel.tensor_config(self.ranks)
+        return Conversion(self._quantize, self._instead, self.plan.machine.device, converted, shares)
 
     def _instead(self, name: str, folder: Path | None) -> nn.Module | None:
         try:

@@ -67,6 +67,8 @@ class Estimate:
     guidance_batched: bool = False
     declared: Mapping[str, Declared] = field(default_factory=dict)
     """Components whose bytes are of weights that are quantized already."""
+    weight_shares: int = 1
+    """On how many GPUs the transformer's weights are spread out."""
 
     # -- what is asked of it ------------------------------------------------------------------------------------------
 
@@ -74,6 +76,12 @@ class Estimate:
     def tokens(self) -> int:
         """Sequence length of the transformer: image, reference and text tokens."""
         return image_tokens(self.height, self.width) + self.reference_tokens + self.model.max_sequence_length
+
+    @property
+    def heads(self) -> int | None:
+        """The transformer's attention heads, where its sizes are known."""
+        sizes = self._sizes()
+        return int(sizes.get("num_attention_heads", 48)) if sizes or self._architecture() else None
 
     def memory_needs(self) -> dict[str, MemoryNeed] | None:
         """Estimated bytes on the GPU for each memory option; None where sizes are not known."""
@@ -157,7 +165,7 @@ class Estimate:
 
     def _parts(self) -> tuple[int, int, int]:
         """Bytes of text encoder, transformer with its adapters, and VAE, as they will lie in memory."""
-        transformer = self.in_memory("transformer") + self._adapter_bytes()
+        transformer = self.in_memory("transformer") // self.weight_shares + self._adapter_bytes()
         return self.in_memory("text_encoder"), transformer, self._bytes_of("vae")
 
     def _adapter_bytes(self) -> int:

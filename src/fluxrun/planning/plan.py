@@ -14,6 +14,7 @@ from fluxrun.options.kernels import KernelsOption
 from fluxrun.options.lora import LoraOption
 from fluxrun.options.memory import MemoryOption
 from fluxrun.options.model import Flux2Model
+from fluxrun.options.parallel import ParallelOption
 from fluxrun.options.quantization import QuantizationOption
 from fluxrun.options.scheduler import SchedulerOption
 from fluxrun.options.vae import VaeOption
@@ -58,6 +59,8 @@ class Plan:
     """What reference pictures add to the transformer's sequence."""
     adapter_elements: int = 0
     """Numbers in the LoRA files' matrices, as they will stand beside the weights."""
+    heads: int | None = None
+    """The transformer's attention heads, where its checkpoint was looked at."""
     inpainted_size: tuple[int, int] | None = None
     """Height and width of the picture that is repainted, which are the run's."""
     guidance_batched: bool = False
@@ -103,6 +106,16 @@ class Plan:
     def compile(self) -> CompileOption:
         """The compile option in use."""
         return self.option(CompileOption, "compile")
+
+    @property
+    def parallel(self) -> ParallelOption:
+        """The parallel option in use."""
+        return self.option(ParallelOption, "parallel")
+
+    @property
+    def ranks(self) -> int:
+        """How many processes draw a picture together."""
+        return self.parallel.size(self.machine)
 
     # -- the call -----------------------------------------------------------------------------------------------------
 
@@ -166,6 +179,7 @@ class Plan:
             adapter_elements=self.adapter_elements if self.option(LoraOption, "lora").adapts else 0,
             guidance_batched=self.guidance_batched,
             declared=self.declared,
+            weight_shares=self.ranks if self.parallel.splits_weights else 1,
         )
 
     @property
@@ -185,6 +199,11 @@ class Plan:
             ram=estimate.ram_needs(),
             declared=self.declared,
             swapping_bytes=estimate.swapping_bytes(),
+            text_tokens=self.model.max_sequence_length,
+            heads=self.heads or estimate.heads,
+            ranks=self.ranks,
+            shares_tokens=self.parallel.splits_tokens,
+            needs_lse=self.parallel.needs_lse,
         )
 
     # -- changes ------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from fluxrun.planning.plan import Choice, Plan
 from fluxrun.quantization.declared import Declared
 from fluxrun.record.picture import pixel_hash
 from fluxrun.record.schema import InputRecord
-from fluxrun.weights.find import check_layers, find_weights, resolve
+from fluxrun.weights.find import attention_heads, check_layers, find_weights, resolve
 from fluxrun.weights.location import Located
 from fluxrun.weights.lora_files import LoraSource, adapter_elements, find_adapters
 
@@ -68,7 +68,9 @@ def prepare(config: RunConfig, machine: Machine | None = None) -> Prepared:
     usable = config.lora.requires(machine.on(config.device)) is None
     adapters = find_adapters(config.lora) if usable else ()
     elements = adapter_elements(adapters)
-    plan = make_plan(config, machine, model, located.component_bytes, pictures, located.declared, elements)
+    plan = make_plan(
+        config, machine, model, located.component_bytes, pictures, located.declared, elements, attention_heads(located)
+    )
     check_layers(plan.model, located)
     if not plan.option(LoraOption, "lora").adapts:
         adapters = ()
@@ -90,9 +92,10 @@ def make_plan(
     pictures: Pictures | None = None,
     declared: Mapping[str, Declared] | None = None,
     adapter_elements: int = 0,
+    heads: int | None = None,
 ) -> Plan:
     """Plan a run; ``model`` is the option with what its checkpoint knows filled in, ``weight_bytes`` its sizes,
-    ``declared`` what it says of its components' quantization.
+    ``declared`` what it says of its components' quantization, ``heads`` how many attention heads it has.
 
     Raises ConfigError for what contradicts the model, OptionUnavailable where nothing is left.
     """
@@ -102,7 +105,7 @@ def make_plan(
     choices["model"].option = model or config.model
     catalog = Catalog(config.config_dirs)
     plan = Plan(config, machine.on(config.device), catalog, choices, weight_bytes, declared=declared or {})
-    plan.adapter_elements = adapter_elements
+    plan.adapter_elements, plan.heads = adapter_elements, heads
     if pictures is not None:
         plan.reference_tokens, plan.inpainted_size = pictures.tokens, pictures.size
     check_call(plan)

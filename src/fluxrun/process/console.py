@@ -196,13 +196,13 @@ class _PlainSteps(Steps):
             log.info("%s · step %d/%d · %s", self.text, self.done, self.total, self.pace())
 
 
-def log_to(folder: Path) -> None:
-    """The same console and log file that Hydra sets up for an ordinary run."""
-    if os.path.exists(folder / "run.json"):
+def log_to(folder: Path, name: str = "fluxrun.log") -> None:
+    """The same console and log file that Hydra sets up for an ordinary run; another ``name``: for a helper of one."""
+    if name == "fluxrun.log" and os.path.exists(folder / "run.json"):
         raise ConfigError(f"{folder} already holds a run: choose another hydra.run.dir, or remove it")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = LogFile(folder / "fluxrun.log")
+        file = LogFile(folder / name)
     except OSError as error:
         raise ConfigError(f"cannot write to the output folder {folder}: {error.strerror}") from error
     file.setFormatter(LogFormatter("[%(asctime)s][%(name)s][%(levelname)s] %(message)s"))

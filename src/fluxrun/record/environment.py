@@ -24,6 +24,7 @@ def environment(machine: Machine) -> dict[str, Any]:
         "ram_bytes": machine.ram_bytes,
         "gpu": gpu.name if gpu else None,
         "gpu_memory_bytes": gpu.memory_bytes if gpu else None,
+        "gpus": [found.name for found in machine.gpus],
         "driver": machine.driver,
         "cuda": machine.torch_cuda,
         **{name.replace("-", "_"): version for name, version in machine.packages.items()},

@@ -183,30 +183,55 @@ class RunFolder:
         remove_unfinished(self.path)
 
 
-def write_failure(folder: Path, data: JsonObject, error: BaseException) -> bool:
+class UnwrittenFolder(RunFolder):
+    """What a process has that helps to draw another one's pictures: a record in memory, and nothing is written."""
+
+    def _claim(self) -> None:
+        return
+
+    def write(self) -> None:
+        return
+
+    def finish(self, status: Status, error: BaseException | None = None, stage: str = "") -> None:
+        self.record.status = status
+
+    def abandon(self, error: BaseException, stage: str) -> None:
+        return
+
+
+def _unfinished(folder: Path) -> list[Path]:
+    """What a process that was killed may have left: files that it was writing."""
+    return [*folder.glob(".run.json.*"), *folder.glob("images/.*.part")]
+
+
+def write_failure(folder: Path, data: JsonObject, error: BaseException, *, overrule: bool = False) -> bool:
     """Record a run that failed before it had a record, or whose process died; returns whether there was need to.
 
-    ``data`` is the config as far as it got: it may be what is wrong.
+    ``data`` is the config as far as it got: it may be what is wrong. ``overrule``: this is why it did not complete,
+    whatever else its record says.
     """
     path = folder / "run.json"
     if path.exists():
         record = read_record(folder)
-        if record.status != "running":
+        if record.status != "running" and not (overrule and record.status != "completed"):
             return False
+        for unfinished in _unfinished(folder):
+            unfinished.unlink(missing_ok=True)
     else:
         folder.mkdir(parents=True, exist_ok=True)
         record = RunRecord(
             run_id=uuid.uuid4().hex[:12], started_at=_now(), config=plain(data), config_hash=data_hash(data)
         )
     record.status, record.finished_at = status_of(error), _now()
-    record.error = ErrorRecord(type=type(error).__name__, message=one_line(error), stage="prepare")
+    stage = record.error.stage if record.error else "denoise" if record.images else "prepare"
+    record.error = ErrorRecord(type=type(error).__name__, message=one_line(error), stage=stage)
     _write_last(folder, record, Reserve(folder / RESERVE))
     return True
 
 
 def remove_unfinished(folder: Path) -> None:
     """Remove what a run that ended in the middle of writing has left."""
-    for unfinished in (*folder.glob(".run.json.*"), *folder.glob("images/.*.part"), folder / LOCK):
+    for unfinished in (*_unfinished(folder), folder / LOCK):
         unfinished.unlink(missing_ok=True)
 
 

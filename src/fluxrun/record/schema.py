@@ -104,6 +104,8 @@ class MemoryRecord(RecordModel):
     peak_allocated_bytes: int = 0
     by_stage: dict[str, int] = {}
     """The peak of each stage; on a CPU of everything up to its end."""
+    by_rank_bytes: list[int] = []
+    """The peak of each process, where several draw a picture together (parallel); the others are the first one's."""
 
 
 class ErrorRecord(RecordModel):

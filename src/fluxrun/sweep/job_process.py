@@ -12,7 +12,9 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from fluxrun.errors import Interrupted, exit_code_of
 from fluxrun.process import spans
@@ -35,6 +37,16 @@ def main(folder: Path) -> int:
 
 
 def _run(folder: Path) -> int:
+    job = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    return run_job(job, folder)[0]
+
+
+def run_job(job: Mapping[str, Any], folder: Path, *, is_first: bool = True) -> tuple[int, str]:
+    """Run a job's config into the folder; returns the exit code, and what failed.
+
+    Not ``is_first``: another process writes the folder, and this one draws along.
+    """
     from fluxrun.config.schema import RunConfig
     from fluxrun.planning.libraries import libraries_of
     from fluxrun.planning.prepare import prepare
@@ -43,19 +55,18 @@ def _run(folder: Path) -> int:
     from fluxrun.runner import run
     from fluxrun.startup.lean import start_lean
 
-    job = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    log_to(folder)
+    if is_first:
+        log_to(folder)
     try:
         config = RunConfig.from_dict(job["data"], tuple(Path(d) for d in job["dirs"]))
         prepared = prepare(config)
         start_lean(libraries_of(prepared))
         run(config, folder, command=job["command"], machine=prepared.plan.machine)
     except (Exception, KeyboardInterrupt) as error:
-        if write_failure(folder, job["data"], error):
+        if is_first and write_failure(folder, job["data"], error):
             logging.getLogger("fluxrun").error("%s", error, exc_info=error)
-        return exit_code_of(error)
-    return 0
+        return exit_code_of(error), str(error)
+    return 0, ""
 
 
 def _end_with_parent() -> None:

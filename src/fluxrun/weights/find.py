@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from fluxrun.architectures import ArchitectureName, PipelineKind, architecture, family, recognised
 from fluxrun.errors import ConfigError
@@ -59,8 +60,19 @@ def _pipeline_for(model: Flux2Model, located: Located) -> PipelineKind:
 
 def _architecture_of(located: Located) -> ArchitectureName | None:
     """The architecture of a folder of a user's own, where it is one of those known: a fine-tune has its sizes."""
+    config = _transformer_config(located)
+    return recognised(config) if config else None
+
+
+def attention_heads(located: Located) -> int | None:
+    """The transformer's attention heads, as its config says; None while there is none on this disk."""
+    heads = _transformer_config(located).get("num_attention_heads")
+    return heads if isinstance(heads, int) else None
+
+
+def _transformer_config(located: Located) -> dict[str, Any]:
     file = None if located.folder is None else located.folder / "transformer" / "config.json"
-    return recognised(read_json(file)) if file is not None and file.is_file() else None
+    return read_json(file) if file is not None and file.is_file() else {}
 
 
 def _random(model: Flux2Model, dtype: str) -> Located:

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
@@ -36,6 +37,9 @@ from fluxrun.weights.location import Located
 from fluxrun.weights.random_weights import random_source
 from fluxrun.weights.store import Base, Part
 from fluxrun.weights.text_encoder import NeededLayers
+
+if TYPE_CHECKING:
+    from diffusers.models._modeling_parallel import TensorParallelConfig
 
 Quantize = Callable[[nn.Module, str], Mapping[str, Json]]
 
@@ -62,6 +66,8 @@ class Conversion:
     """The run's device, where that is another one than the weights are placed on."""
     components: frozenset[str] = frozenset()
     """The components that ``quantize`` converts."""
+    tensor_parallel: TensorParallelConfig | None = None
+    """By what the transformer's weights are spread out over several GPUs; None: they are not."""
 
 
 Progress = Callable[[str], None]
@@ -107,9 +113,10 @@ def load(
     facts: dict[str, Any] = {"source": located.source, "revision": located.revision, "components": {}}
     needed = _needed_layers(model, located.pipeline)
     folder = None if located.kind == "random" else download(located, progress)
-    direct = _direct(device, located.declared.keys() | conversion.components) if straight else {}
+    by_itself = {"transformer"} if conversion.tensor_parallel else set()
+    direct = _direct(device, located.declared.keys() | conversion.components | by_itself) if straight else {}
     make: Callable[[str], Component] = (
-        partial(_pretrained, folder, dtype, model.variant, needed, direct)
+        partial(_pretrained, folder, dtype, model.variant, needed, direct, conversion.tensor_parallel)
         if folder
         else random_source(model, dtype, device, needed)
     )
@@ -123,7 +130,7 @@ def load(
         if name == "tokenizer" and folder and model.bundled is None:
             check_templates(templates_of(component), folder / name)
         if isinstance(component, nn.Module):
-            facts["components"][name] = _settle(component, name, device, conversion.quantize)
+            facts["components"][name] = _settle(component, name, device, conversion)
         if name == "text_encoder" and needed is not None:
             facts["components"][name] |= needed.facts(getattr(torch, dtype).itemsize)
     pipeline = _assemble(family(located.pipeline), located.distilled, parts)
@@ -138,12 +145,16 @@ def _direct(device: str, converted: Set[str]) -> dict[str, str]:
     return {name: device for name in MODEL_COMPONENTS if device != "cpu" and name not in converted}
 
 
-def _settle(module: nn.Module, name: str, device: str, quantize: Quantize) -> dict[str, Any]:
+def _settle(module: nn.Module, name: str, device: str, conversion: Conversion) -> dict[str, Any]:
     """Freeze, quantize and place one component; returns its facts."""
     module.eval().requires_grad_(False)
     parameters = parameter_count(module)
-    quantized = quantize(module, name)
+    quantized = conversion.quantize(module, name)
     module.to(device)
+    shares = conversion.tensor_parallel if name == "transformer" else None
+    # Of a file only this process's share was read; random weights are made whole.
+    if shares is not None and isinstance(module, ModelMixin) and module._parallel_config is None:
+        module.enable_parallelism(config=shares)
     return {
         "class": type(module).__name__,
         "parameters": parameters,
@@ -205,11 +216,14 @@ def _pretrained(
     variant: str | None,
     needed: NeededLayers | None,
     direct: Mapping[str, str],
+    tensor_parallel: TensorParallelConfig | None,
     name: str,
 ) -> Component:
     """One component of a diffusers folder in ``dtype``, of the text encoder what is ``needed``.
 
     It is on the CPU, or where ``direct`` says: tensors are moved one by one, so that no copy of all is made in between.
+
+    Of a transformer that is ``tensor_parallel`` only this process's share is read, onto its GPU.
 
     Components are loaded one at a time by their own ``from_pretrained`` and not through the pipeline's: that
     is what lets each be quantized before the next one needs memory.
@@ -232,7 +246,8 @@ def _pretrained(
         )
         if name == "text_encoder" and needed is not None:
             return _cut_text_encoder(cls, folder, arguments, needed)
-        component, report = cls.from_pretrained(str(folder), output_loading_info=True, **arguments)
+        share = {} if name != "transformer" or tensor_parallel is None else {"parallel_config": tensor_parallel}
+        component, report = cls.from_pretrained(str(folder), output_loading_info=True, **arguments, **share)
         _check_complete(folder / name, report["missing_keys"])
         return component
 

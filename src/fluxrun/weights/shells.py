@@ -52,6 +52,8 @@ def mend_overlay(pipeline: Pipeline) -> None:
 def _shared_copy(module: nn.Module) -> nn.Module:
     """A deep copy whose parameters share storage with the original's; ties and tensor subclasses are kept."""
     memo: dict[int, Any] = {}
+    if (parallel := getattr(module, "_parallel_config", None)) is not None:
+        memo[id(parallel)] = parallel  # it holds the process groups
     for parameter in module.parameters():
         shared = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
         # Some tensor subclasses (bitsandbytes') keep their scales in attributes, which detaching leaves behind.

@@ -30,16 +30,19 @@ class WeightsKey:
     placement: str
     part: Part
     text_layers: str = "all"
+    share: str = "all"
+    """Which share of the transformer's weights, where each of several GPUs has one."""
 
     @classmethod
     def of(
-        cls, model: Flux2Model, *, dtype: str, device: str, part: Part = "all", quantization: str = "none"
-    ) -> WeightsKey:
+        cls, model: Flux2Model, *, dtype: str, device: str, part: Part = "all", quantization: str = "none",
+        share: str = "all",
+    ) -> WeightsKey:  # fmt: skip
         """The key of ``model`` loaded as ``dtype`` onto ``device``; ``quantization``: option and knobs."""
         read, layers = model.text_encoder_out_layers, str(model.text_encoder_layers)
         return cls(
             model.source(), model.revision, model.variant, model.distilled, dtype, quantization, device, part,
-            layers if read is None else f"{layers} for {read}",
+            layers if read is None else f"{layers} for {read}", share,
         )  # fmt: skip
 
     def difference(self, other: WeightsKey) -> str:

@@ -20,6 +20,7 @@ from diffusers.models.transformers.transformer_flux2 import (
 from torch import nn
 
 from fluxrun.kernels.transformer.cublas_lt import Operands
+from fluxrun.kernels.transformer.exchange import Exchange
 from fluxrun.kernels.transformer.matmul_choice import Multiply, by_torch
 
 if TYPE_CHECKING:
@@ -77,7 +78,9 @@ class Ops(Protocol):
 class Fp8Attention(Protocol):
     """Attention in float8, as ``fp8_attention`` has it."""
 
-    def scales(self, values: Sequence[torch.Tensor]) -> Scales: ...
+    def scales(
+        self, values: Sequence[torch.Tensor], shared: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> Scales: ...
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scales: Scales) -> torch.Tensor: ...
 
@@ -146,12 +149,13 @@ class How:
 
         return CudnnFp8Attention([query for query, _ in norms], [key for _, key in norms])
 
-    def dispatch(self, attn: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Attention by the kernel of the ``attention`` group."""
+    def dispatch(
+        self, attn: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, exchanged: bool
+    ) -> torch.Tensor:
+        """Attention by the kernel of the ``attention`` group, which spreads it by itself where nobody else has."""
         processor: Any = attn.processor  # by diffusers' types it may be any of all its models'
-        return dispatch_attention_fn(
-            q, k, v, backend=processor._attention_backend, parallel_config=processor._parallel_config
-        )
+        config = None if exchanged else processor._parallel_config
+        return dispatch_attention_fn(q, k, v, backend=processor._attention_backend, parallel_config=config)
 
 
 def _joined(parts: list[torch.Tensor], in_place: bool) -> torch.Tensor:
@@ -279,7 +283,7 @@ class Attended(NamedTuple):
     """Attention's output."""
 
     data: torch.Tensor
-    """[batch, tokens, heads, size]"""
+    """[batch, tokens, heads, size], or with the heads in groups [batch, tokens, groups, heads of each, size]"""
     descale: torch.Tensor | None = None
     """Of float8 data: what turns it back into ordinary numbers"""
     dtype: torch.dtype | None = None
@@ -307,10 +311,16 @@ class Attend:
         """Attention over all streams, from each one's projected rows."""
         tokens = [len(rows) // batch for rows in projected]
         shape = (batch, sum(tokens), self.attn.heads, self.attn.head_dim)
-        kind = torch.float8_e4m3fn if self.fp8 else dtype
-        q, k, v = (torch.empty(shape, dtype=kind, device=projected[0].device) for _ in range(3))
+        kind, device = torch.float8_e4m3fn if self.fp8 else dtype, projected[0].device
+        processor: Any = self.attn.processor  # by diffusers' types it may be any of all its models'
+        exchange = Exchange.of(processor)
+        if exchange:
+            sent, (q, k, v) = exchange.room(shape, kind, device)
+        else:
+            q, k, v = (torch.empty(shape, dtype=kind, device=device) for _ in range(3))
         width = self.attn.inner_dim
-        scales = self.fp8.scales([rows[:, 2 * width : 3 * width] for rows in projected]) if self.fp8 else None
+        values = [rows[:, 2 * width : 3 * width] for rows in projected]
+        scales = self.fp8.scales(values, exchange.largest if exchange else None) if self.fp8 else None
         offset = 0
         for rows, norms, count in zip(projected, self.norms, tokens, strict=True):
             self.ops.split_qkv(
@@ -318,9 +328,13 @@ class Attend:
                 multipliers=scales.multipliers if scales else None,
             )  # fmt: skip
             offset += count
+        if exchange:
+            q, k, v = exchange.by_heads(sent)
         if self.fp8 and scales:
-            return Attended(self.fp8(q, k, v, scales), scales.descales[2:], dtype)
-        return Attended(self.how.dispatch(self.attn, q, k, v))
+            attended = Attended(self.fp8(q, k, v, scales), scales.descales[2:], dtype)
+        else:
+            attended = Attended(self.how.dispatch(self.attn, q, k, v, exchanged=exchange is not None))
+        return attended._replace(data=exchange.by_tokens(attended.data)) if exchange else attended
 
 
 def fuse(

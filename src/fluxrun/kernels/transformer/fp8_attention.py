@@ -8,7 +8,7 @@ before anything runs. Values get theirs from their largest element, and so does 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -43,16 +43,19 @@ class CudnnFp8Attention:
             [_bound(query_norms), _bound(key_norms)], dtype=torch.float32, device=query_norms[0].device
         )
 
-    def scales(self, values: Sequence[torch.Tensor]) -> Scales:
-        """The scales for these values, [rows, width] each."""
-        return Scales(*fp8_scales(values, self.bounds))
+    def scales(
+        self, values: Sequence[torch.Tensor], shared: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> Scales:
+        """The scales for these values, [rows, width] each; ``shared`` as in ``fp8_scales``."""
+        return Scales(*fp8_scales(values, self.bounds, shared))
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scales: Scales) -> torch.Tensor:
-        """float8 [batch, tokens, heads, size] in and out; the output's descale is ``scales.descales[2]``."""
+        """float8 [batch, tokens, heads, size] in, with equal strides, and out; the output's descale is
+        ``scales.descales[2]``."""
         import cudnn
 
         compiled = _graph(tuple(q.shape), tuple(q.stride()), q.device.index or 0)
-        out = torch.empty_like(q)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         workspace = torch.empty(max(1, compiled.workspace_bytes), dtype=torch.uint8, device=q.device)
         amax = torch.empty(2, dtype=torch.float32, device=q.device)
         softmax = _softmax_scales(q.device.index or 0)
@@ -89,7 +92,7 @@ def _softmax_scales(device: int) -> torch.Tensor:
 
 @cache
 def _graph(shape: tuple[int, ...], stride: tuple[int, ...], device: int) -> _Graph:
-    """cuDNN's execution plan for q, k, v and output [batch, tokens, heads, size] of these strides."""
+    """cuDNN's execution plan for q, k and v [batch, tokens, heads, size] of these strides, and a contiguous output."""
     import cudnn
 
     batch, tokens, heads, size = shape
@@ -103,7 +106,8 @@ def _graph(shape: tuple[int, ...], stride: tuple[int, ...], device: int) -> _Gra
     out, _, amax_s, amax_o = graph.sdpa_fp8(
         **tensors, generate_stats=False, attn_scale=1 / math.sqrt(size), name="sdpa_fp8"
     )
-    out.set_output(True).set_dim(dim).set_stride(strides).set_data_type(fp8)
+    contiguous = (tokens * heads * size, size, heads * size, 1)
+    out.set_output(True).set_dim(dim).set_stride(contiguous).set_data_type(fp8)
     for amax in (amax_s, amax_o):
         amax.set_output(True).set_dim(one).set_stride(one).set_data_type(fp32)
     graph.validate()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -14,10 +14,13 @@ from fluxrun.kernels.transformer.triton_ops import FP8_MAX, TINY, warps
 ROWS_PER_PROGRAM = 8
 
 
-def fp8_scales(values: Sequence[torch.Tensor], bounds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def fp8_scales(
+    values: Sequence[torch.Tensor], bounds: torch.Tensor, shared: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(scales, their reciprocals), float32 [3] each, of queries, keys and values that are to fill float8's range.
 
-    ``values``: rows [n, width] of each stream; ``bounds``: float32 [2], what queries and keys cannot exceed.
+    ``values``: rows [n, width] of each stream; ``bounds``: float32 [2], what queries and keys cannot exceed. ``shared``
+    makes of the largest value in this process the largest of all, where others have tokens of the same picture.
     """
     largest = torch.zeros(1, dtype=torch.float32, device=bounds.device)
     for part in values:
@@ -26,6 +29,7 @@ def fp8_scales(values: Sequence[torch.Tensor], bounds: torch.Tensor) -> tuple[to
             part, largest, rows, part.stride(0),
             WIDTH=width, BLOCK=triton.next_power_of_2(width), ROWS=ROWS_PER_PROGRAM, num_warps=warps(width),
         )  # fmt: skip
+    largest = largest if shared is None else shared(largest)
     out = torch.empty(6, dtype=torch.float32, device=bounds.device)
     launch(_scales_kernel, (1,))(bounds, largest, out, num_warps=1)
     return out[:3], out[3:]

@@ -50,7 +50,9 @@ class Rehearsed(How):
     def in_fp8(self, norms: Sequence[Pair]) -> Fp8Attention | None:
         return _NoAttention() if self.fp8_attention else None
 
-    def dispatch(self, attn: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def dispatch(
+        self, attn: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, exchanged: bool
+    ) -> torch.Tensor:
         return _as(q)
 
 
@@ -65,7 +67,9 @@ class _NoMatmul:
 
 
 class _NoAttention:
-    def scales(self, values: Sequence[torch.Tensor]) -> Scales:
+    def scales(
+        self, values: Sequence[torch.Tensor], shared: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> Scales:
         return Scales(*fp8_scales(values, torch.empty(2, dtype=torch.float32, device=META)))
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scales: Scales) -> torch.Tensor:

@@ -190,8 +190,8 @@ def _gated_add_kernel(x, y, gate, out, tokens, gate_stride, WIDTH: tl.constexpr,
 @triton.jit
 def _qkv_kernel(
     projected, weight_q, weight_k, cos, sin, q, k, v, tokens, row_stride, offset, heads,
-    batch_stride, token_stride, head_stride, multipliers,
-    SIZE: tl.constexpr, HEADS: tl.constexpr, EPS: tl.constexpr, QUANTIZE: tl.constexpr,
+    batch_stride, token_stride, group_stride, head_stride, multipliers,
+    SIZE: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, EPS: tl.constexpr, QUANTIZE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     which = tl.program_id(2)
@@ -200,7 +200,11 @@ def _qkv_kernel(
     channel = tl.arange(0, SIZE)[None, :]
     mask = (head < heads) & (channel < SIZE)
     source = projected + row.to(tl.int64) * row_stride + (which * heads + head) * SIZE + channel
-    target = sample.to(tl.int64) * batch_stride + token.to(tl.int64) * token_stride + head * head_stride + channel
+    target = sample.to(tl.int64) * batch_stride + token.to(tl.int64) * token_stride + channel
+    if GROUP > 0:
+        target += (head // GROUP).to(tl.int64) * group_stride + (head % GROUP) * head_stride
+    else:
+        target += head * head_stride
     value = tl.load(source, mask=mask, other=0.0).to(tl.float32)
     multiplier = tl.load(multipliers + which) if QUANTIZE else 1.0
     if which == 2:
@@ -232,8 +236,8 @@ def _qkv_kernel(
 
 @triton.jit
 def _pack_kernel(
-    attended, gate_up, out, scales, descale, tokens, batch_stride, token_stride, head_stride, row_stride,
-    SIZE: tl.constexpr, HIDDEN: tl.constexpr, CHUNK: tl.constexpr,
+    attended, gate_up, out, scales, descale, tokens, batch_stride, token_stride, group_stride, head_stride, row_stride,
+    SIZE: tl.constexpr, GROUP: tl.constexpr, HIDDEN: tl.constexpr, CHUNK: tl.constexpr,
     FIRST: tl.constexpr, SECOND: tl.constexpr, CHUNKS: tl.constexpr, QUANTIZE: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -249,7 +253,12 @@ def _pack_kernel(
     if FIRST > 0:
         mask = (chunk < FIRST) & (column >= 0)
         start = (row // tokens).to(tl.int64) * batch_stride + (row % tokens).to(tl.int64) * token_stride
-        source = attended + start + (column // SIZE) * head_stride + column % SIZE
+        head = column // SIZE
+        source = attended + start + column % SIZE
+        if GROUP > 0:
+            source += (head // GROUP).to(tl.int64) * group_stride + (head % GROUP) * head_stride
+        else:
+            source += head * head_stride
         part = tl.load(source, mask=mask, other=0.0).to(tl.float32)
         if SCALED:
             part = part * tl.load(descale)
@@ -319,17 +328,19 @@ def split_qkv(
 
     ``projected``: [batch * tokens, ≥ 3 * heads * size], queries, keys and values side by side; ``norms``: the RMSNorm
     weights [size] of queries and keys; ``rotary``: float32 cos and sin [all tokens, size], each value twice in a row;
-    ``into``: q, k and v [batch, all tokens, heads, size] with equal strides, the last one 1; in float8 each is
-    multiplied by its one of ``multipliers`` (float32 [3]).
+    ``into``: q, k and v [batch, all tokens, heads, size] with equal strides, the last one 1, or the heads in groups
+    [batch, all tokens, groups, heads of each, size]; in float8 each is multiplied by its one of ``multipliers``
+    (float32 [3]).
     """
     q, k, v = into
-    heads, size = q.shape[2:]
+    heads, group, strides = _heads(q)
+    size = q.shape[-1]
     at_once = max(1, AT_ONCE.value // size)
     grid = (projected.shape[0], triton.cdiv(heads, at_once), 3)
     launch(_qkv_kernel, grid)(
-        projected, *norms, *rotary, q, k, v, tokens, projected.stride(0), offset, heads,
-        q.stride(0), q.stride(1), q.stride(2), projected if multipliers is None else multipliers,
-        SIZE=size, HEADS=at_once, EPS=eps, QUANTIZE=multipliers is not None, num_warps=4, **EXACT,
+        projected, *norms, *rotary, q, k, v, tokens, projected.stride(0), offset, heads, *strides,
+        projected if multipliers is None else multipliers,
+        SIZE=size, HEADS=at_once, GROUP=group, EPS=eps, QUANTIZE=multipliers is not None, num_warps=4, **EXACT,
     )  # fmt: skip
 
 
@@ -343,15 +354,17 @@ def pack(
 ) -> Rows:
     """[attention's output | SwiGLU of ``gate_up``] as rows [batch * tokens, width], the input of the next matmul.
 
-    ``attended``: [batch, tokens, heads, size], any strides but 1 for the last; ``gate_up``: rows
-    [batch * tokens, 2 * hidden], gate first, any row stride. Either may be None. ``descale`` (float32 [1]) turns a
-    float8 ``attended`` back; then ``dtype`` says what the rows are to be.
+    ``attended``: [batch, tokens, heads, size], or with the heads in groups [batch, tokens, groups, heads of each,
+    size], any strides but 1 for the last; ``gate_up``: rows [batch * tokens, 2 * hidden], gate first, any row stride.
+    Either may be None. ``descale`` (float32 [1]) turns a float8 ``attended`` back; then ``dtype`` says what the rows
+    are to be.
     """
     source = attended if attended is not None else gate_up
     assert source is not None
     hidden = gate_up.shape[1] // 2 if gate_up is not None else 0
-    batch, tokens, heads, size = attended.shape if attended is not None else (len(source), 1, 0, 1)
-    strides = attended.stride()[:3] if attended is not None else (0, 0, 0)
+    batch, tokens = attended.shape[:2] if attended is not None else (len(source), 1)
+    heads, group, strides = _heads(attended) if attended is not None else (0, 0, (0, 0, 0, 0))
+    size = attended.shape[-1] if attended is not None else 1
     first = heads * size
     chunk = _chunk(first, hidden)
     chunks = triton.next_power_of_2((first + hidden) // chunk)
@@ -359,7 +372,7 @@ def pack(
     launch(_pack_kernel, (batch * tokens,))(
         attended if attended is not None else source, gate_up if gate_up is not None else source, out, scales,
         scales if descale is None else descale, tokens, *strides, gate_up.stride(0) if gate_up is not None else 0,
-        SIZE=size, HIDDEN=hidden, CHUNK=chunk, FIRST=first // chunk, SECOND=hidden // chunk, CHUNKS=chunks,
+        SIZE=size, GROUP=group, HIDDEN=hidden, CHUNK=chunk, FIRST=first // chunk, SECOND=hidden // chunk, CHUNKS=chunks,
         QUANTIZE=quantize, SCALED=descale is not None, num_warps=warps(chunk * chunks), **EXACT,
     )  # fmt: skip
     return Scaled(out, scales) if quantize else out
@@ -368,6 +381,14 @@ def pack(
 def _like(x: torch.Tensor) -> torch.Tensor:
     """Room for a contiguous tensor. Not ``empty_like``: for the meta device, in a rehearsal, it imports sympy."""
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _heads(tensor: torch.Tensor) -> tuple[int, int, tuple[int, int, int, int]]:
+    """How many heads, how many in each group (0: there are no groups), and strides of batch, token, group and head."""
+    if tensor.ndim == 4:
+        return tensor.shape[2], 0, (tensor.stride(0), tensor.stride(1), 0, tensor.stride(2))
+    strides = (tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3))
+    return tensor.shape[2] * tensor.shape[3], tensor.shape[3], strides
 
 
 def _rows(
