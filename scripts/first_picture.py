@@ -30,7 +30,7 @@ RUN = ["+preset=h100_fast", "model=flux2_klein_4b", "model.weights=random"]
 def environment(source: Path, caches: Path) -> dict[str, str]:
     """A process that runs this source and keeps what it keeps in ``caches``."""
     return os.environ | {
-        "PYTHONPATH": str(source.resolve()),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(source.resolve()), os.environ.get("PYTHONPATH")])),
         "TRITON_CACHE_DIR": str(caches / "triton"),
         "FLUXRUN_CACHE_DIR": str(caches / "cache"),
     }

@@ -67,7 +67,8 @@ def begin(plan: Plan, located: Located) -> KernelsAhead | None:
     if not plan.machine.device.startswith("cuda") or "triton" not in plan.machine.packages:
         return None
     parts: list[Part] = []
-    if plan.option(KernelsOption, "kernels").fused and plan.model.pipeline != "klein_kv":
+    whole = plan.parallel.engine is None  # several processes launch other kernels, for a part of the heads or tokens
+    if plan.option(KernelsOption, "kernels").fused and plan.model.pipeline != "klein_kv" and whole:
         parts.append(_transformer(plan, located))
     if isinstance(plan.option(VaeOption, "vae"), FastVae):
         parts.append(_decoder(plan, located))
