@@ -52,10 +52,13 @@ def end_workers_with_us() -> None:
 
 
 def stop_jobs(sweep: Path) -> None:
-    """Tell the jobs to stop, and wait a moment: joblib kills them as soon as we stop, with no word to them."""
+    """Tell the jobs to stop, and wait a moment: joblib kills them as soon as we stop, with no word to them.
+
+    By SIGTERM: a worker that is still importing would answer a Ctrl+C with a traceback.
+    """
     for worker in psutil.Process().children():
         with suppress(psutil.Error):
-            worker.send_signal(signal.SIGINT)
+            worker.send_signal(signal.SIGTERM)
     deadline = time.monotonic() + WORKERS_S
     while _running(sweep) and time.monotonic() < deadline:
         time.sleep(0.02)

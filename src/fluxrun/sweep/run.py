@@ -163,7 +163,12 @@ class Sweep:
         """The process ends at once: what is done so far, and what of the job that was running is on disk."""
         self.reserve.give_up()
         end_children()
-        self._close_records()
+        self._record_interruption()
+
+    def _record_interruption(self) -> None:
+        """sweep.json as far as the sweep came: all that takes long, comparing pictures above all, is for later."""
+        if self.workers:
+            close_records(self.folder)
         begun = [job for job in self.grid or () if self._is_begun(job)]
         self.rows |= {str(job.number): self._row(self.folder / str(job.number)) for job in begun}
         self._progress("interrupted").write(self.folder, list(self.rows.values()))
@@ -172,17 +177,14 @@ class Sweep:
         if self.workers:
             stop_jobs(self.folder)
 
-    def _close_records(self) -> None:
-        if self.workers:
-            close_records(self.folder)
-
     def _is_begun(self, job: GridJob) -> bool:
         return str(job.number) not in self.rows and (self.folder / str(job.number) / "run.json").exists()
 
     def _finish(self, ended: BaseException | None) -> Result:
         self.reserve.give_up()
         if ended:
-            self._close_records()
+            with suppress(OSError):  # finish says what the disk does not take
+                self._record_interruption()
         progress = self._progress("interrupted" if ended else "completed")
         progress.pending += self.unrecorded.values()
         return finish(self.folder, progress, self.config.baseline)
