@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: run test test-fast robustness signals kills audit lint coverage docs lock clean
+.PHONY: run test test-fast robustness signals kills serving audit lint coverage docs lock clean
 run: $(VENV)/.installed
 	$(BIN)/fluxrun $(ARGS)
 
@@ -33,6 +33,11 @@ signals: $(VENV)/.installed
 kills: $(VENV)/.installed
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python tests/robustness/signals_campaign.py --kill --count 200 \
 	  --output build/kills.json $(ARGS)
+
+# A warm server under use, a crowd and attack: every option group changed once, memory over 300 requests, client against
+# plain run, 100 requests at once with 20 that go away, 500 hostile ones. ARGS="hostile --seed 12" picks a part.
+serving: $(VENV)/.installed
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python scripts/serving.py $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check src tests benchmarks training scripts docs

@@ -56,7 +56,7 @@ def start_server(home: Path, *arguments: str) -> Running:
     with (home / "log").open("wb") as log:
         process = subprocess.Popen(command, cwd=home, env=environment, stdout=log, stderr=log, start_new_session=True)
     state = home / "data" / "server.json"
-    for _ in range(600):
+    for _ in range(3600):
         if state.exists():
             break
         assert process.poll() is None, (home / "log").read_text()

@@ -1,4 +1,4 @@
-"""A real server for the tests of a module."""
+"""A real server for all tests here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from servers import Running, start_server
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     running = start_server(tmp_path_factory.mktemp("serve"), "--limit", "queue=3", "--limit", "images=4")
     yield running

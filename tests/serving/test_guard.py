@@ -41,13 +41,16 @@ def test_hosts_of_this_machine(ask, host):
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.example", "127.0.0.1.evil.example", "", "localhost@evil.example", "192.168.1.2", "a:b:c"]
+    "host",
+    ["evil.example", "127.0.0.1.evil.example", "", "localhost@evil.example", "192.168.1.2", "a:b:c", "[::1", "[x]"],
 )
 def test_a_foreign_host(ask, host):
     assert ask("GET", "/api/status", host=host).status_code == 421
 
 
-@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:9999", "https://localhost"])
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "null", "http://127.0.0.1:9999", "https://localhost", "http://[::1"]
+)
 def test_a_foreign_origin(ask, origin):
     for method, path in (("GET", "/api/status"), ("POST", "/api/runs")):
         assert ask(method, path, headers={"Origin": origin}).status_code == 403

@@ -66,7 +66,7 @@ def test_what_may_be_asked(rules):
         "lora.files=[{bundled: outline, weight_name: ../x}]", "lora.files=[[x]]","steps=51",
         "num_images=7", "width=8192", "batch_size=2000", "measure.repeats=99", "seed=1,2", "nonsense=1", "nothing", "=",
         "prompt=" + "x" * 600, "device=" + "x" * 400, "image=upload:" + "0" * 64 + ".png", "num_images=99999999999999",
-        "steps=" + "[" * 200,
+        "steps=" + "[" * 200, "width=${width}", "negative_prompt=\ud800", "guidance=${steps}${seed}${",
     ],
 )  # fmt: skip
 def test_what_may_not(rules, override, monkeypatch):

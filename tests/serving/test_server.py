@@ -30,14 +30,13 @@ def test_runs_over_one_pipeline(server):
     first = server.draw("prompt=a cat")
     assert first["state"] == "completed"
     assert first["exit_code"] == 0
-    assert first["weights_loaded"] == 1
     RunRecord.model_validate(server.record(first["id"]))
-    again = server.start("prompt=a dog", "seed=3")
+    again = server.start("prompt=a heron", "seed=3")
     events = server.events(again)
     assert "options, model and size as before: the pipeline is used as it stands" in lines(events)
     assert [event["done"] for event in events if event["event"] == "step"][-1:] in ([], [2])
     assert next(event for event in events if event["event"] == "picture")["path"] == "images/000_seed3.png"
-    changed = server.start("prompt=a dog", "attention=math")
+    changed = server.start("prompt=a heron", "attention=math")
     assert "attention sdpa → math: new shell, weights kept" in lines(server.events(changed))
     assert server.ask("GET", f"/api/runs/{changed}")["weights_loaded"] == 0
 
@@ -97,16 +96,16 @@ def test_the_openai_package(server):
 def test_a_client_that_goes_away_stops_its_run(server):
     client = openai.OpenAI(base_url=f"{server.client.address}/v1", api_key="any", timeout=1.0, max_retries=0)
     with pytest.raises(openai.APITimeoutError):
-        client.images.generate(model="tiny", prompt="a cat", size="64x64", extra_body={"overrides": ["steps=500"]})
-    run = server.ask("GET", "/api/runs?search=cat")["runs"][0]["id"]
+        client.images.generate(model="tiny", prompt="a gull", size="64x64", extra_body={"overrides": ["steps=500"]})
+    run = server.ask("GET", "/api/runs?search=gull")["runs"][0]["id"]
     assert server.events(run)[-1]["state"] == "interrupted"
 
 
 def test_history(server):
-    found = server.ask("GET", "/api/runs?search=dog+A")
+    found = server.ask("GET", "/api/runs?search=heron+A")
     assert found["total"] == 2
     run = found["runs"][0]
-    assert run["prompt"] == "a dog"
+    assert run["prompt"] == "a heron"
     with server.client.open("GET", f"/api/runs/{run['id']}/files/{run['images'][0]}") as picture:
         assert picture.read(4) == b"\x89PNG"
 

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 
 from fluxrun.errors import FluxrunError, OptionUnavailable, TrustError, one_line
 from fluxrun.formatting import shorten
-from fluxrun.serving import images_api, routes
+from fluxrun.serving import images_api, page_routes, routes
 from fluxrun.serving.guard import Guard, Refusal
 from fluxrun.serving.runs import QueueFull
 from fluxrun.serving.service import NoSuchThing, Service, Settings
@@ -38,6 +38,7 @@ def make_app(settings: Settings) -> FastAPI:
     app.state.service = service
     app.include_router(routes.router)
     app.include_router(images_api.router)
+    app.include_router(page_routes.router)
     for kind in (FluxrunError, NoSuchThing, Refusal, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _explain)
     app.add_middleware(Guard, access=settings.access, body_limit=settings.limits.body)

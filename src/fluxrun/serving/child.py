@@ -31,7 +31,7 @@ class Child:
     def __init__(self) -> None:
         self._process: asyncio.subprocess.Process | None = None
         self._events: asyncio.StreamReader | None = None
-        self._pipe: asyncio.ReadTransport | None = None
+        self._burial: asyncio.Task[None] | None = None
         self.starts = 0
         """How many workers there have been."""
 
@@ -59,33 +59,28 @@ class Child:
             os.close(theirs)
         self._events = asyncio.StreamReader(limit=LINE_BYTES)
         protocol = asyncio.StreamReaderProtocol(self._events)
-        self._pipe, _ = await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, os.fdopen(ours, "rb"))
+        await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, os.fdopen(ours, "rb"))
+        self._burial = asyncio.create_task(_bury(self._process))
         self.starts += 1
 
     async def draw(self, job: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """Have a job drawn; the events of it, ``ended`` last. Raises WorkerDied, also for one that died while idle."""
         await self.start()
-        assert self._process is not None
-        assert self._process.stdin is not None
-        assert self._events is not None
+        process, events = self._process, self._events
+        assert process is not None
+        assert process.stdin is not None
+        assert events is not None
         with contextlib.suppress(ConnectionError):
-            self._process.stdin.write(json.dumps(job).encode() + b"\n")
-            await self._process.stdin.drain()
-        while line := await self._events.readline():
+            process.stdin.write(json.dumps(job).encode() + b"\n")
+            await process.stdin.drain()
+        while line := await events.readline():
             if not line.endswith(b"\n"):  # it died while it was writing
                 break
             event = json.loads(line)
             yield event
             if event["event"] == "ended":
                 return
-        raise WorkerDied(await self._how_it_ended())
-
-    async def _how_it_ended(self) -> str:
-        assert self._process is not None
-        code = await self._process.wait()
-        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        hint = " (SIGKILL: often the system's answer to no memory left)" if code == -signal.SIGKILL else ""
-        return f"the process that draws ended with {how}{hint}; it is started again for the next request"
+        raise WorkerDied(_how_it_ended(await process.wait()))
 
     def interrupt(self) -> None:
         """Stop the run that is being drawn at its next step; while loading or compiling, at once."""
@@ -112,10 +107,20 @@ class Child:
                 os.killpg(self.pid, number) if number == signal.SIGKILL else os.kill(self.pid, number)
 
     async def _forget(self) -> None:
-        if self._process is not None:
-            await self._process.wait()  # a session of its own: what it has left (a compiler) goes with it
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-        if self._pipe is not None:
-            self._pipe.close()
-        self._process = self._pipe = self._events = None
+        if self._burial is not None:
+            await self._burial
+        self._burial = None
+        self._process = self._events = None  # whoever still reads its events comes to their end
+
+
+async def _bury(process: asyncio.subprocess.Process) -> None:
+    """Once a worker has ended, what it has left in its session (a compiler) goes, and with it the pipe's last end."""
+    await process.wait()
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _how_it_ended(code: int) -> str:
+    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    hint = " (SIGKILL: often the system's answer to no memory left)" if code == -signal.SIGKILL else ""
+    return f"the process that draws ended with {how}{hint}; it is started again for the next request"

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Collection
 from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -43,10 +43,18 @@ class Access:
 
     def allows_host(self, header: str) -> bool:
         """Whether a Host header names this server: a foreign name that leads here is an attack (DNS rebinding)."""
-        name = (urlsplit(f"//{header}").hostname or "").rstrip(".")
+        name = (_split(f"//{header}").hostname or "").rstrip(".")
         if is_loopback(self.host):
             return name == "localhost" or is_loopback(name)
         return is_address(name) or name in {self.host, *self.names, "localhost", socket.gethostname(), socket.getfqdn()}
+
+
+def _split(url: str) -> SplitResult:
+    """A URL's parts; all of them empty for what is none."""
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return urlsplit("")
 
 
 def is_address(name: str) -> bool:
@@ -145,7 +153,7 @@ def _headers(scope: Scope) -> dict[str, str]:
 def _check_origin(method: str, path: str, headers: dict[str, str]) -> None:
     """A page of somebody else's may link to this one, and nothing more."""
     origin = headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc.lower() != headers["host"].lower():
+    if origin is not None and _split(origin).netloc.lower() != headers["host"].lower():
         raise Refusal(403, "a page of another origin may not ask this server")
     is_link = method == "GET" and path == "/" and headers.get("sec-fetch-mode") == "navigate"
     if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not is_link:

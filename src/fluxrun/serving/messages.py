@@ -108,3 +108,46 @@ class ImagesAnswer(BaseModel):
 
     created: int
     data: list[ImageAnswer]
+
+
+# --- the page -------------------------------------------------------------------------------------------------------
+
+
+class Comparison(BaseModel):
+    """How far two pictures are apart, or why that cannot be said."""
+
+    psnr_db: float | None = None
+    ssim: float | None = None
+    equal: bool = False
+    """Whether all pixels are the same: then there is no finite PSNR."""
+    reason: str | None = None
+
+
+class SweepRequest(BaseModel):
+    """What stays, and for each key that varies its values."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    overrides: list[str] = []
+    axes: dict[str, list[str]] = Field(examples=[{"attention": ["sdpa", "math"], "seed": ["0", "1"]}])
+
+
+class SweepJob(BaseModel):
+    """One combination."""
+
+    label: str
+    state: str
+    run: str | None = None
+    error: str | None = None
+    seconds: float | None = None
+    image: str | None = None
+
+
+class SweepStatus(BaseModel):
+    """A sweep as it stands."""
+
+    id: str
+    state: Literal["drawing", "reporting", "completed", "interrupted"]
+    problem: str | None = None
+    report: bool = False
+    jobs: list[SweepJob]

@@ -17,7 +17,7 @@ from fluxrun.config.origin import first_closed
 from fluxrun.config.prompts import jobs_of
 from fluxrun.config.schema import GROUPS, RunConfig
 from fluxrun.errors import ConfigError, TrustError
-from fluxrun.formatting import counted, nearest, shorten
+from fluxrun.formatting import counted, nearest, shorten, utf8
 from fluxrun.options.model import Flux2Model
 from fluxrun.paths import expanded
 from fluxrun.serving.limits import Limits
@@ -77,6 +77,8 @@ class Rules:
     # -- texts --------------------------------------------------------------------------------------------------------
 
     def _check_text(self, override: str) -> None:
+        if override != utf8(override):
+            raise ConfigError(f"{shorten(override, 40)} is no text: it holds half a character")
         key, equals, value = override.partition("=")
         name = key.lstrip("+")
         is_text = name in RAW_TEXT_KEYS and quote_raw_text(override) != override
@@ -101,13 +103,18 @@ class Rules:
         plain, rest = _plain_values(overrides)
         with self._composing:  # Hydra keeps its state in the process
             if rest not in self._composed:
-                with hydra_for(self.dirs) as hydra:
-                    node = compose_node(hydra, [quote_raw_text(o) for o in rest], self.dirs)
-                self._composed[rest] = to_data(node)
+                self._composed[rest] = self._by_hydra(rest)
                 if len(self._composed) > MOST_COMPOSED:
                     self._composed.popitem(last=False)
             self._composed.move_to_end(rest)
             return {**copy.deepcopy(dict(self._composed[rest])), **plain}
+
+    def _by_hydra(self, overrides: Sequence[str]) -> JsonObject:
+        try:
+            with hydra_for(self.dirs) as hydra:
+                return to_data(compose_node(hydra, [quote_raw_text(o) for o in overrides], self.dirs))
+        except RecursionError as error:
+            raise ConfigError("a value of the request leads back to itself, or is nested too deep") from error
 
     # -- files --------------------------------------------------------------------------------------------------------
 

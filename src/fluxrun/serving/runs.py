@@ -123,7 +123,10 @@ class Runs:
     async def add(self, overrides: Sequence[str]) -> Run:
         """Check a request and put it into the queue. Raises ConfigError, TrustError or QueueFull."""
         self._refuse_when_full()
-        accepted = await asyncio.to_thread(self.rules.check, overrides)
+        return self.put(await asyncio.to_thread(self.rules.check, overrides))
+
+    def put(self, accepted: Accepted) -> Run:
+        """Put what was checked into the queue. Raises QueueFull."""
         self._refuse_when_full()
         name = f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(4)}"
         run = Run(name, accepted, self.folder / "runs" / name)
@@ -176,6 +179,8 @@ class Runs:
             if run.state == "queued":
                 self.cancel(run)
         await self.child.stop()
+        if self.current is not None:
+            await self.current.wait()
 
     def stop_at_once(self) -> None:
         """The same without waiting for the step."""

@@ -21,6 +21,7 @@ from fluxrun.serving.limits import Limits
 from fluxrun.serving.messages import RunStatus
 from fluxrun.serving.rules import Accepted, Rules
 from fluxrun.serving.runs import Run, Runs
+from fluxrun.serving.sweeps import Sweeps
 from fluxrun.serving.uploads import Uploads
 
 
@@ -49,6 +50,7 @@ class Service:
         self.rules = Rules(settings.models, settings.limits, self.uploads)
         self.runs = Runs(settings.output, self.rules, settings.limits.queue, settings.idle_s)
         self.history = History(settings.output / "runs")
+        self.sweeps = Sweeps(settings.output / "sweeps", self.runs, settings.limits.images)
 
     @cached_property
     def machine(self) -> Machine:

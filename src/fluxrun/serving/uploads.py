@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import re
@@ -64,7 +65,7 @@ class Uploads:
                         raise TooLarge(f"an upload may have {gigabytes(self._limits.upload)}")
                     hashed.update(chunk)
                     file.write(chunk)
-            self._check(part, ending)
+            await asyncio.to_thread(self._check, part, ending)
             part.replace(self.folder / f"{hashed.hexdigest()}.{ending}")
         finally:
             part.unlink(missing_ok=True)

@@ -44,6 +44,7 @@ class Events:
     """The pipe to the server, a JSON object a line; from any thread."""
 
     def __init__(self, descriptor: int) -> None:
+        os.set_inheritable(descriptor, False)
         self._pipe = os.fdopen(descriptor, "w", encoding="utf-8", buffering=1)
         self._writing = threading.Lock()
 
