@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -10,10 +11,13 @@ from typing import Any
 
 import torch
 
+from fluxrun.compilation.triton_artifacts import TritonArtifacts
 from fluxrun.errors import one_line
 from fluxrun.options.attention import AttentionOption
+from fluxrun.options.base import Facts
 from fluxrun.options.kernels import KernelsOption
 from fluxrun.options.vae import FastVae, VaeOption
+from fluxrun.paths import expanded
 from fluxrun.planning.plan import Plan
 from fluxrun.process import spans
 from fluxrun.weights.location import Located
@@ -27,9 +31,10 @@ Part = Callable[[], Any]
 class KernelsAhead:
     """Compiles kernels in the background; what fails there is compiled, and fails, where it is first called."""
 
-    def __init__(self, parts: list[Part], device: str) -> None:
+    def __init__(self, parts: list[Part], device: str, shared: TritonArtifacts | None = None) -> None:
         from fluxrun.kernels.ahead import Compilers
 
+        self._shared = shared
         self.failed: str | None = None
         """Why it was given up."""
         self._device = torch.device(device)
@@ -44,6 +49,16 @@ class KernelsAhead:
     def stop(self) -> None:
         """Begin to compile no other one."""
         self._compilers.shutdown(wait=False, cancel_futures=True)
+
+    def share(self) -> Facts:
+        """Add what was compiled to the file of ``compile.cache_artifacts``; what came from there and went there."""
+        if self._shared is None:
+            return {}
+        from triton import JITFunction
+
+        modules = [module for name, module in sys.modules.items() if name.startswith("fluxrun.kernels.")]
+        self._shared.save(x for module in modules for x in vars(module).values() if isinstance(x, JITFunction))
+        return {"triton_artifacts": dict(self._shared.facts)}
 
     def _compile(self, parts: list[Part]) -> None:
         from fluxrun.kernels.ahead import compile_ahead
@@ -71,7 +86,17 @@ def begin(plan: Plan, located: Located) -> KernelsAhead | None:
         parts.append(_transformer(plan, located))
     if isinstance(plan.option(VaeOption, "vae"), FastVae):
         parts.append(_decoder(plan, located))
-    return KernelsAhead(parts, plan.machine.device) if parts else None
+    return KernelsAhead(parts, plan.machine.device, _shared(plan)) if parts else None
+
+
+def _shared(plan: Plan) -> TritonArtifacts | None:
+    if plan.compile.cache_artifacts is None:
+        return None
+    shared = TritonArtifacts(expanded(plan.compile.cache_artifacts), plan.machine)
+    if note := shared.load():
+        log.warning("%s", note)
+        plan.note(note)
+    return shared
 
 
 def _transformer(plan: Plan, located: Located) -> Part:
