@@ -129,8 +129,17 @@ def _decoder(plan: Plan, located: Located) -> Part:
     def part() -> None:
         vae: Any = skeleton(plan.model, located, "vae", getattr(torch, plan.dtype))
         if vae is not None:
-            decoder = vae.decoder.to_empty(device=plan.machine.device)
+            decoder = _materialized(vae.decoder, plan.machine.device)
             weight = decoder.conv_in.weight
             fast_decoder(decoder, plan.machine.device)(weight.new_zeros(1, weight.shape[1], TRIAL_SIZE, TRIAL_SIZE))
 
     return part
+
+
+def _materialized(module: Any, device: str) -> Any:
+    """A module of the meta device with memory for its weights. Not ``to_empty``, which imports sympy."""
+    state = module.state_dict()
+    module.load_state_dict(
+        {name: torch.empty(value.shape, dtype=value.dtype, device=device) for name, value in state.items()}, assign=True
+    )
+    return module
