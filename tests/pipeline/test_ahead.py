@@ -60,8 +60,16 @@ def test_parts_are_rehearsed_on_a_thread_of_their_own(triton):
     assert len(triton.executors) == 1
 
 
-def test_what_fails_there_is_kept(triton):
-    ahead = KernelsAhead([lambda: 1 / 0], "cpu")
+def test_other_work_is_done_beside_it_for_real(triton):
+    found = []
+    ahead = KernelsAhead([], "cpu", beside=[lambda: found.append(launch(Kernel(), (1,))()[0])])
+    ahead.wait()
+    assert (found, ahead.failed) == (["launched"], None)
+
+
+@pytest.mark.parametrize("parts", [([lambda: 1 / 0], []), ([], [lambda: 1 / 0])])
+def test_what_fails_there_is_kept(parts, triton):
+    ahead = KernelsAhead(parts[0], "cpu", beside=parts[1])
     ahead.wait()
     assert ahead.failed is not None
     assert "division by zero" in ahead.failed

@@ -1,4 +1,4 @@
-"""The Triton kernels of a plan, compiled on threads while its weights are loaded."""
+"""The Triton kernels of a plan, compiled on threads while its weights are loaded, and cuDNN's plan with them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,10 +31,12 @@ Part = Callable[[], Any]
 class KernelsAhead:
     """Compiles kernels in the background; what fails there is compiled, and fails, where it is first called."""
 
-    def __init__(self, parts: list[Part], device: str, shared: TritonArtifacts | None = None) -> None:
+    def __init__(
+        self, parts: list[Part], device: str, shared: TritonArtifacts | None = None, beside: Sequence[Part] = ()
+    ) -> None:
         from fluxrun.kernels.ahead import Compilers
 
-        self._shared = shared
+        self._shared, self._beside = shared, beside
         self.failed: str | None = None
         """Why it was given up."""
         self._device = torch.device(device)
@@ -66,7 +68,7 @@ class KernelsAhead:
         started = time.perf_counter()
         with spans.span("kernels"):
             try:
-                compile_ahead(parts, self._compilers, self._device)
+                compile_ahead(parts, self._compilers, self._device, self._beside)
             except Exception as error:  # whatever the compiler throws: it is said, and the first call tries again
                 self.failed = one_line(error)
                 log.debug("compiling kernels ahead failed", exc_info=error)
@@ -82,11 +84,14 @@ def begin(plan: Plan, located: Located) -> KernelsAhead | None:
     if not plan.machine.device.startswith("cuda") or "triton" not in plan.machine.packages:
         return None
     parts: list[Part] = []
+    beside: list[Part] = []
     if plan.option(KernelsOption, "kernels").fused and plan.model.pipeline != "klein_kv":
         parts.append(_transformer(plan, located))
+        if plan.option(AttentionOption, "attention").in_fp8:
+            beside.append(_attention(plan, located))
     if isinstance(plan.option(VaeOption, "vae"), FastVae):
         parts.append(_decoder(plan, located))
-    return KernelsAhead(parts, plan.machine.device, _shared(plan)) if parts else None
+    return KernelsAhead(parts, plan.machine.device, _shared(plan), beside) if parts else None
 
 
 def _shared(plan: Plan) -> TritonArtifacts | None:
@@ -114,6 +119,20 @@ def _transformer(plan: Plan, located: Located) -> Part:
         if transformer is not None:
             quantized = quantization.chosen(transformer).values() if quantization.converts("transformer") else ()
             rehearse(transformer, Rehearsed(quantized=set(quantized), fp8_attention=in_fp8), shape, transformer.dtype)
+
+    return part
+
+
+def _attention(plan: Plan, located: Located) -> Part:
+    """cuDNN's plan of float8 attention at the run's size."""
+    from fluxrun.kernels.transformer.fp8_attention import prepare
+
+    def part() -> None:
+        blocks = {"num_layers": 0, "num_single_layers": 0}
+        transformer: Any = skeleton(plan.model, located, "transformer", getattr(torch, plan.dtype), blocks)
+        if transformer is not None:
+            heads, size = transformer.config["num_attention_heads"], transformer.config["attention_head_dim"]
+            prepare((plan.config.batch_size, plan.estimate.tokens, heads, size), torch.device(plan.machine.device))
 
     return part
 
