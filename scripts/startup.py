@@ -31,6 +31,9 @@ from typing import Any
 
 RUN = ("height=64", "width=64", "steps=1")
 
+SHORT = {"plan": ["plan"], "help": ["--help"], "typo": ["hieght=64"]}
+"""What is answered without torch; a typo with exit code 2."""
+
 SHOWN = 22
 """Packages in the table; the others are one line."""
 
@@ -98,13 +101,13 @@ def trace(into: str, command: Sequence[str]) -> None:
 # --- in this one ------------------------------------------------------------------------------------------------------
 
 
-def cpu_seconds(command: Sequence[str], source: Path | None, folder: Path) -> tuple[float, float]:
+def cpu_seconds(command: Sequence[str], source: Path | None, folder: Path, expected: int = 0) -> tuple[float, float]:
     """User and system time of a process and its children, and the wall time at which it ended."""
     environment = os.environ | ({"PYTHONPATH": str(source)} if source else {})
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     child = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
     ended, after = time.time(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    if child.returncode:
+    if child.returncode not in (0, expected):
         raise SystemExit(f"{' '.join(command)} failed:\n{child.stderr}")
     return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime, ended
 
@@ -140,13 +143,16 @@ def measure(source: Path | None, overrides: Sequence[str], runs: int) -> dict[st
         folder = Path(place)
         alone = sum(imports_of(["import torch"], source, folder, runs).values())
         own = imports_of(["fluxrun", *overrides], source, folder, runs)
-        whole, torches, left, short = [], [], [], []
+        whole, torches, left = [], [], []
+        short: dict[str, list[float]] = {name: [] for name in SHORT}
         for _ in range(runs):  # in turns: what slows the machine down slows both
             torches.append(cpu_seconds(torch, source, folder)[0])
             spent, ended = cpu_seconds(fluxrun, source, folder)
             whole.append(spent)
             left.append(leaving(folder, ended))
-            short.append(cpu_seconds([*fluxrun[:3], "plan", *overrides], source, folder)[0])
+            for name, words in SHORT.items():
+                more = overrides if name == "plan" else []
+                short[name].append(cpu_seconds([*fluxrun[:3], *words, *more], source, folder, 2)[0])
     ratios = [process / torch for process, torch in zip(whole, torches, strict=True)]
     return {
         "source": str(source or "installed"),
@@ -159,7 +165,7 @@ def measure(source: Path | None, overrides: Sequence[str], runs: int) -> dict[st
         "import_torch_process_s": statistics.median(torches),
         "process_over_torch": statistics.median(ratios),
         "leaving_s": statistics.median(left),
-        "plan_s": statistics.median(short),
+        **{f"{name}_s": statistics.median(spent) for name, spent in short.items()},
     }
 
 
@@ -174,7 +180,9 @@ def show(found: dict[str, Any]) -> None:
         f"  whole process  {found['process_s']:5.2f} s  {found['process_over_torch']:.2f} x `import torch` as one "
         f"({found['import_torch_process_s']:.2f} s)"
     )
-    print(f"  fluxrun plan   {found['plan_s']:5.2f} s")
+    for name in SHORT:
+        ratio = found[f"{name}_s"] / found["import_torch_process_s"]
+        print(f"  {name:15}{found[f'{name}_s']:5.2f} s  {ratio:.2f} x `import torch`")
     print(f"  leaving        {found['leaving_s']:5.2f} s  (wall)")
     groups = list(found["groups"].items())
     for name, spent in groups[:SHOWN]:

@@ -60,8 +60,16 @@ def test_parts_are_rehearsed_on_a_thread_of_their_own(triton):
     assert len(triton.executors) == 1
 
 
-def test_what_fails_there_is_kept(triton):
-    ahead = KernelsAhead([lambda: 1 / 0], "cpu")
+def test_other_work_is_done_beside_it_for_real(triton):
+    found = []
+    ahead = KernelsAhead([], "cpu", beside=[lambda: found.append(launch(Kernel(), (1,))()[0])])
+    ahead.wait()
+    assert (found, ahead.failed) == (["launched"], None)
+
+
+@pytest.mark.parametrize("parts", [([lambda: 1 / 0], []), ([], [lambda: 1 / 0])])
+def test_what_fails_there_is_kept(parts, triton):
+    ahead = KernelsAhead(parts[0], "cpu", beside=parts[1])
     ahead.wait()
     assert ahead.failed is not None
     assert "division by zero" in ahead.failed
@@ -81,10 +89,14 @@ def test_a_compiled_kernel_comes_back_ready_to_run(triton):
     assert (ahead.failed, asked) == (None, ["launcher and code"])
 
 
+KLEIN = ("model=flux2_klein_4b", "model.weights=random")
+
+
 def test_nothing_is_begun_where_nothing_of_ours_is_launched():
     for machine, overrides in (
-        (CPU, SMALL),
-        (H100, ("model=flux2_klein_4b", "model.weights=random", "kernels=diffusers", "vae=full")),
+        (CPU, (*SMALL, "kernels.compile_ahead=true")),
+        (H100, (*KLEIN, "kernels=diffusers", "kernels.compile_ahead=true", "vae=full")),
+        (H100, (*KLEIN, "+preset=h100_fast")),
     ):
         prepared = prepare(composed(*overrides), machine)
         assert begin(prepared.plan, prepared.located) is None

@@ -1,7 +1,8 @@
 """Compile artefacts in one file, so that a team compiles once: torch's "mega-cache" with a header in front.
 
 A file is a row of parts, each a line of JSON that says what it was made with and the bytes torch wrote. Parts of
-another torch, GPU or fluxrun are left alone; what was compiled new is added as a part of its own.
+another torch, GPU or fluxrun are left alone, as are those with a ``kind`` (``triton_artifacts.py``); what was compiled
+new is added as a part of its own.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ class Artifacts:
         if not self.file.exists():
             return None
         try:
-            parts = list(read_parts(self.file))
+            parts = [(header, part) for header, part in read_parts(self.file) if "kind" not in header]  # torch's own
         except (ConfigError, OSError) as error:
             self.usable = False
             self.facts["refused"] = one_line(error)

@@ -45,15 +45,30 @@ class Compilers(ThreadPoolExecutor):
         self.compiled += 1
         return super().submit(_made_ready, partial(compiling, *args, **kwargs))
 
+    def beside(self, work: Callable[[], Any]) -> Future[Any]:
+        """Anything else that is to be done meanwhile."""
+        return super().submit(work)
 
-def compile_ahead(parts: Sequence[Callable[[], Any]], compilers: Compilers, device: torch.device) -> None:
-    """Compile what ``parts`` launch, all at once; returns when it is done. Raises what Triton raises."""
+
+def compile_ahead(
+    parts: Sequence[Callable[[], Any]],
+    compilers: Compilers,
+    device: torch.device,
+    beside: Sequence[Callable[[], Any]] = (),
+) -> None:
+    """Compile what ``parts`` launch, all at once; returns when it is done. Raises what Triton raises.
+
+    ``beside`` is done on threads of its own, not in a rehearsal.
+    """
     import triton
 
     _use(device)
+    others = [compilers.beside(work) for work in beside]
     with triton.AsyncCompileMode(compilers), rehearsal(), torch.no_grad():
         for part in parts:
             part()
+    for other in others:
+        other.result()
 
 
 def _use(device: torch.device) -> None:

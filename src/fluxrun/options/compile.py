@@ -68,7 +68,8 @@ class CompileOption(Option):
     """Folder for compiled kernels; None is fluxrun's cache folder."""
 
     cache_artifacts: Annotated[Path | None, Closed("compiled code that lies in the file is run")] = None
-    """File of compiled code to share between machines: used when it is there, written when something was compiled."""
+    """File of compiled code to share between machines, the compiler's and, with ``kernels.compile_ahead``, the Triton
+    kernels of ``kernels=fused`` and ``vae=fast``: used when it is there, written when something was compiled."""
 
     @property
     def libraries(self) -> frozenset[str] | None:
@@ -92,7 +93,7 @@ class NoCompile(CompileOption):
     active: ClassVar[bool] = False
 
     def unused_knobs(self) -> list[str]:
-        return self.changed_knobs()
+        return self.changed_knobs("cache_artifacts")
 
 
 class CudaGraphs(CompileOption):
@@ -105,7 +106,7 @@ class CudaGraphs(CompileOption):
         return machine.needs_cuda()
 
     def unused_knobs(self) -> list[str]:
-        return self.changed_knobs("targets")
+        return self.changed_knobs("targets", "cache_artifacts")
 
     def apply(self, pipeline: Pipeline, context: Context) -> Facts:
         """Wrap the targets' forward; the second call of a shape records it."""

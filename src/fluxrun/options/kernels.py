@@ -39,6 +39,9 @@ class KernelsOption(Option):
     """fused: whose kernels stand between the matmuls of klein's text encoder. ``fused``: ours, those of them that give
     the bits of transformers' operations on this machine, which is tried when the pipeline is built."""
 
+    compile_ahead: Open[bool] = False
+    """fused: compile the Triton kernels of the run, ours and those of ``vae=fast``, on threads while weights load."""
+
     @property
     def libraries(self) -> frozenset[str] | None:
         return NOTHING_MORE

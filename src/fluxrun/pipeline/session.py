@@ -193,6 +193,9 @@ class Session:
         assert self.context is not None
         for choice in self.plan.choices.values():
             choice.facts = {**choice.facts, **choice.option.observe(self.pipeline, self.context)}
+        if self._ahead is not None:
+            compiling = self.plan.choices["compile"]
+            compiling.facts = {**compiling.facts, **self._ahead.share()}
         if self.guidance is not None:
             self.plan.choices["model"].facts["guidance_batched_calls"] = self.guidance.calls
 
@@ -281,6 +284,8 @@ class Session:
 
         if self._ahead is None and not self.store.reasons and self.loader.located is not None:
             self._ahead = begin(self.plan, self.loader.located)
+            if self._ahead is None and self.plan.compile.cache_artifacts and not self.plan.compile.compiles:
+                self.plan.note("compile.cache_artifacts is not used: nothing of this run is compiled")
 
     def _wait_for_kernels(self) -> None:
         if self._ahead is not None:

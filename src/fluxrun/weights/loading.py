@@ -100,7 +100,7 @@ def load(
     conversion: Conversion | None = None,
     progress: Progress = _silent,
     located: Located | None = None,
-    straight: bool = True,
+    straight: bool = False,
 ) -> Base:
     """Load or build ``part`` of ``model`` as ``dtype`` (a torch dtype's name) onto ``device``.
 

@@ -98,6 +98,6 @@ def rehearse(transformer: Flux2Transformer2DModel, how: Rehearsed, shape: Shape,
     modulation = empty(batch, 6 * width)
     for block in transformer.transformer_blocks:
         text, image = block(image, text, temb_mod_img=modulation, temb_mod_txt=modulation, image_rotary_emb=rotary)
-    both, modulation = torch.cat([text, image], dim=1), empty(batch, 3 * width)
+    both, modulation = empty(batch, tokens, width), empty(batch, 3 * width)
     for block in transformer.single_transformer_blocks:
         both = block(both, None, temb_mod=modulation, image_rotary_emb=rotary)
