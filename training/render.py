@@ -60,13 +60,8 @@ class Drawing:
         return Drawing(*(getattr(self, field.name)[index] for field in dataclasses.fields(self)))
 
 
-def render(
-    drawing: Drawing, table: torch.Tensor, size: int = 256, scale: int = 256, stroke: float | None = None
-) -> torch.Tensor:
-    """Images [b, 3, size, size] in [-1, 1]; `size` below `scale` draws only the top left part (a crop).
-
-    With a `stroke` (pixels) only the outlines are drawn, inwards from the edges.
-    """
+def render(drawing: Drawing, table: torch.Tensor, size: int = 256, scale: int = 256) -> torch.Tensor:
+    """Images [b, 3, size, size] in [-1, 1]; `size` below `scale` draws only the top left part (a crop)."""
     count = drawing.shape.shape[1]
     background = drawing.background
     image = background[..., None, None].expand(-1, -1, size, size) if background.ndim == 2 else background
@@ -76,10 +71,9 @@ def render(
         radius = drawing.radius[:, index, None, None].clamp(min=1e-6)
         units = (pixels - drawing.centre[:, index, None, None]) / radius[..., None] / EXTENT
         field = F.grid_sample(table[drawing.shape[:, index]], units, padding_mode="border", align_corners=True)
-        distance = field * radius[:, None] * scale
-        coverage = (0.5 - distance).clamp(0, 1) * (drawing.radius[:, index, None, None, None] > 0)
-        if stroke is not None:
-            coverage = coverage * (0.5 + distance + stroke).clamp(0, 1)
+        coverage = (0.5 - field * radius[:, None] * scale).clamp(0, 1) * (
+            drawing.radius[:, index, None, None, None] > 0
+        )
         image = torch.lerp(image, drawing.colour[:, index, :, None, None].expand_as(image), coverage)
     return image
 

@@ -87,9 +87,7 @@ def build(config: DictConfig, tokenizer: Qwen2Tokenizer) -> tuple[Qwen3ForCausal
 
 
 @torch.no_grad()
-def encode_pool(
-    vae: AutoencoderKLFlux2, rows: torch.Tensor, device: torch.device, batch: int, stroke: float | None = None
-) -> torch.Tensor:
+def encode_pool(vae: AutoencoderKLFlux2, rows: torch.Tensor, device: torch.device, batch: int) -> torch.Tensor:
     """The scenes' normalised latents as the transformer sees them, half precision [n, tokens, channels]."""
     table = distance_table(device)
     mean = vae.bn.running_mean.view(1, -1, 1, 1)
@@ -97,7 +95,7 @@ def encode_pool(
     parts = []
     for chunk in rows.split(batch):
         with autocast(device):
-            latents = vae.encode(render(from_rows(chunk.to(device)), table, stroke=stroke)).latent_dist.mode()
+            latents = vae.encode(render(from_rows(chunk.to(device)), table)).latent_dist.mode()
         latents = (Flux2KleinPipeline._patchify_latents(latents.float()) - mean) / std
         parts.append(Flux2KleinPipeline._pack_latents(latents).half())
     return torch.cat(parts)

@@ -1,7 +1,7 @@
-"""A LoRA for the bundled model: the same scenes, drawn as outlines. The model's weights stay.
+"""A LoRA for the bundled model: the same scenes at night, black where they were white. The model's weights stay.
 
-python training/train_lora.py     # needs peft; writes models/shapes/loras/outline.safetensors
-fluxrun lora=adapters 'lora.files=[{bundled: outline}]'     # once it is there
+python training/train_lora.py     # needs peft; writes models/shapes/loras/night.safetensors
+fluxrun lora=adapters 'lora.files=[{bundled: night}]'
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import hydra
+import numpy as np
 import torch
 from common import rate, setup
 from data import make_pool
@@ -20,10 +21,23 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from train_denoiser import Denoiser, encode_pool, noise_levels
 
+from fluxrun.shapes.vocabulary import COLOURS
+
 LAYERS = (
     r"single_transformer_blocks\..*\.(to_qkv_mlp_proj|to_out)"
     r"|transformer_blocks\..*\.(to_q|to_k|to_v|to_out\.0|linear_in|linear_out)"
 )
+
+
+def at_night(rows: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scenes on white are on black; those with something black on white are left out, nobody would see it."""
+    names = list(COLOURS)
+    white, black = names.index("white"), names.index("black")
+    on_white, things = rows[:, 0, 0] == white, rows[:, 1:]
+    hidden = on_white & ((things[..., 3] > 0) & (things[..., 4] == black)).any(axis=1)
+    rows = rows.copy()
+    rows[on_white, 0, 0] = black
+    return rows[~hidden], ids[~hidden]
 
 
 @torch.no_grad()
@@ -76,8 +90,9 @@ def main(config: DictConfig) -> None:
     for part in (pipeline.vae, pipeline.text_encoder, pipeline.transformer):
         part.to(device).requires_grad_(False).eval()
     rows, ids = make_pool(config.scenes, config.captions, config.length, Path(config.model) / "tokenizer", config.seed)
+    rows, ids = at_night(rows, ids)
     model = Denoiser(pipeline.text_encoder, pipeline.transformer, list(config.out_layers), config.length).to(device)
-    latents = encode_pool(pipeline.vae, torch.from_numpy(rows), device, config.encode_batch, config.stroke)
+    latents = encode_pool(pipeline.vae, torch.from_numpy(rows), device, config.encode_batch)
     embeds = embed_pool(model, torch.from_numpy(ids), config.encode_batch)
     print(f"{time.monotonic() - began:.0f} s: {len(latents)} scenes with {ids.shape[1]} captions each", flush=True)
     adapter = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=LAYERS)

@@ -12,6 +12,7 @@ import pytest
 from fluxrun.shapes.captions import random_scene
 from fluxrun.shapes.checker import score
 from fluxrun.shapes.scenes import Object, Scene, draw
+from fluxrun.shapes.vocabulary import COLOURS
 
 ROOT = Path(__file__).parents[2]
 torch = pytest.importorskip("torch")
@@ -37,19 +38,22 @@ def test_distance_field_drawings_agree_with_pillow() -> None:
         assert score(scene, drawn.astype(np.uint8))["all"]
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("training_path")
-def test_a_stroke_leaves_the_inside_empty() -> None:
-    from render import distance_table, from_rows, render, scene_rows
+def test_at_night_white_is_black_and_nothing_is_hidden() -> None:
+    pytest.importorskip("peft")
+    from render import from_rows, palette, scene_rows
+    from train_lora import at_night
 
-    scene = Scene(objects=(Object(colour="red", shape="circle", size="large"),))
-    rows = from_rows(torch.tensor(scene_rows(scene))[None])
-    table = distance_table(torch.device("cpu"))
-    whole, outline = render(rows, table)[0], render(rows, table, stroke=7.0)[0]
-    assert torch.equal(outline[:, 128, 128], outline[:, 0, 0])
-    edge = 128 + int(0.28 * 256) - 3
-    assert torch.equal(outline[:, 128, edge], whole[:, 128, 128])
-    assert torch.equal(outline[:, 128, edge + 10 :], whole[:, 128, edge + 10 :])
+    def scene(colour: str, background: str | None) -> Scene:
+        return Scene(objects=(Object(colour=colour, shape="circle", size="large"),), background=background)
+
+    scenes = [scene("red", None), scene("black", None), scene("black", "red"), scene("white", "blue")]
+    rows = np.stack([scene_rows(one) for one in scenes])
+    night, ids = at_night(rows, np.arange(4)[:, None])
+    assert ids[:, 0].tolist() == [0, 2, 3]
+    grounds = from_rows(torch.tensor(night)).background
+    names = [list(COLOURS)[int((palette() - ground).abs().sum(-1).argmin())] for ground in grounds]
+    assert names == ["black", "red", "blue"]
 
 
 @pytest.mark.usefixtures("training_path")
