@@ -21,6 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fluxrun.kernels.transformer.exchange import head_layout
+
 FP8_MAX: tl.constexpr = tl.constexpr(448.0)  # largest float8_e4m3fn
 
 TINY: tl.constexpr = tl.constexpr(1e-12)  # keeps the scale of an all-zero row finite; torchao's value
@@ -326,12 +328,11 @@ def split_qkv(
 
     ``projected``: [batch * tokens, ≥ 3 * heads * size], queries, keys and values side by side; ``norms``: the RMSNorm
     weights [size] of queries and keys; ``rotary``: float32 cos and sin [all tokens, size], each value twice in a row;
-    ``into``: q, k and v [batch, all tokens, heads, size] with equal strides, the last one 1, or the heads in groups
-    [batch, all tokens, groups, heads of each, size]; in float8 each is multiplied by its one of ``multipliers``
-    (float32 [3]).
+    ``into``: q, k and v as ``head_layout`` takes them, [batch, all tokens, …], with equal strides, the last one 1; in
+    float8 each is multiplied by its one of ``multipliers`` (float32 [3]).
     """
     q, k, v = into
-    heads, group, strides = _heads(q)
+    heads, group, strides = head_layout(q)
     size = q.shape[-1]
     at_once = max(1, AT_ONCE.value // size)
     grid = (projected.shape[0], triton.cdiv(heads, at_once), 3)
@@ -352,16 +353,15 @@ def pack(
 ) -> Rows:
     """[attention's output | SwiGLU of ``gate_up``] as rows [batch * tokens, width], the input of the next matmul.
 
-    ``attended``: [batch, tokens, heads, size], or with the heads in groups [batch, tokens, groups, heads of each,
-    size], any strides but 1 for the last; ``gate_up``: rows [batch * tokens, 2 * hidden], gate first, any row stride.
-    Either may be None. ``descale`` (float32 [1]) turns a float8 ``attended`` back; then ``dtype`` says what the rows
-    are to be.
+    ``attended``: as ``head_layout`` takes it, any strides but 1 for the last; ``gate_up``: rows
+    [batch * tokens, 2 * hidden], gate first, any row stride. Either may be None. ``descale`` (float32 [1]) turns a
+    float8 ``attended`` back; then ``dtype`` says what the rows are to be.
     """
     source = attended if attended is not None else gate_up
     assert source is not None
     hidden = gate_up.shape[1] // 2 if gate_up is not None else 0
     batch, tokens = attended.shape[:2] if attended is not None else (len(source), 1)
-    heads, group, strides = _heads(attended) if attended is not None else (0, 0, (0, 0, 0, 0))
+    heads, group, strides = head_layout(attended) if attended is not None else (0, 0, (0, 0, 0, 0))
     size = attended.shape[-1] if attended is not None else 1
     first = heads * size
     chunk = _chunk(first, hidden)
@@ -374,14 +374,6 @@ def pack(
         QUANTIZE=quantize, SCALED=descale is not None, num_warps=warps(chunk * chunks), **EXACT,
     )  # fmt: skip
     return Scaled(out, scales) if quantize else out
-
-
-def _heads(tensor: torch.Tensor) -> tuple[int, int, tuple[int, int, int, int]]:
-    """How many heads, how many in each group (0: there are no groups), and strides of batch, token, group and head."""
-    if tensor.ndim == 4:
-        return tensor.shape[2], 0, (tensor.stride(0), tensor.stride(1), 0, tensor.stride(2))
-    strides = (tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3))
-    return tensor.shape[2] * tensor.shape[3], tensor.shape[3], strides
 
 
 def _rows(
