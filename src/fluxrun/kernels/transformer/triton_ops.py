@@ -9,8 +9,7 @@ dev, on random weights). So sums are taken in the order of torch's CUDA kernel
 (aten/src/ATen/native/cuda/layer_norm_kernel.cu, ``vectorized_layer_norm_kernel``): 128 threads, each over its 4 of
 every 512 values, then pairwise, 16 threads apart, 8, 4, 2, 1, and so the 4 warps. Triton's own reductions pair in
 that order where a thread holds those 4 values, which is why programs here have 4 warps and 512 values at a time. So
-it is with torch 2.11 and Triton 3.6, by ``tests/gpu/test_kernels.py``; should either change its order, the results
-differ in last bits again.
+it is with torch 2.11 and Triton 3.6, by ``tests/gpu/test_kernels.py``; if either changes its order, last bits differ.
 """
 
 from __future__ import annotations
