@@ -71,6 +71,7 @@ def compare_fused(folder: Path) -> None:
         fused.enable_parallelism(config=ContextParallelConfig(ulysses_degree=distributed.get_world_size()))
         torch.manual_seed(1)
         arguments = inputs(torch.float32, batch, text=8)
+        arguments |= {name: arguments[name][None] for name in ("img_ids", "txt_ids")}  # only then they are shared out
         with torch.no_grad():
             found.append(float((plain(**arguments)[0] - fused(**arguments)[0]).abs().max()))
     if distributed.get_rank() == 0:

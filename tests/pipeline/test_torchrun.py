@@ -24,7 +24,6 @@ from fluxrun.config.composition import compose
 from fluxrun.errors import FluxrunError
 from fluxrun.pipeline.torchrun import draw_in_ranks
 from fluxrun.record.folder import read_record
-from fluxrun.record.schema import RunRecord
 
 PROGRAM = "drawn_together"
 TESTS = Path(__file__).resolve().parents[1]
@@ -41,8 +40,8 @@ def pixels(folder: Path) -> np.ndarray:
     return np.asarray(Image.open(file).convert("RGB"), dtype=int)
 
 
-def draw_together(jobs: list[tuple[Path, list[str]]]) -> list[RunRecord]:
-    """Each job drawn by the same two processes of one torchrun, as a user starts it."""
+def draw_together(jobs: list[tuple[Path, list[str]]]) -> None:
+    """Each job done by the same two processes of one torchrun, as a user starts it."""
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     given = json.dumps([(str(folder), overrides) for folder, overrides in jobs])
     done = subprocess.run(
@@ -53,7 +52,6 @@ def draw_together(jobs: list[tuple[Path, list[str]]]) -> list[RunRecord]:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return [read_record(folder) for folder, _ in jobs]
 
 
 @pytest.mark.slow
@@ -62,8 +60,10 @@ def test_two_processes_draw_the_picture_of_one(tmp_path: Path) -> None:
     jobs = [(tmp_path / engine, [*SMALL, f"parallel={engine}"]) for engine in engines]
     failing = (tmp_path / "failing", [*SMALL, "parallel=ulysses", "vae=fast", "seed=4242"])
     shapes = (tmp_path / "shapes", ["model=shapes", "height=64", "width=64", "steps=1", "parallel=ulysses"])
-    *records, fallen_back, of_shapes = draw_together([*jobs, failing, shapes])
+    fused = (tmp_path / "fused.json", ["fused"])
+    draw_together([*jobs, failing, shapes, fused])
     draw(tmp_path / "one")
+    *records, fallen_back, of_shapes = (read_record(folder) for folder, _ in [*jobs, failing, shapes])
     for engine, record in zip(engines, records, strict=True):
         parallel = record.options["parallel"]
         assert (record.status, parallel.effective, parallel.fallbacks) == ("completed", engine, [])
@@ -79,6 +79,8 @@ def test_two_processes_draw_the_picture_of_one(tmp_path: Path) -> None:
     [fallback] = fallen_back.options["vae"].fallbacks
     assert (fallback.option, fallback.stage, fallback.reason) == ("fast", "first_call", "rank 1: out of luck")
     assert (fallen_back.status, fallen_back.options["parallel"].effective) == ("completed", "ulysses")
+    # The fused blocks' own exchange, for a batch of one and of two.
+    assert max(json.loads(fused[0].read_text())) < 1e-5
     # Three heads: two processes cannot share them.
     assert (of_shapes.status, of_shapes.options["parallel"].effective) == ("completed", "single")
 

@@ -127,7 +127,11 @@ class Group(Ranks):
     def mesh(self, shape: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
         """Made once: each one's communicators take memory on the GPU."""
         from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.distributed_c10d import _set_pg_timeout
 
         if names not in self._meshes:
-            self._meshes[names] = init_device_mesh(self._device, shape, mesh_dim_names=names)
+            mesh = self._meshes[names] = init_device_mesh(self._device, shape, mesh_dim_names=names)
+            whole = [mesh._flatten().get_group()] if len(names) > 1 else []  # which diffusers makes otherwise
+            for group in (*map(mesh.get_group, names), *whole):
+                _set_pg_timeout(self._timeout, group)  # a mesh's groups have a timeout of their own
         return self._meshes[names]

@@ -76,3 +76,14 @@ class Exchange:
         received = torch.empty_like(data)
         dist.all_to_all_single(received, data, group=self.group)
         return received.view(sent.dtype) if as_bytes else received
+
+
+def head_layout(tensor: torch.Tensor) -> tuple[int, int, tuple[int, int, int, int]]:
+    """How many heads, how many in each group (0: there are no groups), and strides of batch, token, group and head.
+
+    ``tensor``: [batch, tokens, heads, size], or with the heads in groups [batch, tokens, groups, heads of each, size].
+    """
+    if tensor.ndim == 4:
+        return tensor.shape[2], 0, (tensor.stride(0), tensor.stride(1), 0, tensor.stride(2))
+    strides = (tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3))
+    return tensor.shape[2] * tensor.shape[3], tensor.shape[3], strides

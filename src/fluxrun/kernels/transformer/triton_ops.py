@@ -9,8 +9,7 @@ dev, on random weights). So sums are taken in the order of torch's CUDA kernel
 (aten/src/ATen/native/cuda/layer_norm_kernel.cu, ``vectorized_layer_norm_kernel``): 128 threads, each over its 4 of
 every 512 values, then pairwise, 16 threads apart, 8, 4, 2, 1, and so the 4 warps. Triton's own reductions pair in
 that order where a thread holds those 4 values, which is why programs here have 4 warps and 512 values at a time. So
-it is with torch 2.11 and Triton 3.6, by ``tests/gpu/test_kernels.py``; should either change its order, the results
-differ in last bits again.
+it is with torch 2.11 and Triton 3.6, by ``tests/gpu/test_kernels.py``; if either changes its order, last bits differ.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ import triton
 import triton.language as tl
 
 from fluxrun.kernels.ahead import launch
+from fluxrun.kernels.transformer.exchange import head_layout
 
 FP8_MAX: tl.constexpr = tl.constexpr(448.0)  # largest float8_e4m3fn
 
@@ -328,12 +328,11 @@ def split_qkv(
 
     ``projected``: [batch * tokens, ≥ 3 * heads * size], queries, keys and values side by side; ``norms``: the RMSNorm
     weights [size] of queries and keys; ``rotary``: float32 cos and sin [all tokens, size], each value twice in a row;
-    ``into``: q, k and v [batch, all tokens, heads, size] with equal strides, the last one 1, or the heads in groups
-    [batch, all tokens, groups, heads of each, size]; in float8 each is multiplied by its one of ``multipliers``
-    (float32 [3]).
+    ``into``: q, k and v as ``head_layout`` takes them, [batch, all tokens, …], with equal strides, the last one 1; in
+    float8 each is multiplied by its one of ``multipliers`` (float32 [3]).
     """
     q, k, v = into
-    heads, group, strides = _heads(q)
+    heads, group, strides = head_layout(q)
     size = q.shape[-1]
     at_once = max(1, AT_ONCE.value // size)
     grid = (projected.shape[0], triton.cdiv(heads, at_once), 3)
@@ -354,16 +353,15 @@ def pack(
 ) -> Rows:
     """[attention's output | SwiGLU of ``gate_up``] as rows [batch * tokens, width], the input of the next matmul.
 
-    ``attended``: [batch, tokens, heads, size], or with the heads in groups [batch, tokens, groups, heads of each,
-    size], any strides but 1 for the last; ``gate_up``: rows [batch * tokens, 2 * hidden], gate first, any row stride.
-    Either may be None. ``descale`` (float32 [1]) turns a float8 ``attended`` back; then ``dtype`` says what the rows
-    are to be.
+    ``attended``: as ``head_layout`` takes it, any strides but 1 for the last; ``gate_up``: rows
+    [batch * tokens, 2 * hidden], gate first, any row stride. Either may be None. ``descale`` (float32 [1]) turns a
+    float8 ``attended`` back; then ``dtype`` says what the rows are to be.
     """
     source = attended if attended is not None else gate_up
     assert source is not None
     hidden = gate_up.shape[1] // 2 if gate_up is not None else 0
     batch, tokens = attended.shape[:2] if attended is not None else (len(source), 1)
-    heads, group, strides = _heads(attended) if attended is not None else (0, 0, (0, 0, 0, 0))
+    heads, group, strides = head_layout(attended) if attended is not None else (0, 0, (0, 0, 0, 0))
     size = attended.shape[-1] if attended is not None else 1
     first = heads * size
     chunk = _chunk(first, hidden)
@@ -381,14 +379,6 @@ def pack(
 def _like(x: torch.Tensor) -> torch.Tensor:
     """Room for a contiguous tensor. Not ``empty_like``: for the meta device, in a rehearsal, it imports sympy."""
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-def _heads(tensor: torch.Tensor) -> tuple[int, int, tuple[int, int, int, int]]:
-    """How many heads, how many in each group (0: there are no groups), and strides of batch, token, group and head."""
-    if tensor.ndim == 4:
-        return tensor.shape[2], 0, (tensor.stride(0), tensor.stride(1), 0, tensor.stride(2))
-    strides = (tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3))
-    return tensor.shape[2] * tensor.shape[3], tensor.shape[3], strides
 
 
 def _rows(
