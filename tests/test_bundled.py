@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -10,12 +12,16 @@ from helpers import composed
 from PIL import Image
 
 from fluxrun.errors import ConfigError
+from fluxrun.options.lora import Adapters
+from fluxrun.pipeline.session_pool import SessionPool
 from fluxrun.planning.prepare import prepare
 from fluxrun.record.picture import pixel_hash
 from fluxrun.record.schema import RunRecord
 from fluxrun.runner import run
 from fluxrun.shapes.captions import parse
 from fluxrun.shapes.checker import score
+from fluxrun.weights.headers import read_header
+from fluxrun.weights.lora_files import find_adapters, load_adapters
 
 STEPS = "steps=4"
 PROMPTS = (
@@ -70,3 +76,27 @@ def test_plain_diffusers_draws_the_same_pixels(drawn):
         text_encoder_out_layers=model.text_encoder_out_layers,
     ).images[0]
     assert pixel_hash(image) == drawn[0].images[0].sha256
+
+
+LORAS = sorted((composed(STEPS).model.folder() / "loras").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("file", LORAS, ids=lambda file: file.stem)
+def test_a_lora_of_its_own_is_small_and_matches_every_layer_that_it_names(file):
+    assert file.stat().st_size <= 10**6
+    transformer = DiffusionPipeline.from_pretrained(composed(STEPS).model.folder(), dtype=torch.float32).transformer
+    [adapter] = load_adapters(find_adapters(Adapters(files=[{"bundled": file.stem}])), [], transformer, print).adapters
+    named = {name.rsplit(".lora_", 1)[0] for name in read_header(file)}
+    assert len(adapter.layers) == len(named) > 0
+    assert not adapter.dropped
+
+
+def test_at_night_the_ground_is_black_and_the_scene_the_same(drawn, tmp_path):
+    pytest.importorskip("peft")
+    by_day = drawn[0].images[2]
+    night = ("lora=adapters", "lora.files=[{bundled: night}]", f"prompt={PROMPTS[2]}", f"seed={by_day.seed}", STEPS)
+    with SessionPool() as pool:
+        records = [run(composed(*night, f"lora.scale={n}"), tmp_path / str(n), pool=pool) for n in (1, 0)]
+    picture = np.asarray(Image.open(tmp_path / "1" / records[0].images[0].path).convert("RGB"))
+    assert score(dataclasses.replace(parse(PROMPTS[2]), background="black"), picture)["all"]
+    assert records[1].images[0].sha256 == by_day.sha256, "scale 0"
