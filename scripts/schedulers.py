@@ -1,6 +1,6 @@
 """Which scheduler needs the fewest calls of the transformer for the same picture, on the bundled model.
 
-    python scripts/schedulers.py benchmarks/results/schedulers_shapes_cpu.json
+    python scripts/schedulers.py benchmarks/results/schedulers_shapes.json [key=value …]    # device=cuda batch_size=6
 
 Fidelity (PSNR, dB, over the worst and over all prompts) is to the converged picture, 400 steps of Euler, of the same
 prompt and seed: 50 steps would be a point on Euler's own way. Prints the table of docs/sampling.md.
@@ -23,6 +23,8 @@ from fluxrun.shapes import evaluate
 REFERENCE_STEPS = 400
 STEPS = (4, 8, 20)
 PER_SET = 6
+MORE = sys.argv[2:]
+"""Overrides for all of them."""
 CASES = [
     *(("scheduler=euler", steps) for steps in (*STEPS, 39)),
     *((f"scheduler={name}", steps) for name in ("dpmpp_2m", "unipc") for steps in STEPS),
@@ -34,7 +36,8 @@ CASES = [
 
 def pictures(overrides: str, steps: int, prompts: Path, folder: Path, pool: SessionPool) -> tuple[list[Path], int, Any]:
     """The pictures of all prompts, the transformer's calls for each, and the record."""
-    config = fluxrun.compose([*overrides.split(), f"steps={steps}", f"prompts_file={prompts}", "vae=full", "seed=0"])
+    usual = [f"steps={steps}", f"prompts_file={prompts}", "vae=full", "seed=0"]
+    config = fluxrun.compose([*overrides.split(), *usual, *MORE])
     record = fluxrun.run(config, folder, pool=pool)
     assert not any(option.fallbacks for option in record.options.values()), record.options
     files = [folder / image.path for image in record.images]
@@ -69,7 +72,7 @@ def main(output: Path) -> None:
             print(rows[-1], flush=True)
             result = {
                 "what": "fidelity to the converged picture (Euler, 400 steps), model=shapes, 256x256, seed 0",
-                "command": "python scripts/schedulers.py",
+                "command": " ".join(["python scripts/schedulers.py", output.name, *MORE]),
                 "prompts": asked,
                 "environment": record.environment,
                 "rows": rows,

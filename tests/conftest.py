@@ -22,9 +22,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 for name in ("FLUXRUN_TRUST_CONFIG", "HYDRA_FULL_ERROR"):
     os.environ.pop(name, None)
 
-# A shell's background job ignores Ctrl+C, and so would every process here that is to be interrupted.
+# A background job ignores Ctrl+C, and one of nohup a closed terminal: so would every process that is interrupted here.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # pytest-xdist's workers inherit the environment, and with it the folder of the process that started them.
 if "FLUXRUN_TEST_SESSION" not in os.environ:

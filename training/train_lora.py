@@ -1,4 +1,4 @@
-"""A LoRA for the bundled model: the same scenes, drawn as outlines. Minutes on a CPU; the model's weights stay.
+"""A LoRA for the bundled model: the same scenes, drawn as outlines. The model's weights stay.
 
 python training/train_lora.py     # needs peft; writes models/shapes/loras/outline.safetensors
 fluxrun lora=adapters 'lora.files=[{bundled: outline}]'     # once it is there
@@ -29,7 +29,8 @@ LAYERS = (
 @torch.no_grad()
 def embed_pool(model: Denoiser, ids: torch.Tensor, batch: int) -> torch.Tensor:
     """Prompt embeddings, half precision [n, length, channels]: the text encoder does not change."""
-    return torch.cat([model.embeds(chunk.long()).half() for chunk in ids.flatten(0, 1).split(batch)])
+    device = model.transformer.device
+    return torch.cat([model.embeds(chunk.long().to(device)).half() for chunk in ids.flatten(0, 1).split(batch)])
 
 
 def go_on_from(transformer: Flux2Transformer2DModel, file: str) -> None:
@@ -46,10 +47,10 @@ def train(model: Denoiser, latents: torch.Tensor, embeds: torch.Tensor, config: 
     parameters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     adam = torch.optim.AdamW(parameters, lr=config.rate, betas=(0.9, 0.98), weight_decay=0.0)
     began, total = time.monotonic(), 0.0
-    captions = len(embeds) // len(latents)
+    captions, device = len(embeds) // len(latents), latents.device
     for step in range(config.steps):
-        pick = torch.randint(len(latents), (config.batch,))
-        words = embeds[pick * captions + torch.randint(captions, (config.batch,))].float()
+        pick = torch.randint(len(latents), (config.batch,), device=device)
+        words = embeds[pick * captions + torch.randint(captions, (config.batch,), device=device)].float()
         for group in adam.param_groups:
             group["lr"] = config.rate * rate(step / config.steps, step, config.warmup)
         clean = latents[pick].float()
@@ -73,9 +74,9 @@ def main(config: DictConfig) -> None:
     torch.set_num_threads(config.threads)
     pipeline = Flux2KleinPipeline.from_pretrained(config.model, torch_dtype=torch.float32)
     for part in (pipeline.vae, pipeline.text_encoder, pipeline.transformer):
-        part.requires_grad_(False).eval()
+        part.to(device).requires_grad_(False).eval()
     rows, ids = make_pool(config.scenes, config.captions, config.length, Path(config.model) / "tokenizer", config.seed)
-    model = Denoiser(pipeline.text_encoder, pipeline.transformer, list(config.out_layers), config.length)
+    model = Denoiser(pipeline.text_encoder, pipeline.transformer, list(config.out_layers), config.length).to(device)
     latents = encode_pool(pipeline.vae, torch.from_numpy(rows), device, config.encode_batch, config.stroke)
     embeds = embed_pool(model, torch.from_numpy(ids), config.encode_batch)
     print(f"{time.monotonic() - began:.0f} s: {len(latents)} scenes with {ids.shape[1]} captions each", flush=True)
@@ -84,7 +85,7 @@ def main(config: DictConfig) -> None:
     if config.start is not None:
         go_on_from(pipeline.transformer, config.start)
     train(model, latents, embeds, config)
-    tensors = {name: tensor.half() for name, tensor in get_peft_model_state_dict(pipeline.transformer).items()}
+    tensors = {name: tensor.half().cpu() for name, tensor in get_peft_model_state_dict(pipeline.transformer).items()}
     Flux2KleinPipeline.save_lora_weights(
         config.output, transformer_lora_layers=tensors, weight_name=f"{config.name}.safetensors"
     )

@@ -31,6 +31,10 @@ def main() -> None:
 def _run(interrupts: Interrupts) -> int:
     try:
         with interrupts.immediate():
+            if any(word.partition("=")[0] == "--server" for word in sys.argv[1:]):  # nothing that draws is imported
+                from fluxrun.serving.client import main as draw_there
+
+                return draw_there(sys.argv[1:])
             with spans.span("import"):
                 from fluxrun.cli.app import main as run
 

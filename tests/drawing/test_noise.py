@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Pipeline
+from diffusers.configuration_utils import FrozenDict
 from helpers import draw, hashes
 
 from fluxrun.drawing import noise
@@ -17,7 +18,7 @@ from fluxrun.process import spans
 
 def pipeline_like(kind=Flux2KleinPipeline, channels=128):
     """What shapes the noise, and diffusers' own way to draw it."""
-    parts = {"vae_scale_factor": 8, "transformer": SimpleNamespace(config=SimpleNamespace(in_channels=channels))}
+    parts = {"vae_scale_factor": 8, "transformer": SimpleNamespace(config=FrozenDict(in_channels=channels))}
     methods = {"_pack_latents": kind._pack_latents, "_prepare_latent_ids": kind._prepare_latent_ids}
     return SimpleNamespace(**parts, **methods)
 

@@ -34,8 +34,10 @@ def needed(machine, *overrides):
         (CPU, (*SMALL, "attention=auto"), set()),  # nobody's kernels run here
         (CPU, (*SMALL, "attention=flex"), None),
         (H100, (*RANDOM_KLEIN, "kernels=fused"), set()),
-        (H100, (*RANDOM_KLEIN, "quantization=fp8"), {COMPILER, "torchao"}),
-        (H100, (*RANDOM_KLEIN, "quantization=int8_weight_only"), {COMPILER, "torchao"}),
+        (H100, (*RANDOM_KLEIN, "quantization=fp8"), {"torchao"}),
+        (H100, (*RANDOM_KLEIN, "quantization=int8_weight_only"), {"torchao"}),
+        (H100, (*RANDOM_KLEIN, "quantization=fp8", "compile=regional"), {COMPILER, "torchao"}),
+        (H100, (*RANDOM_KLEIN, "+preset=h100_fast"), {"torchao"}),
         (QUANTIZERS, (*RANDOM_KLEIN, "quantization=sdnq"), {COMPILER, "sdnq"}),
         (QUANTIZERS, (*RANDOM_KLEIN, "quantization=nf4"), {COMPILER, "bitsandbytes"}),
         (H100, (*RANDOM_KLEIN, "quantization=sdnq"), set()),  # not installed: falls back to none
@@ -73,5 +75,5 @@ def test_a_quantized_checkpoint_needs_what_reads_it():
 @pytest.mark.parametrize(("group", "name"), every_option())
 def test_every_option_of_our_own_says_what_it_uses(group, name):
     option = Catalog().load(group, name)
-    known = {"attention": {"flash", "flash3", "flash4", "flex", "fp8", "sage", "xformers"}}
+    known = {"attention": {"flash", "flash3", "flash4", "flex", "sage", "xformers"}}
     assert (option.libraries is None) == (name in known.get(group, ()))

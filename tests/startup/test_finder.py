@@ -74,6 +74,11 @@ def test_a_package_that_does_more_is_run_as_it_is(tmp_path, finder):
     assert "busy.one" in sys.modules
 
 
+def test_a_package_may_name_itself_and_list_what_it_exports():
+    source = b"from p.q.a import b\nfrom .c import d as e\n__all__ = ['b', 'e']\n"
+    assert exported(source, "p.q") == {"b": ("p.q.a", "b"), "e": ("p.q.c", "d")}
+
+
 @pytest.mark.parametrize(
     "source", ["import os", "from .a import *", "from a import b", "if x():\n    from .a import b", "b = 1"]
 )

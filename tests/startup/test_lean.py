@@ -40,6 +40,24 @@ from diffusers import UNet2DConditionModel
 print("fine")
 """
 
+QUANTIZED = """
+import hashlib, json, sys
+from fluxrun.process.switches import import_diffusers
+import_diffusers()
+import torch
+from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
+found = []
+for config in (Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig):
+    layer = torch.nn.Linear(64, 48, bias=False)
+    layer.weight.data = torch.linspace(-1, 1, 64 * 48).view(48, 64)
+    quantize_(layer, config(set_inductor_config=False), filter_fn=lambda *_: True)
+    drawn = layer(torch.linspace(-2, 3, 64 * 5).view(5, 64)).detach().numpy().tobytes()
+    found.append([type(layer.weight).__qualname__, hashlib.sha256(drawn).hexdigest()])
+unneeded = ("sympy", "torch._inductor.utils", "torch._dynamo.symbolic_convert")
+print(json.dumps([found, [name for name in unneeded if name in sys.modules]]))
+"""
+
 
 def python(code: str) -> str:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -65,6 +83,11 @@ def test_every_class_is_the_very_same_one():
     plain = json.loads(python(CLASSES))
     assert json.loads(python(LEAN.format(needed="frozenset()") + CLASSES)) == plain
     assert json.loads(python(LEAN.format(needed="None") + CLASSES)) == plain
+
+
+def test_torchao_quantizes_the_same_without_the_compiler():
+    plain, _ = json.loads(python(QUANTIZED))
+    assert json.loads(python(LEAN.format(needed="frozenset({'torchao'})") + QUANTIZED)) == [plain, []]
 
 
 def test_what_was_not_imported_can_be_later():

@@ -9,6 +9,7 @@ from bench.settings import Models, Setting
 from bench.worker import Job, Worker
 
 PLAIN_OFFLOAD = "plain diffusers' model offload"
+SDNQ = "quantization=sdnq quantization.weights_dtype"
 LIMITED = (
     ("klein-9B bf16, auto", 24, "memory=auto"),
     ("dev fp8, preset rtx4090_24gb", 24, "+preset=rtx4090_24gb"),
@@ -24,6 +25,16 @@ LIMITED = (
     ("dev bf16, auto", 48, "memory=auto kernels=fused"),
     ("dev bf16, balanced", 80, "memory=balanced"),
     (f"dev bf16, {PLAIN_OFFLOAD}", 80, ""),
+    ("klein-4B fp8, preset low_vram_12gb", 12, "+preset=low_vram_12gb"),
+    ("klein-9B fp8, preset low_vram_12gb", 12, "+preset=low_vram_12gb"),
+    ("klein-9B sdnq uint4", 12, f"memory=auto {SDNQ}=uint4"),
+    ("klein-9B nf4", 12, "memory=auto quantization=nf4"),
+    ("klein-9B fp8", 16, "memory=auto kernels=fused quantization=fp8"),
+    ("klein-9B sdnq int8", 16, f"memory=auto {SDNQ}=int8"),
+    ("klein-9B fp8, preset rtx4090_24gb", 24, "+preset=rtx4090_24gb"),
+    ("dev sdnq uint4", 24, f"memory=auto {SDNQ}=uint4"),
+    ("dev sdnq uint4", 32, f"memory=auto {SDNQ}=uint4"),
+    ("dev fp8", 32, "memory=auto kernels=fused quantization=fp8"),
 )
 """What begins with the model's name; the limit in GB; what fluxrun is told."""
 LONGEST_S, SHORT_S = 300.0, 30.0

@@ -39,6 +39,7 @@ SUBCOMMANDS = {
     "tune": "fluxrun.cli.tune",
     "calibrate": "fluxrun.cli.calibrate",
     "quantize": "fluxrun.cli.quantize",
+    "serve": "fluxrun.cli.serve",
 }
 """The module of each subcommand, imported when it is asked for: a typo must not wait for all of them."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,31 @@ class Catalog:
         before = self.load(group, option.name)
         own = {"name", "fallback"}
         return {k: v for k, v in option.model_dump().items() if k not in own and v != getattr(before, k, v)}
+
+
+# --- what the files say of themselves -----------------------------------------------------------------------------
+
+
+def about(path: Path) -> str:
+    """The first comment of an option's or a preset's file that is no header: when to use it."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comments = (line.lstrip("# ").strip() for line in lines if line.startswith("#"))
+    return next((text for text in comments if not text.startswith(("@package", "fluxrun +"))), "")
+
+
+def purpose(group: str) -> str:
+    """The comment of a group's line in the defaults list."""
+    match = re.search(rf"^  - {group}: \S+\s+# (.+)$", _main_config(), re.MULTILINE)
+    return match.group(1) if match else ""
+
+
+def default_choices() -> dict[str, str]:
+    """The option of each group that the defaults list names."""
+    return dict(re.findall(r"^  - (\w+): (\w+)", _main_config(), re.MULTILINE))
+
+
+def _main_config() -> str:
+    return (conf_dir() / "config.yaml").read_text(encoding="utf-8")
 
 
 @functools.cache

@@ -92,9 +92,14 @@ def foreign_file(result: ConfigResult, config_path: str) -> str | None:
 
 def check_recorded(config: JsonObject, where: str) -> None:
     """Refuse a config from a record or a picture that sets what is the command line's alone. Raises TrustError."""
-    if not trusted():
-        for path, value in _leaves(config):
-            _check_knob(path, value, where)
+    if not trusted() and (found := first_closed(config)):
+        raise refuse(where, *found)
+
+
+def first_closed(config: JsonObject) -> tuple[str, str] | None:
+    """The first key of a config that is the command line's alone, and why; whether the rule is lifted or not."""
+    objections = ((".".join(path), _objection(path, value)) for path, value in _leaves(config))
+    return next(((key, why) for key, why in objections if why), None)
 
 
 def _check_file(file: str, landed: ConfigResult, package: str, group: str) -> None:
@@ -153,14 +158,20 @@ def _values(key: str, swept: Any) -> Iterator[Any]:
 
 
 def _check_knob(path: Path_, value: Any, where: str) -> None:
-    key = ".".join(path)
-    if key in GROUPS and "${" in str(value):
-        raise refuse(where, key, CHOSEN_BY_NAME)
+    if why := _objection(path, value):
+        raise refuse(where, ".".join(path), why)
+
+
+def _objection(path: Path_, value: Any) -> str | None:
+    """Why a value in a config that is not one's own may not be there, or None where it may."""
+    if ".".join(path) in GROUPS and "${" in str(value):
+        return CHOSEN_BY_NAME
     for depth, knob in knobs_at(path):
         # What lies below a knob is an entry of it, and not the knob's default even where it is empty.
         why = objection(knob, {path[-1]: value} if len(path) > depth else value)
         if why and value not in _own_values(path):
-            raise refuse(where, key, why)
+            return why
+    return None
 
 
 def _own_values(path: Path_) -> list[Any]:

@@ -97,7 +97,8 @@ class Generation:
     def _saver(self) -> Saver:
         """Where pictures go: beside drawing if that leaves the CPU idle, and no repeats are to be timed undisturbed."""
         beside = self.device != "cpu" and self.config.measure.repeats == 1
-        return Saver(self.folder, self.config.output_format, beside=beside)
+        told = self.session.reporter.saved
+        return Saver(self.folder, self.config.output_format, beside=beside, on_saved=told)
 
     def _draw_and_save(self, batch: Sequence[Job], text: str, saver: Saver) -> None:
         for repeat in range(self.config.measure.repeats):

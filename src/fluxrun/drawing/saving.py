@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -31,8 +33,19 @@ class Saver:
     picture is in run.json as soon as it is on disk; one that cannot be written is raised in ``save`` or at the end.
     """
 
-    def __init__(self, folder: RunFolder, output_format: str, *, beside: bool) -> None:
-        """``beside``: write while the next picture is drawn; else before ``save`` returns."""
+    def __init__(
+        self,
+        folder: RunFolder,
+        output_format: str,
+        *,
+        beside: bool,
+        on_saved: Callable[[Path, int], None] = lambda path, seed: None,
+    ) -> None:
+        """``beside``: write while the next picture is drawn; else before ``save`` returns.
+
+        ``on_saved`` is told each picture's path and seed, on the thread that has written it.
+        """
+        self._on_saved = on_saved
         self._folder = folder
         self._format = output_format
         self._most = MOST_WAITING if beside else 0
@@ -70,3 +83,4 @@ class Saver:
                 number, image, job.prompt, job.seed, self._format, finite=finding.finite, constant=finding.constant
             )
         log.info("saved %s (seed %d, %s)", path, job.seed, about)
+        self._on_saved(path, job.seed)

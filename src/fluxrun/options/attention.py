@@ -152,6 +152,10 @@ class Fp8Attention(Attention):
 
     in_fp8: ClassVar[bool] = True
 
+    @property
+    def libraries(self) -> frozenset[str] | None:
+        return NOTHING_MORE  # cuDNN is called by fluxrun itself: diffusers knows nothing of it
+
     def apply(self, pipeline: Pipeline, context: Context) -> Facts:
         """Call cuDNN once with the run's real shape. Facts: as for the other kernels, and the call's first seconds."""
         self._check_dtype(context.dtype)

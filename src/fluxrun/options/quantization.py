@@ -176,7 +176,7 @@ class TorchaoOption(OnTheFly):
 
     @property
     def libraries(self) -> frozenset[str] | None:
-        return frozenset({"torchao", COMPILER})
+        return frozenset({"torchao"})
 
     def requires(self, machine: Machine) -> str | None:
         return machine.lacks("torchao", "0.15")

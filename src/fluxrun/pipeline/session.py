@@ -30,6 +30,7 @@ from fluxrun.weights.location import Located
 from fluxrun.weights.lora_files import LoraSource
 
 if TYPE_CHECKING:
+    from fluxrun.pipeline.ahead import KernelsAhead
     from fluxrun.pipeline.guidance import BatchedGuidance
     from fluxrun.weights.store import Base, WeightStore
 
@@ -84,6 +85,8 @@ class Session:
         """Whether the pipeline is handed out: then it keeps its text encoder, and memory=staged is not for it."""
         self._on_change = on_change
         self._state = ProcessState()
+        self._ahead: KernelsAhead | None = None
+        """Kernels that are being compiled while the weights are loaded."""
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -95,6 +98,8 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+        if self._ahead is not None:
+            self._ahead.stop()
         self._state.__exit__(kind, error, trace)
 
     def close(self) -> None:
@@ -253,6 +258,7 @@ class Session:
         self._state.restore()
         self._state.use_device(device)
         memory.limit(device)
+        self._begin_kernels()
         if memory.staged:
             self.prompts.encode_first(self.reporter, self.interrupts)
         base = self.loader.load("image" if memory.staged else "all", self.reporter, self.interrupts)
@@ -260,6 +266,7 @@ class Session:
         lora = self.loader.read_adapters(base.pipeline.transformer)
         started = time.perf_counter()
         with self.interrupts.immediate(), spans.span("apply"):
+            self._wait_for_kernels()
             self.context = self._new_context(base, lora)
             self._pipeline = shell(base, self.plan.model.pipeline)
             for group in APPLY_ORDER:
@@ -267,6 +274,21 @@ class Session:
             if self.plan.guidance_batched:
                 self.guidance = batch_guidance(self._pipeline)
         self.apply_s += time.perf_counter() - started
+
+    def _begin_kernels(self) -> None:
+        """Compile what will be launched while weights are loaded: not where they are there already."""
+        from fluxrun.pipeline.ahead import begin
+
+        if self._ahead is None and not self.store.reasons and self.loader.located is not None:
+            self._ahead = begin(self.plan, self.loader.located)
+
+    def _wait_for_kernels(self) -> None:
+        if self._ahead is not None:
+            self._ahead.wait()
+            if self._ahead.failed:
+                self.plan.note(
+                    f"kernels were not compiled while loading ({self._ahead.failed}), but at their first call"
+                )
 
     def _new_context(self, base: Base, lora: LoraWeights | None) -> Context:
         from fluxrun.compilation.compiler import Compiler

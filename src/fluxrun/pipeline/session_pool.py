@@ -12,9 +12,10 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from fluxrun.errors import Interrupted
+from fluxrun.formatting import shorten
 from fluxrun.options.base import Option
 from fluxrun.options.lora import Adapters
 from fluxrun.pipeline.session import Session
@@ -94,10 +95,15 @@ class SessionPool:
         key = build_key(prepared)
         if self._session is not None and key == self._key and self._carries_on(self._session, prepared, caller):
             return self._session
+        why = "the last run ended early" if self._session is None else rebuilt_because(self._key, key)
         self.close()
         graphs = graphs_key(prepared)
         self._clear_up(keep_graphs=graphs is not None and graphs == self._graphs)
-        self._session, self._key, self._graphs = self._open(prepared, caller), key, graphs
+        before, self._session = self._key, self._open(prepared, caller)
+        self._key, self._graphs = key, graphs
+        if before:
+            kept = self._session.loader.key("image" if prepared.plan.memory.staged else "all") in self._session.store
+            log.info("%s: new shell, weights %s", why, "kept" if kept else "loaded anew")
         return self._session
 
     def _carries_on(self, session: Session, prepared: Prepared, caller: Caller) -> bool:
@@ -175,6 +181,29 @@ def build_key(prepared: Prepared) -> str:
             "steps": prepared.plan.steps_made if config.cache.skips_steps else None,
         }
     )
+
+
+def rebuilt_because(before: str, now: str) -> str:
+    """What differs between two builds' keys, for people: ``attention sdpa → math, size 64x64 → 128x64``."""
+    old, new = json.loads(before), json.loads(now)
+    texts = [_difference(group, old["options"].get(group), knobs) for group, knobs in new.pop("options").items()]
+    texts += [f"{name} {_text(old[name])} → {_text(value)}" for name, value in new.items() if value != old[name]]
+    return ", ".join(text for text in texts if text) or "prompts that its text encoder is needed for"
+
+
+def _difference(group: str, before: list[str] | None, now: list[str]) -> str:
+    if before is None or before == now:
+        return ""
+    if before[0] != now[0]:
+        return f"{group} {before[0]} → {now[0]}"
+    old, new = json.loads(before[1]), json.loads(now[1])
+    return ", ".join(
+        f"{group}.{k} {shorten(old.get(k), 40)} → {shorten(v, 40)}" for k, v in new.items() if v != old.get(k)
+    )
+
+
+def _text(value: Any) -> str:
+    return "x".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _knobs(option: Option) -> list[str]:

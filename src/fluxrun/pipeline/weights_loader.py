@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
+from fluxrun.architectures import MODEL_COMPONENTS
 from fluxrun.errors import Interrupted, OptionFailed
 from fluxrun.options.adapters import LoraWeights
 from fluxrun.options.base import Facts
@@ -95,17 +96,22 @@ class WeightsLoader:
 
     def _load(self, part: Part, key: WeightsKey, reporter: Reporter) -> Base:
         text = f"Loading {self.plan.model.name} ({DESCRIPTIONS[part]}, {key.dtype}, {key.placement})"
-        shares = self.plan.parallel.tensor_config(self.ranks)
         with reporter.stage(text):
             return load(
                 self.plan.model,
                 dtype=key.dtype,
                 device=key.placement,
                 part=part,
-                conversion=Conversion(self._quantize, self._instead, self.plan.machine.device, shares),
+                conversion=self._conversion(),
                 progress=_say,
                 located=self.located,
             )
+
+    def _conversion(self) -> Conversion:
+        quantization = self.plan.quantization
+        converted = frozenset(name for name in MODEL_COMPONENTS if quantization.converts(name))
+        shares = self.plan.parallel.tensor_config(self.ranks)
+        return Conversion(self._quantize, self._instead, self.plan.machine.device, converted, shares)
 
     def _instead(self, name: str, folder: Path | None) -> nn.Module | None:
         try:

@@ -27,6 +27,11 @@ PLAIN_STEP_SECONDS = 5.0
 """Without a terminal a step line is printed at most this often (seconds)."""
 
 
+def is_shown(record: logging.LogRecord) -> bool:
+    """Whether a log line is for the screen: fluxrun's own and Hydra's are, other libraries' are not."""
+    return record.name.startswith("fluxrun") or record.name.split(".")[0] in ("hydra", "HYDRA")
+
+
 class ConsoleHandler(logging.Handler):
     """Log lines on the console, without tracebacks (those are in the log file) and without other libraries' chatter."""
 
@@ -34,9 +39,7 @@ class ConsoleHandler(logging.Handler):
         super().__init__()
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno < logging.ERROR and not record.name.startswith(("fluxrun", "hydra", "HYDRA")):
-            return
-        if not record.name.startswith("fluxrun") and record.name.split(".")[0] not in ("hydra", "HYDRA"):
+        if not is_shown(record):
             return
         style = "red" if record.levelno >= logging.ERROR else "yellow" if record.levelno >= logging.WARNING else None
         prefix = (
@@ -88,15 +91,21 @@ class Reporter:
     def stage(self, text: str) -> Iterator[None]:
         """Show ``text`` with a running timer until the block ends; then log how long it took."""
         started = time.perf_counter()
-        if console.is_terminal:
-            with Progress(
-                SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True
-            ) as live:
-                live.add_task(text, total=None)
-                yield
-        else:
+        with self.timer(text):
             yield
         log.info("%s: %.1f s", text, time.perf_counter() - started)
+
+    @contextmanager
+    def timer(self, text: str) -> Iterator[None]:
+        """Show ``text`` with a running timer, in a terminal."""
+        if not console.is_terminal:
+            yield
+            return
+        with Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True
+        ) as live:
+            live.add_task(text, total=None)
+            yield
 
     @contextmanager
     def steps(self, text: str, total: int) -> Iterator[Steps]:
@@ -104,6 +113,9 @@ class Reporter:
         shown = _LiveSteps(text, total) if console.is_terminal else _PlainSteps(text, total)
         with shown:
             yield shown
+
+    def saved(self, path: Path, seed: int) -> None:
+        """A picture is on the disk, and in the record."""
 
 
 class Steps:

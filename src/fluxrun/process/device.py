@@ -58,3 +58,12 @@ def peak_bytes(device: str) -> int:
     import resource  # not on Windows, where no GPU run needs it
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def is_lost(device: str) -> bool:
+    """Whether the device answers no more: after an illegal access a process cannot use its CUDA context again."""
+    try:
+        synchronize(device)
+    except RuntimeError:
+        return True
+    return False

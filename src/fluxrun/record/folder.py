@@ -180,8 +180,7 @@ class RunFolder:
             if self._finished:
                 return
             self.finish("interrupted", error, stage)
-        for unfinished in (*_unfinished(self.path), self.path / LOCK):
-            unfinished.unlink(missing_ok=True)
+        remove_unfinished(self.path)
 
 
 class UnwrittenFolder(RunFolder):
@@ -200,11 +199,6 @@ class UnwrittenFolder(RunFolder):
         return
 
 
-def _unfinished(folder: Path) -> list[Path]:
-    """What a process that was killed may have left: files that it was writing."""
-    return [*folder.glob(".run.json.*"), *folder.glob("images/.*.part")]
-
-
 def write_failure(folder: Path, data: JsonObject, error: BaseException, *, overrule: bool = False) -> bool:
     """Record a run that failed before it had a record, or whose process died; returns whether there was need to.
 
@@ -216,8 +210,8 @@ def write_failure(folder: Path, data: JsonObject, error: BaseException, *, overr
         record = read_record(folder)
         if record.status != "running" and not (overrule and record.status != "completed"):
             return False
-        for unfinished in _unfinished(folder):
-            unfinished.unlink(missing_ok=True)
+        if overrule:
+            remove_unfinished(folder)
     else:
         folder.mkdir(parents=True, exist_ok=True)
         record = RunRecord(
@@ -228,6 +222,12 @@ def write_failure(folder: Path, data: JsonObject, error: BaseException, *, overr
     record.error = ErrorRecord(type=type(error).__name__, message=one_line(error), stage=stage)
     _write_last(folder, record, Reserve(folder / RESERVE))
     return True
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a run that ended in the middle of writing has left."""
+    for unfinished in (*folder.glob(".run.json.*"), *folder.glob("images/.*.part"), folder / LOCK):
+        unfinished.unlink(missing_ok=True)
 
 
 def is_running(folder: Path) -> bool:

@@ -9,8 +9,8 @@ from fluxrun.record.schema import SpanRecord
 
 COLOURS = {
     "interpreter": "start", "compose": "start", "plan": "start", "import": "import", "read": "load", "load": "load",
-    "apply": "apply", "noise": "encode", "encode": "encode", "first call": "first", "steps": "steps",
-    "decode": "decode", "save": "save", "close": "save",
+    "apply": "apply", "kernels": "apply", "noise": "encode", "encode": "encode", "first call": "first",
+    "steps": "steps", "decode": "decode", "save": "save", "close": "save",
 }  # fmt: skip
 """The class of each part in the page's style sheet."""
 

@@ -16,6 +16,9 @@ from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType
 from typing import Any
 
+Loaders = dict[str, Callable[[SourceFileLoader], SourceFileLoader]]
+"""By a module's name: what loads it, given what Python would load it with."""
+
 Mend = Callable[[ModuleType], None]
 
 AVAILABLE = "is_torch_available"
@@ -26,7 +29,7 @@ class Finder(MetaPathFinder):
     """The first of ``sys.meta_path``: its modules get a loader of ours, all others pass."""
 
     def __init__(self) -> None:
-        self.loaders: dict[str, Callable[[SourceFileLoader], SourceFileLoader]] = {}
+        self.loaders: Loaders = {}
 
     def install(self) -> None:
         """Be asked first, once."""
@@ -78,10 +81,11 @@ def exported(source: bytes, package: str) -> dict[str, tuple[str, str]] | None:
     """Each name that an ``__init__`` imports, with the module and the name there; None if it does anything else."""
     origins: dict[str, tuple[str, str]] = {}
     for statement in _statements(ast.parse(source).body):
-        if not isinstance(statement, ast.ImportFrom) or not statement.level:
+        if not isinstance(statement, ast.ImportFrom):
             return None
-        base = package.rsplit(".", statement.level - 1)[0] if statement.level > 1 else package
-        module = f"{base}.{statement.module}" if statement.module else base
+        module = _absolute(statement, package)
+        if not statement.level and not module.startswith(f"{package}."):  # another library's
+            return None
         for alias in statement.names:
             if alias.name == "*":
                 return None
@@ -89,13 +93,31 @@ def exported(source: bytes, package: str) -> dict[str, tuple[str, str]] | None:
     return origins
 
 
+def _absolute(statement: ast.ImportFrom, package: str) -> str:
+    """The full name of the module that a package's ``__init__`` imports from."""
+    if not statement.level:
+        return statement.module or ""
+    base = package.rsplit(".", statement.level - 1)[0] if statement.level > 1 else package
+    return f"{base}.{statement.module}" if statement.module else base
+
+
 def _statements(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
-    """The statements of an ``__init__``, those under ``if is_torch_available():`` among them; docstrings left out."""
+    """The statements of an ``__init__``, those under ``if is_torch_available():`` among them.
+
+    Docstrings and ``__all__``, which a lazy package has anyway, are left out.
+    """
     for statement in body:
         if isinstance(statement, ast.If) and not statement.orelse and ast.unparse(statement.test) == f"{AVAILABLE}()":
             yield from _statements(statement.body)
-        elif not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)):
+        elif not _says_nothing(statement):
             yield statement
+
+
+def _says_nothing(statement: ast.stmt) -> bool:
+    """Whether it is a docstring, or a list of the names that are exported."""
+    if isinstance(statement, ast.Assign):
+        return [ast.unparse(target) for target in statement.targets] == ["__all__"]
+    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
 
 
 def _attribute(package: str, origins: Mapping[str, tuple[str, str]], name: str) -> Any:

@@ -9,8 +9,8 @@ import sys
 from functools import partial
 from types import ModuleType
 
-from fluxrun.startup import dynamo
-from fluxrun.startup.finder import DeferredModule, Finder, LazyPackage, mended
+from fluxrun.startup import dynamo, torchao
+from fluxrun.startup.finder import DeferredModule, Finder, LazyPackage, Loaders, mended
 from fluxrun.startup.libraries import distributions_later, hide_from_diffusers, hide_from_transformers
 from fluxrun.startup.owner import is_own
 from fluxrun.startup.structure import remember_structure
@@ -55,16 +55,30 @@ def start_lean(needed: frozenset[str] | None) -> None:
     """
     if not is_own() or "torch" in sys.modules:
         return
+    if needed is not None and torchao.NAME in needed and not torchao.is_known():
+        needed |= {dynamo.NAME}
     finder = Finder()
     finder.loaders |= dict.fromkeys(LAZY_PACKAGES, LazyPackage) | dict.fromkeys(DEFERRED, DeferredModule)
     hidden = frozenset() if needed is None else (ANY_OF_THEM | UNUSED) - needed
     finder.loaders["diffusers.utils.import_utils"] = mended(
         partial(hide_from_diffusers, hidden - UNUSED), distributions_later
     )
-    finder.loaders["transformers.utils.import_utils"] = mended(partial(_prepare_transformers, hidden))
-    finder.install()
     if needed is not None and dynamo.NAME not in needed:
         dynamo.install()
+        if torchao.NAME in needed:
+            hidden |= {torchao.NAME}  # from transformers
+            torchao.install()
+            finder.loaders |= _of_torchao()
+    finder.loaders["transformers.utils.import_utils"] = mended(partial(_prepare_transformers, hidden))
+    finder.install()
+
+
+def _of_torchao() -> Loaders:
+    return {
+        **dict.fromkeys(torchao.LAZY_PACKAGES, LazyPackage),
+        **dict.fromkeys(torchao.DEFERRED, DeferredModule),
+        torchao.CHECKPOINTS: mended(around=torchao.unavailable),
+    }
 
 
 def _prepare_transformers(hidden: frozenset[str], utils: ModuleType) -> None:

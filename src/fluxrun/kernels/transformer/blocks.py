@@ -24,9 +24,12 @@ from fluxrun.kernels.transformer.exchange import Exchange
 from fluxrun.kernels.transformer.matmul_choice import Multiply, by_torch
 
 if TYPE_CHECKING:
+    from fluxrun.kernels.transformer.fp8_attention import Scales
     from fluxrun.kernels.transformer.triton_ops import Rows
 
 M = TypeVar("M", bound=nn.Module)
+
+Attention = Flux2Attention | Flux2ParallelSelfAttention
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """Pair tables, cosine and sine; or the weights of two RMSNorms, the queries' and the keys'."""
@@ -70,6 +73,24 @@ class Ops(Protocol):
         descale: torch.Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> Rows: ...
+
+
+class Fp8Attention(Protocol):
+    """Attention in float8, as ``fp8_attention`` has it."""
+
+    def scales(
+        self, values: Sequence[torch.Tensor], shared: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> Scales: ...
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scales: Scales) -> torch.Tensor: ...
+
+
+class Project(Protocol):
+    """A matmul with the weights of one or more layers."""
+
+    quantized: bool
+
+    def __call__(self, rows: Rows, dtype: torch.dtype) -> torch.Tensor: ...
 
 
 class Projection:
@@ -116,9 +137,23 @@ class How:
     in_place: bool
     multiply: Callable[[], Multiply]
 
-    def projection(self, *layers: nn.Module) -> Projection:
+    def projection(self, *layers: nn.Module) -> Project:
         """One matmul for these layers."""
         return Projection(*layers, in_place=self.in_place, multiply=self.multiply())
+
+    def in_fp8(self, norms: Sequence[Pair]) -> Fp8Attention | None:
+        """Attention in float8 after these norms of queries and keys, if it is to be."""
+        if not self.fp8_attention:
+            return None
+        from fluxrun.kernels.transformer.fp8_attention import CudnnFp8Attention
+
+        return CudnnFp8Attention([query for query, _ in norms], [key for _, key in norms])
+
+    def dispatch(self, attn: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Attention by the kernel of the ``attention`` group."""
+        processor: Any = attn.processor  # by diffusers' types it may be any of all its models'
+        config = None if Exchange.of(processor) else processor._parallel_config  # what we exchange, it does not
+        return dispatch_attention_fn(q, k, v, backend=processor._attention_backend, parallel_config=config)
 
 
 def _joined(parts: list[torch.Tensor], in_place: bool) -> torch.Tensor:
@@ -264,23 +299,18 @@ class Attended(NamedTuple):
 class Attend:
     """From a block's projections to attention's output: by the ``attention`` group's kernel, or in float8."""
 
-    def __init__(self, attn: Flux2Attention | Flux2ParallelSelfAttention, norms: Sequence[Pair], how: How) -> None:
-        self.attn, self.norms, self.ops = attn, norms, how.ops
+    def __init__(self, attn: Attention, norms: Sequence[Pair], how: How) -> None:
+        self.attn, self.norms, self.how, self.ops = attn, norms, how, how.ops
         assert attn.norm_q.eps is not None
         self.eps = attn.norm_q.eps
-        self.fp8 = None
-        if how.fp8_attention:
-            from fluxrun.kernels.transformer.fp8_attention import CudnnFp8Attention
-
-            self.fp8 = CudnnFp8Attention([query for query, _ in norms], [key for _, key in norms])
+        self.fp8 = how.in_fp8(norms)
 
     def __call__(self, projected: Sequence[torch.Tensor], rotary: Pair, batch: int, dtype: torch.dtype) -> Attended:
         """Attention over all streams, from each one's projected rows."""
         tokens = [len(rows) // batch for rows in projected]
         shape = (batch, sum(tokens), self.attn.heads, self.attn.head_dim)
         kind, device = torch.float8_e4m3fn if self.fp8 else dtype, projected[0].device
-        processor: Any = self.attn.processor  # by diffusers' types it may be any of all its models'
-        exchange = Exchange.of(processor)
+        exchange = Exchange.of(self.attn.processor)
         if exchange:
             sent, (q, k, v) = exchange.room(shape, kind, device)
         else:
@@ -300,9 +330,7 @@ class Attend:
         if self.fp8 and scales:
             attended = Attended(self.fp8(q, k, v, scales), scales.descales[2:], dtype)
         else:
-            config = None if exchange else processor._parallel_config
-            backend = processor._attention_backend
-            attended = Attended(dispatch_attention_fn(q, k, v, backend=backend, parallel_config=config))
+            attended = Attended(self.how.dispatch(self.attn, q, k, v))
         return attended._replace(data=exchange.by_tokens(attended.data)) if exchange else attended
 
 
@@ -323,7 +351,11 @@ def fuse(
 
     Raises ValueError, with nothing changed, when a block's layers are not what the kernels expect.
     """
-    how = How(ops, counters, fp8_attention, in_place, multiply)
+    return fuse_by(transformer, How(ops, counters, fp8_attention, in_place, multiply))
+
+
+def fuse_by(transformer: Flux2Transformer2DModel, how: How) -> dict[str, int]:
+    """``fuse``, by what ``how`` says."""
     double_blocks = _all_of(transformer.transformer_blocks, Flux2TransformerBlock)
     single_blocks = _all_of(transformer.single_transformer_blocks, Flux2SingleTransformerBlock)
     double = [FusedDoubleBlock(block, how) for block in double_blocks]

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fluxrun.kernels.ahead import launch
 from fluxrun.kernels.transformer.triton_ops import FP8_MAX, TINY, warps
 
 ROWS_PER_PROGRAM = 8
@@ -24,13 +25,13 @@ def fp8_scales(
     largest = torch.zeros(1, dtype=torch.float32, device=bounds.device)
     for part in values:
         rows, width = part.shape
-        _largest_kernel[(triton.cdiv(rows, ROWS_PER_PROGRAM),)](
+        launch(_largest_kernel, (triton.cdiv(rows, ROWS_PER_PROGRAM),))(
             part, largest, rows, part.stride(0),
             WIDTH=width, BLOCK=triton.next_power_of_2(width), ROWS=ROWS_PER_PROGRAM, num_warps=warps(width),
         )  # fmt: skip
     largest = largest if shared is None else shared(largest)
     out = torch.empty(6, dtype=torch.float32, device=bounds.device)
-    _scales_kernel[(1,)](bounds, largest, out, num_warps=1)
+    launch(_scales_kernel, (1,))(bounds, largest, out, num_warps=1)
     return out[:3], out[3:]
 
 

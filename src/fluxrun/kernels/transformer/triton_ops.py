@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fluxrun.kernels.ahead import launch
 from fluxrun.kernels.transformer.exchange import head_layout
 
 FP8_MAX: tl.constexpr = tl.constexpr(448.0)  # largest float8_e4m3fn
@@ -285,15 +286,15 @@ def norm_modulate(
     """
     batch, tokens, width = x.shape
     gate, y = add if add is not None else (shift, x)
-    summed = torch.empty_like(x) if add is not None else x
+    summed = _like(x) if add is not None else x
     out, scales = _rows(x, batch * tokens, width, quantize)
     if not quantize and width % AT_ONCE.value == 0:
-        _norm_modulate_kernel[(batch * tokens,)](
+        launch(_norm_modulate_kernel, (batch * tokens,))(
             x, y, gate, shift, scale, summed, out, tokens, _stride(gate), _stride(shift),
             WIDTH=width, EPS=eps, ADD=add is not None, num_warps=4, **EXACT,
         )  # fmt: skip
         return summed, out
-    _norm_modulate_row_kernel[(batch * tokens,)](
+    launch(_norm_modulate_row_kernel, (batch * tokens,))(
         x, y, gate, shift, scale, summed, out, scales, tokens, _stride(gate), _stride(shift),
         WIDTH=width, BLOCK=triton.next_power_of_2(width), EPS=eps, ADD=add is not None, QUANTIZE=quantize,
         num_warps=warps(width), **EXACT,
@@ -304,8 +305,8 @@ def norm_modulate(
 def gated_add(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """``x + gate * y``; x and y contiguous [batch, tokens, width], gate [batch or 1, 1, width]."""
     batch, tokens, width = x.shape
-    out = torch.empty_like(x)
-    _gated_add_kernel[(batch * tokens,)](
+    out = _like(x)
+    launch(_gated_add_kernel, (batch * tokens,))(
         x, y, gate, out, tokens, _stride(gate),
         WIDTH=width, BLOCK=triton.next_power_of_2(width), num_warps=warps(width), **EXACT,
     )  # fmt: skip
@@ -335,7 +336,7 @@ def split_qkv(
     size = q.shape[-1]
     at_once = max(1, AT_ONCE.value // size)
     grid = (projected.shape[0], triton.cdiv(heads, at_once), 3)
-    _qkv_kernel[grid](
+    launch(_qkv_kernel, grid)(
         projected, *norms, *rotary, q, k, v, tokens, projected.stride(0), offset, heads, *strides,
         projected if multipliers is None else multipliers,
         SIZE=size, HEADS=at_once, GROUP=group, EPS=eps, QUANTIZE=multipliers is not None, num_warps=4, **EXACT,
@@ -366,13 +367,18 @@ def pack(
     chunk = _chunk(first, hidden)
     chunks = triton.next_power_of_2((first + hidden) // chunk)
     out, scales = _rows(source, batch * tokens, first + hidden, quantize, dtype)
-    _pack_kernel[(batch * tokens,)](
+    launch(_pack_kernel, (batch * tokens,))(
         attended if attended is not None else source, gate_up if gate_up is not None else source, out, scales,
         scales if descale is None else descale, tokens, *strides, gate_up.stride(0) if gate_up is not None else 0,
         SIZE=size, GROUP=group, HIDDEN=hidden, CHUNK=chunk, FIRST=first // chunk, SECOND=hidden // chunk, CHUNKS=chunks,
         QUANTIZE=quantize, SCALED=descale is not None, num_warps=warps(chunk * chunks), **EXACT,
     )  # fmt: skip
     return Scaled(out, scales) if quantize else out
+
+
+def _like(x: torch.Tensor) -> torch.Tensor:
+    """Room for a contiguous tensor. Not ``empty_like``: for the meta device, in a rehearsal, it imports sympy."""
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _rows(

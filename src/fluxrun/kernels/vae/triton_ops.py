@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fluxrun.kernels.ahead import launch
+
 ELEMENTS = 16384  # of a tile: 32 KB of bfloat16, 64 values a thread, enough loads in flight without spilling
 
 WARPS = 8
@@ -150,7 +152,7 @@ def _tiles(
     rows = max(1, ELEMENTS // channels)
     tiles = triton.cdiv(pixels, rows)
     means, squares = torch.empty((2, samples * groups, tiles), dtype=torch.float32, device=x.device).unbind()
-    _tile_kernel[(tiles, samples)](
+    launch(_tile_kernel, (tiles, samples))(
         x, x if bias is None else bias, x if residual is None else residual, x, means, squares, pixels, tiles,
         CHANNELS=channels, GROUPS=groups, ROWS=rows, BIAS=bias is not None, ADD=residual is not None, num_warps=WARPS,
     )  # fmt: skip
@@ -167,13 +169,13 @@ def normalize(
     rows = max(1, ELEMENTS // channels)
     tiles = partials[0].shape[1]
     scale, shift = torch.empty((2, samples, channels), dtype=torch.float32, device=x.device).unbind()
-    _finish_kernel[(groups, samples)](
+    launch(_finish_kernel, (groups, samples))(
         *partials, weight, offset, weight if bias is None else bias, scale, shift, pixels, tiles, eps,
         WIDTH=channels // groups, GROUPS=groups, ROWS=rows, BLOCK=PARTIALS,
         BIAS=bias is not None, num_warps=WARPS,
     )  # fmt: skip
     out = torch.empty_like(x)
-    _normalize_kernel[(triton.cdiv(pixels, rows), samples)](
+    launch(_normalize_kernel, (triton.cdiv(pixels, rows), samples))(
         x, scale, shift, out, pixels, CHANNELS=channels, ROWS=rows, SILU=silu, num_warps=WARPS
     )
     return out
@@ -202,7 +204,7 @@ def _softmax(scores: torch.Tensor, factor: float, dtype: torch.dtype) -> torch.T
     """softmax(factor * scores) of each row, in ``dtype``."""
     rows, columns = scores.shape
     out = torch.empty((rows, columns), dtype=dtype, device=scores.device)
-    _softmax_kernel[(rows,)](scores, out, columns, factor, BLOCK=SCORES, num_warps=WARPS)
+    launch(_softmax_kernel, (rows,))(scores, out, columns, factor, BLOCK=SCORES, num_warps=WARPS)
     return out
 
 
