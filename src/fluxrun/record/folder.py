@@ -199,11 +199,6 @@ class UnwrittenFolder(RunFolder):
         return
 
 
-def _unfinished(folder: Path) -> list[Path]:
-    """What a process that was killed may have left: files that it was writing."""
-    return [*folder.glob(".run.json.*"), *folder.glob("images/.*.part")]
-
-
 def write_failure(folder: Path, data: JsonObject, error: BaseException, *, overrule: bool = False) -> bool:
     """Record a run that failed before it had a record, or whose process died; returns whether there was need to.
 
@@ -215,8 +210,8 @@ def write_failure(folder: Path, data: JsonObject, error: BaseException, *, overr
         record = read_record(folder)
         if record.status != "running" and not (overrule and record.status != "completed"):
             return False
-        for unfinished in _unfinished(folder):
-            unfinished.unlink(missing_ok=True)
+        if overrule:
+            remove_unfinished(folder)
     else:
         folder.mkdir(parents=True, exist_ok=True)
         record = RunRecord(

@@ -113,8 +113,8 @@ def load(
     facts: dict[str, Any] = {"source": located.source, "revision": located.revision, "components": {}}
     needed = _needed_layers(model, located.pipeline)
     folder = None if located.kind == "random" else download(located, progress)
-    by_itself = {"transformer"} if conversion.tensor_parallel else set()
-    direct = _direct(device, located.declared.keys() | conversion.components | by_itself) if straight else {}
+    shared = {"transformer"} if conversion.tensor_parallel is not None else set()  # goes to its GPU by itself
+    direct = _direct(device, located.declared.keys() | conversion.components | shared) if straight else {}
     make: Callable[[str], Component] = (
         partial(_pretrained, folder, dtype, model.variant, needed, direct, conversion.tensor_parallel)
         if folder

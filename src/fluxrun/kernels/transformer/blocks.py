@@ -312,8 +312,7 @@ class Attend:
         tokens = [len(rows) // batch for rows in projected]
         shape = (batch, sum(tokens), self.attn.heads, self.attn.head_dim)
         kind, device = torch.float8_e4m3fn if self.fp8 else dtype, projected[0].device
-        processor: Any = self.attn.processor  # by diffusers' types it may be any of all its models'
-        exchange = Exchange.of(processor)
+        exchange = Exchange.of(self.attn.processor)
         if exchange:
             sent, (q, k, v) = exchange.room(shape, kind, device)
         else:
