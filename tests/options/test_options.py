@@ -26,7 +26,7 @@ NEUTRAL = {
 RUNS_ON_CPU = {
     ("attention", "sdpa"), ("attention", "math"), ("attention", "flex"), ("vae", "full"), ("vae", "tiled"),
     ("vae", "sliced"), ("vae", "fast"), ("memory", "resident"), ("memory", "staged"), ("quantization", "none"),
-    ("kernels", "diffusers"), ("compile", "none"), ("cache", "none"), ("lora", "none"),
+    ("kernels", "diffusers"), ("compile", "none"), ("cache", "none"), ("lora", "none"), ("parallel", "single"),
     *(("scheduler", name) for name in option_names("scheduler")),
     *(("cache", name) for name in ("dbcache", "fixed") if find_spec("cache_dit")),
     *(("quantization", name) for name in ("int8", "int8_weight_only", "fp8_weight_only") if find_spec("torchao")),

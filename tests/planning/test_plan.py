@@ -59,6 +59,7 @@ def test_the_cards_own_example_on_a_cpu():
     assert effective(plan) | {"memory": "resident"} == {
         "model": "shapes", "attention": "sdpa", "compile": "max_autotune", "vae": "full", "memory": "resident",
         "kernels": "diffusers", "quantization": "none", "cache": "none", "lora": "none", "scheduler": "euler",
+        "parallel": "single",
     }  # fmt: skip
     assert reasons(plan, "attention") == [("xformers", "requires", "needs a CUDA GPU; this run is on cpu")]
 

@@ -15,7 +15,7 @@ from PIL import Image
 from servers import TINY
 
 from fluxrun.errors import ConfigError
-from fluxrun.serving.client import _parsed, _written, split
+from fluxrun.serving.client import parsed, split, written
 
 
 def test_the_words_of_a_line():
@@ -52,8 +52,8 @@ def test_no_server(tmp_path):
     "text", ["[a.png,'b c.png']", "[{path: 'x, y.safetensors', scale: 0.8},{bundled: outline}]", "['it\\'s.png']"]
 )
 def test_a_list_of_files_is_written_as_it_was_read(text):
-    value = _parsed(f"lora.files={text}")
-    assert _parsed(f"lora.files={_written(value)}") == value
+    value = parsed(f"lora.files={text}")
+    assert parsed(f"lora.files={written(value)}") == value
 
 
 def plain(text: str) -> list[str]:

@@ -51,7 +51,7 @@ class ParallelOption(Option):
         """How many processes draw one picture."""
         if self.engine is None:
             return 1
-        return self.degree or (machine.place.size if machine.place else len(machine.gpus))
+        return self.degree or (machine.place.size if machine.place else max(1, len(machine.gpus)))
 
     def tensor_config(self, ranks: Ranks) -> TensorParallelConfig | None:
         """For what the transformer's weights are to be split up while they are loaded."""

@@ -226,7 +226,7 @@ def write_failure(folder: Path, data: JsonObject, error: BaseException, *, overr
 
 def remove_unfinished(folder: Path) -> None:
     """Remove what a run that ended in the middle of writing has left."""
-    for unfinished in (*_unfinished(folder), folder / LOCK):
+    for unfinished in (*folder.glob(".run.json.*"), *folder.glob("images/.*.part"), folder / LOCK):
         unfinished.unlink(missing_ok=True)
 
 

@@ -107,7 +107,7 @@ class Client:
         if name in ONE_FILE and value not in ("", "null"):
             return f"{key}={self._upload(name, _unquoted(value))}"
         if name in LISTS and value not in ("", "null", "[]"):
-            return f"{key}={_written(self._uploaded(name, _parsed(override)))}"
+            return f"{key}={written(self._uploaded(name, parsed(override)))}"
         return override
 
     def _uploaded(self, key: str, value: Any) -> Any:
@@ -203,7 +203,7 @@ def _unquoted(value: str) -> str:
     return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
 
 
-def _parsed(override: str) -> Any:
+def parsed(override: str) -> Any:
     """A list of files as Hydra's grammar reads it."""
     from fluxrun.config.composition import parse_overrides
 
@@ -213,12 +213,12 @@ def _parsed(override: str) -> Any:
     return value
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
     """A value in Hydra's grammar again."""
     if isinstance(value, list):
-        return f"[{','.join(map(_written, value))}]"
+        return f"[{','.join(map(written, value))}]"
     if isinstance(value, dict):
-        return f"{{{','.join(f'{key}: {_written(item)}' for key, item in value.items())}}}"
+        return f"{{{','.join(f'{key}: {written(item)}' for key, item in value.items())}}}"
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     return str(value) if isinstance(value, int | float) else _quoted(str(value))
