@@ -280,12 +280,14 @@ class Session:
 
     def _begin_kernels(self) -> None:
         """Compile what will be launched while weights are loaded: not where they are there already."""
-        from fluxrun.pipeline.ahead import begin
+        if self._ahead is not None or self.store.reasons or self.loader.located is None:
+            return
+        with self.interrupts.immediate(), spans.span("import"):
+            from fluxrun.pipeline.ahead import begin
 
-        if self._ahead is None and not self.store.reasons and self.loader.located is not None:
             self._ahead = begin(self.plan, self.loader.located)
-            if self._ahead is None and self.plan.compile.cache_artifacts and not self.plan.compile.compiles:
-                self.plan.note("compile.cache_artifacts is not used: nothing of this run is compiled")
+        if self._ahead is None and self.plan.compile.cache_artifacts and not self.plan.compile.compiles:
+            self.plan.note("compile.cache_artifacts is not used: nothing of this run is compiled")
 
     def _wait_for_kernels(self) -> None:
         if self._ahead is not None:

@@ -19,14 +19,19 @@ from fluxrun.weights.location import Located
 CLASSES: dict[str, Any] = {"transformer": Flux2Transformer2DModel, "vae": AutoencoderKLFlux2}
 
 
-class _NoInit(TorchFunctionMode):
-    """Within, in this thread: ``torch.nn.init`` leaves tensors as they are."""
+class NoInitOnMeta(TorchFunctionMode):
+    """Within, in this thread: ``torch.nn.init`` leaves tensors of the meta device alone.
+
+    There is nothing in them to set; torch would import sympy for it.
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if getattr(func, "__module__", None) == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
         return func(*args, **(kwargs or {}))
 
 
@@ -37,7 +42,7 @@ def skeleton(
     config = component_config(model, located, name)
     if config is None:
         return None
-    with torch.device("meta"), _NoInit():
+    with torch.device("meta"), NoInitOnMeta():
         module: nn.Module = CLASSES[name].from_config({**config, **(changed or {})})
     return nn.Module.to(module, dtype).eval().requires_grad_(False)  # diffusers' own warns of nothing
 
