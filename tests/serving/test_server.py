@@ -11,7 +11,6 @@ import sys
 import threading
 from pathlib import Path
 
-import openai
 import psutil
 import pytest
 from servers import Running, start_server
@@ -67,6 +66,14 @@ def test_a_full_queue(server):
     assert {server.ask("GET", f"/api/runs/{run}")["state"] for run in waiting} == {"cancelled"}
 
 
+def test_a_stop_while_compiling(server):
+    run = server.start("compile=regional", "prompt=compiled")
+    server.until(run, "compiling")
+    server.ask("DELETE", f"/api/runs/{run}")
+    assert server.events(run)[-1]["state"] == "interrupted"
+    assert server.draw("prompt=after it")["state"] == "completed"
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGABRT], ids=lambda number: number.name)
 def test_the_worker_dies(server, number):
     run = server.start("steps=500")
@@ -84,6 +91,8 @@ def test_the_worker_dies(server, number):
 
 
 def test_the_openai_package(server):
+    import openai  # seconds, which the collection of the fast tests should not take
+
     client = openai.OpenAI(base_url=f"{server.client.address}/v1", api_key="any")
     extra = {"seed": 5, "overrides": ["steps=2"]}
     answer = client.images.generate(model="tiny", prompt="a cat", n=2, size="64x64", extra_body=extra)
@@ -94,6 +103,8 @@ def test_the_openai_package(server):
 
 
 def test_a_client_that_goes_away_stops_its_run(server):
+    import openai
+
     client = openai.OpenAI(base_url=f"{server.client.address}/v1", api_key="any", timeout=1.0, max_retries=0)
     with pytest.raises(openai.APITimeoutError):
         client.images.generate(model="tiny", prompt="a gull", size="64x64", extra_body={"overrides": ["steps=500"]})
