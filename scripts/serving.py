@@ -258,11 +258,11 @@ def _accepted(server: Running, options: argparse.Namespace, note: Callable[[int,
         for option in catalogue[group]["options"]
     ]  # fmt: skip
     words = st.tuples(
-        st.text(max_size=200), st.integers(-2, 2**63), st.integers(0, 5), st.lists(st.sampled_from(choices), max_size=2)
+        st.text(max_size=200), st.integers(0, 2**62), st.integers(1, 5), st.lists(st.sampled_from(choices), max_size=2)
     )
 
     @seed(options.seed)
-    @settings(max_examples=90, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=100, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(words)
     def attempt(asked: tuple[str, int, int, list[str]]) -> None:
         nonlocal accepted

@@ -8,9 +8,13 @@ import json
 import httpx2
 import pytest
 
+from fluxrun.process import device
 from fluxrun.serving.app import make_app
-from fluxrun.serving.guard import Access
+from fluxrun.serving.guard import Access, Refusal
+from fluxrun.serving.images_api import _refuse_what_failed
 from fluxrun.serving.limits import Limits
+from fluxrun.serving.rules import Accepted
+from fluxrun.serving.runs import Run
 from fluxrun.serving.service import Settings
 
 LOCAL = Access("127.0.0.1", 8484)
@@ -137,3 +141,21 @@ def test_a_plan(ask):
     answer = ask("POST", "/api/plan", body=body, headers=JSON).json()
     assert answer["options"]["attention"]["effective"] == "sdpa"
     assert answer["options"]["attention"]["fallbacks"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "status"), [("OutOfMemory", 507), ("WorkerDied", 503), ("Interrupted", 409), ("NotFinite", 400)]
+)
+def test_what_a_failed_run_is_answered(kind, status, tmp_path):
+    run = Run("x", Accepted((), {}, 1), tmp_path, state="failed", error="memory=balanced would fit", error_type=kind)
+    with pytest.raises(Refusal, match="memory=balanced would fit") as caught:
+        _refuse_what_failed(run)
+    assert caught.value.status == status
+
+
+def test_a_lost_device(monkeypatch):
+    assert not device.is_lost("cpu")
+    monkeypatch.setattr(
+        device, "synchronize", lambda name: (_ for _ in ()).throw(RuntimeError("CUDA error: misaligned"))
+    )
+    assert device.is_lost("cuda")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import json
 import os
 import signal
 import stat
 import sys
 import threading
+import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
-import openai
 import psutil
 import pytest
 from servers import Running, start_server
@@ -67,6 +69,14 @@ def test_a_full_queue(server):
     assert {server.ask("GET", f"/api/runs/{run}")["state"] for run in waiting} == {"cancelled"}
 
 
+def test_a_stop_while_compiling(server):
+    run = server.start("compile=regional", "prompt=compiled")
+    server.until(run, "compiling")
+    server.ask("DELETE", f"/api/runs/{run}")
+    assert server.events(run)[-1]["state"] == "interrupted"
+    assert server.draw("prompt=after it")["state"] == "completed"
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGABRT], ids=lambda number: number.name)
 def test_the_worker_dies(server, number):
     run = server.start("steps=500")
@@ -84,6 +94,8 @@ def test_the_worker_dies(server, number):
 
 
 def test_the_openai_package(server):
+    import openai  # seconds, which the collection of the fast tests should not take
+
     client = openai.OpenAI(base_url=f"{server.client.address}/v1", api_key="any")
     extra = {"seed": 5, "overrides": ["steps=2"]}
     answer = client.images.generate(model="tiny", prompt="a cat", n=2, size="64x64", extra_body=extra)
@@ -94,10 +106,13 @@ def test_the_openai_package(server):
 
 
 def test_a_client_that_goes_away_stops_its_run(server):
-    client = openai.OpenAI(base_url=f"{server.client.address}/v1", api_key="any", timeout=1.0, max_retries=0)
-    with pytest.raises(openai.APITimeoutError):
-        client.images.generate(model="tiny", prompt="a gull", size="64x64", extra_body={"overrides": ["steps=500"]})
-    run = server.ask("GET", "/api/runs?search=gull")["runs"][0]["id"]
+    body = json.dumps({"model": "tiny", "prompt": "a gull", "size": "64x64", "overrides": ["steps=500"]})
+    connection = http.client.HTTPConnection(urlsplit(server.client.address).netloc)
+    connection.request("POST", "/v1/images/generations", body, {"Content-Type": "application/json"})
+    while (run := server.ask("GET", "/api/status")["drawing"]) is None:
+        time.sleep(0.05)
+    server.until(run, "steps")
+    connection.close()
     assert server.events(run)[-1]["state"] == "interrupted"
 
 

@@ -36,10 +36,12 @@ def _option(catalog: Catalog, group: str, name: str, machine: Machine) -> dict[s
         option = catalog.load(group, name)
         reason = option.requires(machine)
     except FluxrunError as error:  # an option file that is wrong: the others are still worth showing
-        return {"name": name, "about": "", "usable": False, "why_not": str(error), "fallback": None, "knobs": []}
+        broken = {"name": name, "about": "", "usable": False, "why_not": str(error)}
+        return {**broken, "needs": None, "fallback": None, "knobs": []}
     return {
         "name": name,
         "about": about(catalog.path(group, name)),
+        "needs": option.requires(Machine()),  # what a machine without anything is told that it lacks
         "usable": reason is None,
         "why_not": reason,
         "fallback": None if option.fallback == "error" else option.fallback,

@@ -79,6 +79,8 @@ class Child:
             event = json.loads(line)
             yield event
             if event["event"] == "ended":
+                if event.get("leaving"):  # its device is lost: the next run is another process's
+                    await process.wait()
                 return
         raise WorkerDied(_how_it_ended(await process.wait()))
 

@@ -142,6 +142,7 @@ class Worker:
             error_type=None if error is None else type(error).__name__,
             weights_loaded=len(pool.loads) - loads,
             recorded=folder.exists(),
+            leaving=self.exit_code is not None,
         )
         _close_log()
         free_memory()

@@ -78,7 +78,7 @@ async function look() {
   let plan = null, problem = "";
   try { plan = await ask("POST", "/api/plan", { overrides: overrides({ prompt: false }) }); } catch (error) { problem = error.message; }
   if (number !== asked) return;
-  $("plan").textContent = plan ? plan.notes.join(" ") : problem;
+  $("plan").textContent = plan ? plan.notes.join(" ") : problem.split(" allowed: ")[0];
   let changed = 0, falls = 0;
   for (const [group, found] of groups()) {
     const chosen = found.options.find((option) => option.name === selects[group].value);
