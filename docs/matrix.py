@@ -196,7 +196,7 @@ def _order(name: str) -> tuple[str, str]:
     """What compiles comes last, as it takes longest; else what the weights of a plan depend on, and then the rest."""
     parts = sorted(name.split(" "))
     loads = [part for part in parts if part.startswith(("quantization=", "memory=staged"))]
-    return ("compiled " * ("compile=" in name) + " ".join(loads), " ".join(parts))
+    return ("~ compiled " * ("compile=" in name) + " ".join(loads), " ".join(parts))
 
 
 @contextmanager

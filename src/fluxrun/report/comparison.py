@@ -12,16 +12,18 @@ from fluxrun.report.fidelity import SHAPES, distance, missing, shows_prompt, unr
 from fluxrun.report.rows import ALL_THE_SAME, BASELINE_ELSEWHERE, Row, Setting, config_value, distinctive
 
 
-def compare(rows: Sequence[Row], root: Path, baseline: str = "auto") -> list[str]:
+def compare(rows: Sequence[Row], root: Path, baseline: str = "auto", *, pictures: bool = True) -> list[str]:
     """Fill in what needs a baseline: speed-up, distances, accuracy, break-even.
 
-    Returns what could not be compared, and why.
+    Without ``pictures`` none is looked at: to import what compares them takes a second. Returns what could not be
+    compared, and why.
     """
-    reason = missing()
+    reason = missing() if pictures else "nothing is compared after an interrupt; fluxrun report does"
     candidates = baseline_rows(rows, baseline)
     for row in rows:
         row.is_baseline = row in candidates
-        _judge_prompts(row, root)
+        if pictures:
+            _judge_prompts(row, root)
         base = _baseline_of(row, candidates)
         if base is None:
             continue
@@ -29,7 +31,8 @@ def compare(rows: Sequence[Row], root: Path, baseline: str = "auto") -> list[str
         if reason is None:
             _measure_pictures(row, candidates, root)
     _break_even(rows, candidates)
-    return [*([f"no PSNR and SSIM: {reason}"] if reason else []), *_lost_pictures(rows, root)]
+    lost = _lost_pictures(rows, root) if pictures else []
+    return [*([f"no PSNR and SSIM: {reason}"] if reason else []), *lost]
 
 
 def _lost_pictures(rows: Sequence[Row], root: Path) -> list[str]:

@@ -67,10 +67,11 @@ class SweepProgress:
 
 def finish(folder: Path, progress: SweepProgress, baseline: str) -> Result:
     """Compare all jobs of a sweep's folder, write its files, show its table."""
-    result = complete(progress.result(folder, _all_rows(folder, progress.pending, baseline)), folder, baseline)
+    waits = progress.status != "interrupted"  # who has pressed Ctrl+C does not wait for pictures and matplotlib
+    rows = _all_rows(folder, progress.pending, baseline)
+    result = complete(progress.result(folder, rows), folder, baseline, pictures=waits)
     try:
-        # Who has pressed Ctrl+C does not wait for matplotlib.
-        write_files(folder, result, folder, page=result.status != "interrupted")
+        write_files(folder, result, folder, page=waits)
     finally:  # the screen has the table, whatever the disk takes
         show_result(result, folder)
     return result
@@ -107,10 +108,10 @@ def _prefixes(folders: Sequence[Path]) -> list[str]:
     return ["/".join(p[-depth:]) + "/" for p in parts]
 
 
-def complete(result: Result, root: Path, baseline: str) -> Result:
+def complete(result: Result, root: Path, baseline: str, *, pictures: bool = True) -> Result:
     """Add comparisons, settings and environments; jobs sorted by speed."""
     result.baseline = baseline
-    result.problems = compare(result.jobs, root, baseline)
+    result.problems = compare(result.jobs, root, baseline, pictures=pictures)
     result.settings = settings(result.jobs)
     result.jobs = by_speed(result.jobs)
     result.environments = _environments(result.jobs, root)
