@@ -13,7 +13,7 @@ import matrix
 
 SAMPLE = (
     "memory=staged quantization=sdnq", "memory=balanced quantization=checkpoint", "quantization=gguf cache=fixed",
-    "vae=tiled quantization=int8_weight_only", "attention=math quantization=bfl_fp8",
+    "vae=sliced quantization=int8_weight_only", "attention=math quantization=bfl_fp8",
 )  # fmt: skip
 NEEDED = {"sdnq": "sdnq", "checkpoint": "sdnq", "gguf": "gguf", "int8_weight_only": "torchao"}
 
