@@ -35,7 +35,6 @@ from fluxrun.weights.find import find_weights
 from fluxrun.weights.folder import component_classes, variant_of
 from fluxrun.weights.location import Located
 from fluxrun.weights.random_weights import random_source
-from fluxrun.weights.skeletons import NoInitOnMeta
 from fluxrun.weights.store import Base, Part
 from fluxrun.weights.text_encoder import NeededLayers
 
@@ -230,7 +229,7 @@ def _pretrained(
     is what lets each be quantized before the next one needs memory.
     """
     library, class_name = component_classes(folder)[name]
-    with _quiet(), _refused_as(folder / name), NoInitOnMeta():
+    with _quiet(), _refused_as(folder / name):
         cls = getattr(importlib.import_module(library), class_name)
         component: Component
         if name not in MODEL_COMPONENTS:

@@ -21,7 +21,6 @@ from transformers import (
 
 from fluxrun.architectures import MODEL_COMPONENTS, SCHEDULER, Architecture, architecture
 from fluxrun.options.model import Flux2Model
-from fluxrun.weights.skeletons import NoInitOnMeta
 from fluxrun.weights.text_encoder import NeededLayers
 
 SEED = 0
@@ -50,7 +49,7 @@ def random_source(model: Flux2Model, dtype: str, device: str, needed: NeededLaye
             return build[name]()
         # include_buffers=False: parameters are created on meta, in no time and no memory; buffers are real, as
         # rotary frequencies, which are in no state dict, could not be filled in later.
-        with init_empty_weights(include_buffers=False), NoInitOnMeta():
+        with init_empty_weights(include_buffers=False):
             module = build[name]()
         if isinstance(module, PreTrainedModel):
             module.tie_weights()  # a tie made while every assignment made a new meta parameter did not hold
