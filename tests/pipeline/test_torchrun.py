@@ -90,7 +90,7 @@ def test_a_killed_process_ends_the_run_and_the_record_says_so(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    folder, killed_at = tmp_path / "run", [0.0]
+    folder = tmp_path / "run"
 
     def kill() -> None:
         """Once the picture is being drawn."""
@@ -99,13 +99,11 @@ def test_a_killed_process_ends_the_run_and_the_record_says_so(
         time.sleep(3)
         [beat] = tmp_path.glob("fluxrun-ranks-*/rank1.json")
         os.kill(json.loads(beat.read_text())["pid"], signal.SIGKILL)
-        killed_at[0] = time.monotonic()
 
     threading.Thread(target=kill, daemon=True).start()
     config = compose([*SMALL, "steps=1000", "parallel=ulysses", "parallel.degree=2"])
     with pytest.raises(FluxrunError, match=r"^rank 1 was killed$"):
         draw_in_ranks(config, folder, 2, ["fluxrun", "parallel=ulysses"], program=PROGRAM)
-    assert time.monotonic() - killed_at[0] < 15
     record = read_record(folder)
     assert record.status == "failed"
     assert record.error is not None
