@@ -61,6 +61,8 @@ def start_server(home: Path, *arguments: str) -> Running:
             break
         assert process.poll() is None, (home / "log").read_text()
         time.sleep(0.05)
+    if not state.exists():
+        process.kill()
     found = json.loads(state.read_text())
     client = Server(f"unix:{found['socket']}" if found["socket"] else found["url"])
     return Running(process, home, client)
