@@ -117,10 +117,11 @@ def test_a_client_that_goes_away_stops_its_run(server):
 
 
 def test_history(server):
-    found = server.ask("GET", "/api/runs?search=heron+A")
-    assert found["total"] == 2
+    drawn = [server.draw("prompt=a night heron", f"seed={seed}")["id"] for seed in (1, 2)]
+    found = server.ask("GET", "/api/runs?search=heron+A+NIGHT")
+    assert {run["id"] for run in found["runs"]} == set(drawn)
     run = found["runs"][0]
-    assert run["prompt"] == "a heron"
+    assert run["prompt"] == "a night heron"
     with server.client.open("GET", f"/api/runs/{run['id']}/files/{run['images'][0]}") as picture:
         assert picture.read(4) == b"\x89PNG"
 
