@@ -48,6 +48,8 @@ def run_in_child(data: JsonObject, dirs: tuple[Path, ...], folder: Path, command
             console.print(line.rstrip("\n"), markup=False, highlight=False, soft_wrap=True)
         child.stdin.close()
         child.wait()
+    if interrupts.requested and (folder / "run.json").exists():
+        write_failure(folder, data, interrupts.error())  # where the child was ended before it closed its record
     interrupts.check()
     if child.returncode:
         raise _failure(child.returncode, folder)
