@@ -11,7 +11,7 @@ import pytest
 from fluxrun.process import device
 from fluxrun.serving.app import make_app
 from fluxrun.serving.guard import Access, Refusal
-from fluxrun.serving.images_api import _refuse_what_failed
+from fluxrun.serving.images_api import refuse_what_failed
 from fluxrun.serving.limits import Limits
 from fluxrun.serving.rules import Accepted
 from fluxrun.serving.runs import Run
@@ -149,7 +149,7 @@ def test_a_plan(ask):
 def test_what_a_failed_run_is_answered(kind, status, tmp_path):
     run = Run("x", Accepted((), {}, 1), tmp_path, state="failed", error="memory=balanced would fit", error_type=kind)
     with pytest.raises(Refusal, match="memory=balanced would fit") as caught:
-        _refuse_what_failed(run)
+        refuse_what_failed(run)
     assert caught.value.status == status
 
 

@@ -44,7 +44,7 @@ async def generate(service: Found, request: Request, asked: ImagesRequest) -> Im
     """Draw pictures and wait for them; a client that goes away stops its run."""
     run = await service.runs.add(_overrides(asked, service.settings.models))
     await _wait(run, request, service)
-    _refuse_what_failed(run)
+    refuse_what_failed(run)
     record = service.history.record(run.id) or {}
     pictures = [str(image["path"]) for image in record.get("images", [])]
     as_url = asked.response_format == "url"
@@ -85,7 +85,7 @@ async def _wait(run: Run, request: Request, service: Service) -> None:
             await waiting
 
 
-def _refuse_what_failed(run: Run) -> None:
+def refuse_what_failed(run: Run) -> None:
     if run.state == "completed":
         return
     status = {"OutOfMemory": 507, "WorkerDied": 503, "Interrupted": 409}.get(run.error_type or "", 400)
