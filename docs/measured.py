@@ -11,12 +11,14 @@ from typing import Any
 from fluxrun.formatting import gigabytes, seconds
 
 
+def results(root: Path, name: str) -> Any:
+    """What a file of results holds."""
+    return json.loads((root / "benchmarks" / "results" / name).read_text(encoding="utf-8"))
+
+
 def measured_quantizations(root: Path) -> str:
     """What each quantization costs the bundled model's pictures: benchmarks/quantization_shapes.py has measured it."""
-    file = root / "benchmarks" / "results" / "quantization_shapes.json"
-    if not file.exists():
-        return "Not measured yet."
-    measured = json.loads(file.read_text(encoding="utf-8"))
+    measured = results(root, "quantization_shapes.json")
     rows = [
         "| setting | layers | bytes of the model | PSNR min / mean | SSIM | prompts kept | a step (CPU) |",
         "|---|---|---|---|---|---|---|",
@@ -34,10 +36,7 @@ def measured_quantizations(root: Path) -> str:
 
 def measured_at_real_size(root: Path) -> str:
     """Memory, load and step time of each quantization on a GPU, as benchmarks/quantization.py has measured them."""
-    file = root / "benchmarks" / "results" / "quantization_h200.json"
-    if not file.exists():
-        return "Not measured yet."
-    measured = json.loads(file.read_text(encoding="utf-8"))
+    measured = results(root, "quantization_h200.json")
     lines = [
         "| model, setting | weights | GPU while loading / drawing | converting | first picture | a step | error |",
         "|---|---|---|---|---|---|---|",
@@ -68,8 +67,7 @@ SETTINGS = ("plain", "h100_lossless before", "h100_lossless", "h100_fast before"
 
 def next_tenth(root: Path) -> str:
     """What stands between the step and the picture, before and now, as scripts/next_tenth.py has measured it."""
-    file = root / "benchmarks" / "results" / "next_tenth_h200.json"
-    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    rows = results(root, "next_tenth_h200.json")["rows"]
     found = {(row["group"], row["what"], row["setting"]): row["median"] for row in rows}
     lines = [
         "| | | plain diffusers | lossless before | lossless now | fast before | fast now | now, times plain |",

@@ -112,8 +112,7 @@ def _transformer(plan: Plan, located: Located) -> Part:
 
     batch = plan.config.batch_size * (2 if plan.guidance_batched else 1)
     text = plan.model.max_sequence_length
-    share = plan.ranks if plan.parallel.splits_tokens else 1
-    shape = Shape(batch, (plan.estimate.tokens - text) // share, text // share)
+    shape = Shape(batch, plan.estimate.tokens - text, text)
     in_fp8, quantization, dtype = plan.option(AttentionOption, "attention").in_fp8, plan.quantization, plan.dtype
 
     def part() -> None:
