@@ -225,6 +225,11 @@ CONFLICTS = (
         "vae", "full",
     ),
     Conflict(
+        named(QuantizationOption, "gguf"), named(MemoryOption, "sequential"),
+        "sequential offload makes parameters anew, and a .gguf file's cannot be (diffusers 0.42.1: KeyError)",
+        "memory", "group",
+    ),
+    Conflict(
         FAST_VAE, named(MemoryOption, "sequential"),
         "sequential offload moves layer by layer, and these are not diffusers' layers",
         "vae", "full",
