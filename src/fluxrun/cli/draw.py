@@ -14,7 +14,7 @@ from hydra.core.utils import configure_log
 from omegaconf import DictConfig
 
 from fluxrun.config.composition import CONFIG_NAME, hydra_errors, to_data
-from fluxrun.config.schema import RunConfig
+from fluxrun.config.schema import RunConfig, workers_config
 from fluxrun.errors import ConfigError, FluxrunError, Interrupted, exit_code_of, is_said, one_line
 from fluxrun.hardware.machine import Machine
 from fluxrun.planning.libraries import libraries_of
@@ -34,6 +34,8 @@ def draw_run(
     """Check one run's config, then let Hydra make its folder and call the job in it; returns the exit code."""
     if stray := next((o for o in overrides if o.lstrip("+~").startswith("sweep.")), None):
         raise ConfigError(f"{stray}: the sweep keys belong to a sweep; add --multirun, or +sweep=NAME")
+    if (crew := workers_config(node)) is not None:
+        raise ConfigError(f"workers={crew.workers} draws the jobs of a sweep: add --multirun")
     config = RunConfig.from_dict(to_data(node), dirs)
     with spans.span("plan"):
         prepared = prepare(config)
