@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -28,6 +28,8 @@ from fluxrun.options.scheduler import SchedulerOption
 from fluxrun.options.vae import VaeOption
 from fluxrun.trust import Closed, Open, OpenWhere
 from fluxrun.types import JsonObject
+
+M = TypeVar("M", bound=BaseModel)
 
 _LOAD = BeforeValidator(load_option)
 
@@ -166,6 +168,19 @@ class SweepConfig(BaseModel):
     """For a sweeper that optimises: settings whose pictures are further from the baseline's are worth nothing (dB)."""
 
 
+class CommandConfig(BaseModel):
+    """Keys that say how a command draws, and not what: they are in no record, and in no config's hash."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    resume: Annotated[Path | None, Closed("the run's pictures and record go there")] = None
+    """Folder of an earlier run of the same command: the images that it lacks are drawn, the others stay as they are."""
+
+
+BESIDE_A_RUN = ("hydra", "sweep", "resume")
+"""Keys of the config that say how runs are drawn, and are part of none."""
+
+
 def knobs_at(path: Sequence[str]) -> list[tuple[int, FieldInfo]]:
     """The knobs that a key of the config sets or reaches into, each with the length of its own path.
 
@@ -174,7 +189,7 @@ def knobs_at(path: Sequence[str]) -> list[tuple[int, FieldInfo]]:
     within: dict[str, Sequence[type[BaseModel]]] = {"measure": [Measure], "sweep": [SweepConfig]}
     models = own_options(ROWS[path[0]].base) if path[0] in GROUPS else within.get(path[0])
     if models is None:
-        return [(1, knob) for knob in [RunConfig.model_fields.get(path[0])] if knob]
+        return [(1, knob) for knob in [{**CommandConfig.model_fields, **RunConfig.model_fields}.get(path[0])] if knob]
     return [(2, model.model_fields[path[1]]) for model in models if path[1:] and path[1] in model.model_fields]
 
 
@@ -229,11 +244,21 @@ def _known_keys(path: list[str], data: JsonObject) -> list[str]:
 
 
 def sweep_config(node: DictConfig) -> SweepConfig:
-    """The validated ``sweep`` node; raises ConfigError in one line."""
-    data = OmegaConf.to_container(node.sweep, resolve=True)
+    """The validated ``sweep`` node; raises ConfigError in one line, also for what belongs to one run."""
+    if (resumed := command_config(node).resume) is not None:
+        raise ConfigError(f"resume={resumed} goes on with one run; sweep.resume=FOLDER goes on with a sweep")
+    return _validated(SweepConfig, OmegaConf.to_container(node.sweep, resolve=True), "sweep")
+
+
+def command_config(node: DictConfig) -> CommandConfig:
+    """What the keys beside a run's own say; raises ConfigError in one line."""
+    return _validated(CommandConfig, {name: node[name] for name in CommandConfig.model_fields})
+
+
+def _validated(model: type[M], data: Any, *within: str) -> M:
     try:
-        return SweepConfig.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
-        key = ".".join(["sweep", *map(str, problem["loc"])])
+        key = ".".join([*within, *map(str, problem["loc"])])
         raise ConfigError(f"{key}={shorten(problem['input'])}: {problem['msg'].lower()}") from error
