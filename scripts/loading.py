@@ -169,6 +169,7 @@ def main() -> None:
     parser.add_argument("--architecture", default="klein_4b", choices=["klein_4b", "klein_9b", "dev", "tiny"])
     parser.add_argument("--blocks", type=int, nargs=2, metavar=("DOUBLE", "SINGLE"), help="of the transformer")
     parser.add_argument("--text-layers", type=int, help="of the text encoder; the last one's output is the embedding")
+    parser.add_argument("--only", nargs="+", help="ways to load: cold, 'cold ahead', 'warm straight', …")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda")
     given = parser.parse_args()
@@ -187,8 +188,9 @@ def main() -> None:
         "dd_bytes_per_s": disk_speed(given.folder),
         "loads": [],
     }
-    for state in ("cold", "warm"):
-        for ahead, straight in itertools.product((False, True), repeat=2):
+    for state, ahead, straight in itertools.product(("cold", "warm"), (False, True), (False, True)):
+        name = " ".join([state, *["ahead"] * ahead, *["straight"] * straight])
+        if not given.only or name in given.only:
             if state == "cold":
                 drop(given.folder)
             way = {"cache": state, "read_ahead": ahead, "straight": straight}
