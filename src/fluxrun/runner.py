@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fluxrun.config.prompts import Job
 from fluxrun.config.schema import RunConfig
 from fluxrun.errors import ConfigError, FluxrunError, mark_said, one_line
 from fluxrun.hardware.detection import place
@@ -27,7 +28,7 @@ from fluxrun.process.ranks import ALONE, Group, Ranks
 from fluxrun.process.signals import Interrupts
 from fluxrun.record.environment import environment
 from fluxrun.record.folder import RunFolder, status_of
-from fluxrun.record.helping import UnwrittenFolder
+from fluxrun.record.helping import SharedFolder, UnwrittenFolder
 from fluxrun.record.schema import RunRecord
 from fluxrun.weights.readahead import read_ahead
 
@@ -95,6 +96,25 @@ def run(
     return folder.record
 
 
+def draw_part(
+    config: RunConfig, folder: SharedFolder, jobs: Sequence[Job], done: Collection[int] = (), *, pool: SessionPool,
+    reporter: Reporter | None = None, quiet: bool = False,
+) -> RunRecord:  # fmt: skip
+    """Draw a part of a run (``jobs``, whole batches, without the images ``done``) whose record another process keeps.
+
+    Returns what is to be known of the part: options, environment, memory, times. Raises what ended it; what was saved
+    before has been told to the owner. ``quiet``: what was chosen is not said once more.
+    """
+    started, interrupts = time.perf_counter(), Interrupts()
+    with interrupts:
+        work = _Work(prepare(config, jobs=jobs), frozenset(done), quiet)
+        _run(work, folder, interrupts, _Stage(), pool, reporter or Reporter())
+    folder.record.timings.total_s = time.perf_counter() - started
+    folder.note_spans(spans.recorded())
+    spans.forget()
+    return folder.record
+
+
 def _say_what_is_there(earlier: Earlier, folder: RunFolder) -> None:
     log.info("%d of %d image(s) are in %s already", len(earlier.done), earlier.record.images_asked, folder.path)
     if earlier.lost:
@@ -158,6 +178,8 @@ class _Work:
     prepared: Prepared
     done: frozenset[int]
     """Which of its images are there already, by ``Job.index``."""
+    quiet: bool = False
+    """Whether what was chosen is known, and not said."""
 
 
 class _Stage:
@@ -191,7 +213,8 @@ def _run(
         folder.begin(prepared.jobs, from_file=plan.config.prompts_file is not None)
         note_options()
         folder.write()
-        _announce(prepared)
+        if not work.quiet:
+            _announce(prepared)
         stage.read = lambda: "load"
         reading = None if pool.loads else read_ahead(prepared.weight_files)
         with spans.span("import"):

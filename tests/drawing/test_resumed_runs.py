@@ -7,12 +7,17 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import SMALL, draw, fluxrun, hashes, start_fluxrun
+from helpers import SMALL, draw, fluxrun, hashes, small, start_fluxrun
 
+from fluxrun.config.prompts import jobs_of
+from fluxrun.config.shards import shards
 from fluxrun.pipeline.session_pool import SessionPool
 from fluxrun.record import asked, journal
-from fluxrun.record.folder import read_record
+from fluxrun.record.folder import RunFolder, read_record
+from fluxrun.record.helping import Owner, SharedFolder, steady_steps, take_over
+from fluxrun.record.picture import read_metadata
 from fluxrun.record.writing import short_text
+from fluxrun.runner import draw_part
 
 LINES = "a cat\na dog\na cat\na fox\na hen\n"
 
@@ -47,6 +52,34 @@ def test_the_missing_images_are_those_of_an_unbroken_run(tmp_path: Path) -> None
     drawn = {name for name in stays if times[name] != stays[name]}
     assert {int(name[:3]) for name in drawn} == {3, 5, 6, 7, 8}, "what was there is not written again"
     assert not (tmp_path / "run" / asked.ASKED).exists()
+
+
+def test_parts_drawn_elsewhere_are_the_images_of_an_unbroken_run(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text(LINES)
+    config = small(f"prompts_file={tmp_path / 'prompts.txt'}", "batch_size=2")
+    jobs = jobs_of(config)
+    with SessionPool() as pool:
+        whole = draw(tmp_path / "whole", f"prompts_file={tmp_path / 'prompts.txt'}", "batch_size=2", pool=pool)
+        folder = RunFolder(tmp_path / "run", config.source, ["fluxrun"])
+        folder.begin(jobs, from_file=True)
+        first, *others = shards(jobs, (), config.batch_size, workers=3)
+        for shard in [*others, first]:
+            shared = SharedFolder(Owner.of(folder), config.source, folder.add)
+            take_over(folder, draw_part(config, shared, shard.jobs, pool=pool, quiet=True), shard.name)
+        folder.add(journal.lines_of(folder.record)[0])  # told twice by a worker that was thought lost
+        assert len(read_record(folder.path).images) == 5
+        folder.record.timings.steady_step_s = steady_steps(folder.record)
+        folder.finish("completed")
+    record = read_record(folder.path)
+    assert hashes(record) == hashes(whole)
+    assert [image.identity for image in record.images] == [(line, 1) for line in range(1, 6)]
+    assert (len(record.timings.save_s), len(record.timings.step_s)) == (5, 3)
+    assert record.options.keys() == whole.options.keys()
+    assert record.environment["torch"]
+    assert record.memory.peak_allocated_bytes
+    for image in record.images:
+        metadata = read_metadata(folder.path / image.path)
+        assert (metadata["run_id"], metadata["signature"]) == (record.run_id, folder.signature)
 
 
 @pytest.mark.slow

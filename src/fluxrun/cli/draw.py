@@ -21,7 +21,7 @@ from fluxrun.planning.libraries import libraries_of
 from fluxrun.planning.prepare import prepare
 from fluxrun.planning.resume import earlier_run
 from fluxrun.process import spans
-from fluxrun.record.folder import claimed
+from fluxrun.record.claiming import claimed
 from fluxrun.runner import helps_another, run
 from fluxrun.startup.lean import start_lean
 from fluxrun.streams import lasting

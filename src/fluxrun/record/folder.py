@@ -9,8 +9,8 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from fluxrun.errors import ConfigError, Interrupted, one_line
 from fluxrun.reading import Unreadable, first_problem, read_text
 from fluxrun.record import asked as asked_for
 from fluxrun.record import journal
+from fluxrun.record.claiming import LOCK, USED, cannot_write, refuse_used
 from fluxrun.record.picture import pixel_hash, save_image
 from fluxrun.record.schema import Asked, ErrorRecord, ImageLine, OptionRecord, RunRecord, SpanRecord, Status
 from fluxrun.record.signature import sign
@@ -39,10 +40,6 @@ RESERVE = ".reserve"
 
 SPARE_BYTES = 8 * 1024
 """What the last record may be longer than the one before it: its error, and the picture that was added."""
-
-LOCK = ".lock"
-
-USED = "{} already holds a run: choose another hydra.run.dir, remove it, or go on with it by resume=FOLDER"
 
 PATIENCE_S = 2.0
 """What a second signal waits at most for the picture that is being written; as a rule a tenth of that."""
@@ -72,12 +69,13 @@ class RunFolder:
         )
         if earlier is not None:
             self.record = _continued(earlier, self.record)
-        self._signature = sign(data)
+        self.signature = sign(data)
         """What pictures carry: where the run was started is nobody's business there."""
         self._saving = threading.Lock()
         """Held while a picture is written and added to the record."""
         self._calls, self._encoded = len(self.record.timings.decode_s), len(self.record.timings.text_encode_s)
         """How many of the pipeline's calls and of the encoded texts are in a line."""
+        self._known = {image.identity for image in self.record.images}
         self._unwritten: list[ImageLine] = []
         """Lines that the disk did not take."""
         self._next_write = 0.0
@@ -111,7 +109,7 @@ class RunFolder:
         except FileExistsError as error:
             raise ConfigError(USED.format(self.path)) from error
         except OSError as error:
-            raise _cannot_write(self.path, error) from error
+            raise cannot_write(self.path, error) from error
 
     def _go_on(self) -> None:
         """Take over what is there. Up to the last write the record is the earlier command's."""
@@ -120,7 +118,7 @@ class RunFolder:
             journal.rewrite(self.path, self.record)
             self.write()
         except OSError as error:
-            raise _cannot_write(self.path, error) from error
+            raise cannot_write(self.path, error) from error
 
     def begin(self, jobs: Sequence[Asked], *, from_file: bool) -> None:
         """Note what the run is to have; of a prompts file also the lines, by which a change of it shows later."""
@@ -168,8 +166,18 @@ class RunFolder:
             if self._closed:
                 raise Interrupted("the run has ended")
             path, line = self._save(asked, image, output_format, finite=finite, constant=constant)
+            self.record.timings.save_s.append(line.save_s)
             self._add(line)
         return path
+
+    def add(self, line: ImageLine) -> None:
+        """Add to the record a picture that another process has saved here; one that is in it already stays."""
+        with self._saving:
+            if self._closed:
+                raise Interrupted("the run has ended")
+            if line.identity not in self._known:
+                self.record.timings.add(line)
+                self._add(line)
 
     def _save(
         self, asked: Asked, image: Image, output_format: str, *, finite: bool, constant: bool
@@ -203,19 +211,22 @@ class RunFolder:
             "seed": asked.seed,
             "run_id": self.record.run_id,
             "config": self.record.config,
-            "signature": self._signature,
+            "signature": self.signature,
             "environment": self.record.environment,
             **({"inputs": [given.model_dump() for given in self.record.inputs]} if self.record.inputs else {}),
             **({} if finite else {"finite": False}),
         }
 
     def _add(self, line: ImageLine) -> None:
-        """Add a saved image to the record, whose timings have its call already."""
+        """Add a saved image to the record, whose timings have its times already."""
         self._calls += len(line.calls)
         self._encoded += len(line.text_encode_s)
-        self.record.timings.save_s.append(line.save_s)
         self.record.images.append(line.image())
         self.record.images_saved += 1
+        self._known.add(line.identity)
+        self._list(line)
+
+    def _list(self, line: ImageLine) -> None:
         self._unwritten.append(line)
         journal.append(self.path, line)
         self._unwritten.pop()
@@ -303,45 +314,6 @@ def is_running(folder: Path) -> bool:
         return read_record(folder).status == "running"
     except ConfigError:
         return False
-
-
-@contextmanager
-def claimed(folder: Path, *, again: bool = False) -> Iterator[None]:
-    """Keep a folder for one run of this process, from before anything is written there: log, config, record.
-
-    However the process ends, the system lets go of it. Raises ConfigError when it is kept by another, or holds a run
-    and is not to be used ``again``.
-    """
-    from filelock import FileLock, Timeout  # 25 ms, which `fluxrun plan` has no use for
-
-    if not again:
-        refuse_used(folder)
-    lock = FileLock(folder / LOCK)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ConfigError(f"another run is being drawn into {folder}: choose another hydra.run.dir") from error
-    except OSError as error:
-        raise _cannot_write(folder, error) from error
-    try:
-        if not again:
-            refuse_used(folder)  # by one that has ended since
-        yield
-    finally:
-        with suppress(OSError):  # who comes next finds run.json
-            (folder / LOCK).unlink(missing_ok=True)
-        lock.release()
-
-
-def refuse_used(folder: Path) -> None:
-    """Raise ConfigError when a folder holds a run."""
-    if os.path.exists(folder / RECORD):  # not path.exists(), which raises for a name that is too long
-        raise ConfigError(USED.format(folder))
-
-
-def _cannot_write(folder: Path, error: OSError) -> ConfigError:
-    return ConfigError(f"cannot write to the output folder {folder}: {error.strerror or error}")
 
 
 def read_record(folder: Path) -> RunRecord:
