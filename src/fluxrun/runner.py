@@ -57,13 +57,13 @@ def run(
 
     Raises what ended the run when it was not completed; the record on disk then says so, with all finished images.
     """
+    earlier = earlier_run(config, Path(output_dir)) if resume and not helps_another() else None
+    if earlier is not None and earlier.complete:
+        return _completed(earlier, Path(output_dir), config)
     if (size := _processes_to_start(config, machine)) > 1:
         if pool is not None:
             pool.clear()
         return draw_in_ranks(config, Path(output_dir), size, command, resume=resume)
-    earlier = earlier_run(config, Path(output_dir)) if resume and not helps_another() else None
-    if earlier is not None and earlier.complete:
-        return _completed(earlier, Path(output_dir), config)
     kind = UnwrittenFolder if helps_another() else RunFolder
     folder = kind(Path(output_dir), config.source, command, earlier=earlier.record if earlier else None)
     started = time.perf_counter()

@@ -19,7 +19,7 @@ from fluxrun.errors import ConfigError, FluxrunError, Interrupted, exit_code_of,
 from fluxrun.paths import expanded
 from fluxrun.planning.libraries import libraries_of
 from fluxrun.planning.prepare import prepare
-from fluxrun.planning.resume import earlier_run
+from fluxrun.planning.resume import Earlier, earlier_run
 from fluxrun.process import spans
 from fluxrun.record.claiming import claimed
 from fluxrun.runner import helps_another, run
@@ -36,8 +36,8 @@ def draw_run(
     if stray := next((o for o in overrides if o.lstrip("+~").startswith("sweep.")), None):
         raise ConfigError(f"{stray}: the sweep keys belong to a sweep; add --multirun, or +sweep=NAME")
     config, resumed = RunConfig.from_dict(to_data(node), dirs), command_config(node).resume
-    if resumed is not None:
-        _go_on(config, node, expanded(resumed))
+    if resumed is not None and _go_on(config, node, expanded(resumed)).complete and helps_another():
+        return 0
     with spans.span("plan"):
         prepared = prepare(config)
         start_lean(libraries_of(prepared))
@@ -51,11 +51,12 @@ def draw_run(
         return int(app.run(CONFIG_NAME, job, list(overrides)).return_value)
 
 
-def _go_on(config: RunConfig, node: DictConfig, folder: Path) -> None:
-    """Have Hydra use the folder of an earlier run, if the run there is this one."""
-    earlier_run(config, folder)
+def _go_on(config: RunConfig, node: DictConfig, folder: Path) -> Earlier:
+    """Have Hydra use the folder of an earlier run, if the run there is this one; returns what is in it."""
+    earlier = earlier_run(config, folder)
     with flag_override(node.hydra, "readonly", False):
         node.hydra.run.dir = escape_interpolation(str(folder))
+    return earlier
 
 
 def _composed(node: DictConfig, with_log_configuration: bool, **_: Any) -> DictConfig:
