@@ -3,7 +3,7 @@
     python scripts/record_cost.py benchmarks/results/record_cost_cpu.json [--drawn PROMPTS]
 
 ``writer``: the record's writer alone, with images that nobody drew. What an image adds is its line in images.jsonl, and
-run.json once a second at most; beside it what was done up to schema_version 1: all of run.json, twice an image.
+run.json every ten seconds at most; beside it what was done up to schema_version 1: all of run.json, twice an image.
 ``drawn``: a prompt set on model=tiny, 64x64, two steps: seconds between two images and bytes that the process wrote for
 one, its picture file left out, at the begin and at the end of the run. Bytes are the kernel's count (/proc/self/io).
 """

@@ -178,7 +178,7 @@ def test_a_record_of_version_1_reads_as_before(folder: RunFolder) -> None:
 
 
 def test_the_cost_of_an_image_does_not_grow(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes, counted: nothing but its own line is written with an image; run.json at most once a second."""
+    """Bytes, counted: nothing but its own line is written with an image; run.json every ten seconds at most."""
     monkeypatch.setattr(record_folder, "AGAIN_S", 1e6)
     folder.write()
     stamp = os.stat(folder.path / "run.json").st_mtime_ns

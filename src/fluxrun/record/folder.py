@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fluxrun.record")
 
-AGAIN_S = 1.0
+AGAIN_S = 10.0
 """How long run.json is not written again while images are drawn: what each of them adds is in its line."""
 
 RESERVE = ".reserve"
