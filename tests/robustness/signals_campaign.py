@@ -24,6 +24,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 from PIL import Image
@@ -260,8 +261,11 @@ def broken_files(folder: Path) -> list[str]:
         except ValueError as error:
             found.append(f"{name} is torn: {error}")
             continue
-        pictures = [path.parent / image["path"] for image in record.get("images", ())]
-        found += [f"{name} names {picture.name}, which is lost" for picture in pictures if not picture.exists()]
+        if path.name == "run.json":
+            pictures = [path.parent / image["path"] for image in images_of(path, record)]
+            found += [f"{name} names {picture.name}, which is lost" for picture in pictures if not picture.exists()]
+            unnamed = set((path.parent / "images").glob("[!.]*")) - set(pictures)
+            found += [f"{name} does not name {len(unnamed)} pictures"] if len(unnamed) > 1 else []  # one is in flight
     for picture in sorted(folder.glob("*/**/images/*.png")):
         try:
             with Image.open(picture) as image:
@@ -269,6 +273,13 @@ def broken_files(folder: Path) -> list[str]:
         except (OSError, SyntaxError) as error:
             found.append(f"{picture.relative_to(folder)} names no whole picture: {error}")
     return found
+
+
+def images_of(path: Path, record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The images of a record, those among them that are listed beside it."""
+    beside = path.with_name("images.jsonl")
+    lines = beside.read_bytes().split(b"\n")[:-1] if record.get("images_file") and beside.exists() else []
+    return [*record.get("images", ()), *map(json.loads, lines)]
 
 
 def _go_on(moment: Moment, folder: Path, extra: Mapping[str, str]) -> list[str]:
@@ -304,7 +315,7 @@ def untrue_records(folder: Path) -> list[str]:
         if record["status"] == "running":
             found.append(f"{name} says running")
         if path.name == "run.json":
-            named = sorted(Path(image["path"]).name for image in record["images"])
+            named = sorted(Path(image["path"]).name for image in images_of(path, record))
             there = sorted(image.name for image in (path.parent / "images").glob("*"))
             found += [f"{name} names {len(named)} pictures, there are {len(there)}"] if named != there else []
         elif any(job["status"] == "running" for job in record["jobs"]):

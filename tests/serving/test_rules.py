@@ -56,7 +56,8 @@ def test_what_may_be_asked(rules):
     "override",
     [
         "hydra.run.dir=/tmp/x", "+hydra.callbacks.x._target_=os.system", "hydra/launcher=joblib", "sweep.resume=/tmp",
-        "+sweep=kernels", "--config-dir=/tmp", "~attention", "attention@hydra.x=math", "attention._target_=os.system",
+        "resume=/tmp", "+sweep=kernels", "--config-dir=/tmp", "~attention", "attention@hydra.x=math",
+        "attention._target_=os.system",
         "device=${oc.env:HOME}", "device=\\${oc.env:HOME}", "output_format=${hydra:run.dir}", "steps=${${seed}}",
         "+preset=../../etc/x", "attention=[math,sdpa]", "attention={_target_: os.system}", "model=flux2_dev",
         "model.path=/etc", "model.id=someone/else", "model.bundled=../models/shapes", "attention.hub=true",

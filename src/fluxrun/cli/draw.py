@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import configure_log
-from omegaconf import DictConfig
+from omegaconf import DictConfig, flag_override
 
-from fluxrun.config.composition import CONFIG_NAME, hydra_errors, to_data
-from fluxrun.config.schema import RunConfig, workers_config
+from fluxrun.config.composition import CONFIG_NAME, escape_interpolation, hydra_errors, to_data
+from fluxrun.config.schema import RunConfig, command_config, workers_config
 from fluxrun.errors import ConfigError, FluxrunError, Interrupted, exit_code_of, is_said, one_line
-from fluxrun.hardware.machine import Machine
+from fluxrun.paths import expanded
 from fluxrun.planning.libraries import libraries_of
 from fluxrun.planning.prepare import prepare
+from fluxrun.planning.resume import Earlier, earlier_run
 from fluxrun.process import spans
-from fluxrun.record.folder import claimed
+from fluxrun.record.claiming import claimed
 from fluxrun.runner import helps_another, run
 from fluxrun.startup.lean import start_lean
 from fluxrun.streams import lasting
@@ -36,16 +37,28 @@ def draw_run(
         raise ConfigError(f"{stray}: the sweep keys belong to a sweep; add --multirun, or +sweep=NAME")
     if (crew := workers_config(node)) is not None:
         raise ConfigError(f"workers={crew.workers} draws the jobs of a sweep: add --multirun")
-    config = RunConfig.from_dict(to_data(node), dirs)
+    config, resumed = RunConfig.from_dict(to_data(node), dirs), command_config(node).resume
+    if resumed is not None and _go_on(config, node, expanded(resumed)).complete and helps_another():
+        return 0
     with spans.span("plan"):
         prepared = prepare(config)
         start_lean(libraries_of(prepared))
     if helps_another():
         return _exit_code(lambda: run(config, Path(), command=command, machine=prepared.plan.machine))
-    job = functools.partial(_job, config=config, machine=prepared.plan.machine, command=command)
-    with lasting("stdout"), claimed(Path(str(node.hydra.run.dir))), hydra_errors(overrides, dirs):
+    how = {"command": command, "machine": prepared.plan.machine, "resume": resumed is not None}
+    job = functools.partial(_job, config=config, how=how)
+    folder = Path(str(node.hydra.run.dir))
+    with lasting("stdout"), claimed(folder, again=resumed is not None), hydra_errors(overrides, dirs):
         app.compose_config = functools.partial(_composed, node)  # type: ignore[method-assign]
         return int(app.run(CONFIG_NAME, job, list(overrides)).return_value)
+
+
+def _go_on(config: RunConfig, node: DictConfig, folder: Path) -> Earlier:
+    """Have Hydra use the folder of an earlier run, if the run there is this one; returns what is in it."""
+    earlier = earlier_run(config, folder)
+    with flag_override(node.hydra, "readonly", False):
+        node.hydra.run.dir = escape_interpolation(str(folder))
+    return earlier
 
 
 def _composed(node: DictConfig, with_log_configuration: bool, **_: Any) -> DictConfig:
@@ -55,12 +68,12 @@ def _composed(node: DictConfig, with_log_configuration: bool, **_: Any) -> DictC
     return node
 
 
-def _job(node: DictConfig, config: RunConfig, machine: Machine, command: Sequence[str]) -> int:
+def _job(node: DictConfig, config: RunConfig, how: Mapping[str, Any]) -> int:
     """The run, in the folder Hydra made; returns its exit code, never raises an ordinary error."""
     hydra: Any = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
     spans.end("compose")
-    return _exit_code(lambda: run(config, folder, command=command, machine=machine), folder)
+    return _exit_code(lambda: run(config, folder, **how), folder)
 
 
 def _exit_code(draw: Callable[[], object], folder: Path | None = None) -> int:

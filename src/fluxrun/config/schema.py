@@ -168,6 +168,15 @@ class SweepConfig(BaseModel):
     """For a sweeper that optimises: settings whose pictures are further from the baseline's are worth nothing (dB)."""
 
 
+class CommandConfig(BaseModel):
+    """Keys that say how a command draws, and not what: they are in no record, and in no config's hash."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    resume: Annotated[Path | None, Closed("the run's pictures and record go there")] = None
+    """Folder of an earlier run of the same command: the images that it lacks are drawn, the others stay as they are."""
+
+
 OTHER_PROCESSES = "it starts processes that draw, on this machine or on others"
 
 
@@ -182,18 +191,18 @@ class RayConfig(BaseModel):
 
 
 class WorkersConfig(BaseModel):
-    """How many processes draw a sweep's jobs, or the pictures of a prompt set."""
+    """How many processes draw a sweep's jobs, or the pictures of a prompt set. As CommandConfig: in no record."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     workers: Annotated[PositiveInt | Literal["auto"] | None, Closed(OTHER_PROCESSES)] = None
-    """So many Ray actors, each with a GPU and weights of its own that are loaded once; ``auto``: one per GPU. Only for
-    sweeps."""
+    """So many Ray actors, each with a GPU and weights of its own that are loaded once; ``auto``: one per GPU. They draw a
+    sweep's jobs."""
     ray: RayConfig = RayConfig()
     """Which cluster."""
 
 
-BESIDE_A_RUN = ("hydra", "sweep", "workers", "ray")
+BESIDE_A_RUN = ("hydra", "sweep", "resume", "workers", "ray")
 """Keys of the config that say how runs are drawn, and are part of none."""
 
 
@@ -205,7 +214,8 @@ def knobs_at(path: Sequence[str]) -> list[tuple[int, FieldInfo]]:
     within: dict[str, Sequence[type[BaseModel]]] = {"measure": [Measure], "sweep": [SweepConfig], "ray": [RayConfig]}
     models = own_options(ROWS[path[0]].base) if path[0] in GROUPS else within.get(path[0])
     if models is None:
-        return [(1, knob) for knob in [{**WorkersConfig.model_fields, **RunConfig.model_fields}.get(path[0])] if knob]
+        beside = CommandConfig.model_fields | WorkersConfig.model_fields
+        return [(1, knob) for knob in [{**beside, **RunConfig.model_fields}.get(path[0])] if knob]
     return [(2, model.model_fields[path[1]]) for model in models if path[1:] and path[1] in model.model_fields]
 
 
@@ -260,8 +270,15 @@ def _known_keys(path: list[str], data: JsonObject) -> list[str]:
 
 
 def sweep_config(node: DictConfig) -> SweepConfig:
-    """The validated ``sweep`` node; raises ConfigError in one line."""
+    """The validated ``sweep`` node; raises ConfigError in one line, also for what belongs to one run."""
+    if (resumed := command_config(node).resume) is not None:
+        raise ConfigError(f"resume={resumed} goes on with one run; sweep.resume=FOLDER goes on with a sweep")
     return _validated(SweepConfig, OmegaConf.to_container(node.sweep, resolve=True), "sweep")
+
+
+def command_config(node: DictConfig) -> CommandConfig:
+    """What the keys beside a run's own say; raises ConfigError in one line."""
+    return _validated(CommandConfig, {name: node[name] for name in CommandConfig.model_fields})
 
 
 def workers_config(node: DictConfig) -> WorkersConfig | None:
@@ -280,6 +297,5 @@ def _validated(model: type[M], data: Any, *within: str) -> M:
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         loc = [str(part) for part in problem["loc"] if str(part) not in ("constrained-int", "literal['auto']")]
-        raise ConfigError(
-            f"{'.'.join([*within, *loc])}={shorten(problem['input'])}: {problem['msg'].lower()}"
-        ) from error
+        key = ".".join([*within, *loc])
+        raise ConfigError(f"{key}={shorten(problem['input'])}: {problem['msg'].lower()}") from error

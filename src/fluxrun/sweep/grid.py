@@ -19,7 +19,8 @@ from fluxrun.errors import ConfigError, TrustError
 from fluxrun.formatting import counted
 from fluxrun.options.groups import APPLY_ORDER, ROWS
 from fluxrun.options.lora import LoraOption
-from fluxrun.record.folder import plain, plain_hash
+from fluxrun.record.folder import plain_hash
+from fluxrun.record.writing import plain
 from fluxrun.report.rows import GridJob, Row, config_value
 from fluxrun.sweep.axes import Axis, axes_of, changed, changes_of, differences
 from fluxrun.types import JsonObject
