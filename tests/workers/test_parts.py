@@ -48,9 +48,9 @@ def test_what_does_not_go_together_is_one_line(
     assert not (tmp_path / "outputs").exists()
 
 
-def test_one_picture_needs_no_workers() -> None:
-    with pytest.raises(ConfigError, match="workers=2 draws the jobs of a sweep: add --multirun"):
-        dispatch(["workers=2"])
+def test_a_run_has_workers_or_several_gpus_a_picture() -> None:
+    with pytest.raises(ConfigError, match="workers=2 does not go with parallel=ulysses"):
+        dispatch(["workers=2", "parallel=ulysses"])
 
 
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

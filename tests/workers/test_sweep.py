@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import signal
 import sys
-import time
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
-from helpers import SMALL, Child, draw, fluxrun, hashes, said, start_fluxrun
-from robustness.signals_campaign import TAG, tagged, untrue_records
+from helpers import SMALL, draw, fluxrun, hashes, said
+from ray_processes import PATIENCE_S, Started, gone
+from robustness.signals_campaign import untrue_records
 
 from fluxrun.record.folder import read_record
 
@@ -23,57 +18,7 @@ pytest.importorskip("ray", reason="the extra 'ray'")
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")]
 
-PATIENCE_S = 300
 SWEEP = ("--multirun", *SMALL, "workers=2", "hydra.sweep.dir=sweep")
-
-
-class Started:
-    """A sweep in a process of its own, whose own processes can be told from everybody else's."""
-
-    def __init__(self, folder: Path, *arguments: str) -> None:
-        self.folder, self._tag = folder, uuid.uuid4().hex
-        with (folder / "screen.txt").open("w") as stream:
-            env = {TAG: self._tag, "COLUMNS": "300"}
-            self.process: Child = start_fluxrun(
-                *arguments, cwd=folder, stdout=stream, stderr=stream, env=env, fresh=True
-            )
-
-    def others(self) -> list[psutil.Process]:
-        return [other for other in tagged(self._tag) if other.pid != self.process.pid]
-
-    def drawing(self) -> list[psutil.Process]:
-        """The actors that have a job."""
-        found = []
-        for other in self.others():
-            with contextlib.suppress(psutil.Error):
-                found += (
-                    [other] if other.name() == "ray::Worker.dra" or "Worker.draw" in " ".join(other.cmdline()) else []
-                )
-        return found
-
-    def until(self, what: Callable[[], object]) -> None:
-        deadline = time.monotonic() + PATIENCE_S
-        while not what():
-            assert self.process.poll() is None, self.screen()
-            assert time.monotonic() < deadline, self.screen()
-            time.sleep(0.05)
-
-    def screen(self) -> str:
-        return (self.folder / "screen.txt").read_text()
-
-    def rows(self) -> dict[str, dict[str, Any]]:
-        return {row["job"]: row for row in json.loads((self.folder / "sweep" / "sweep.json").read_text())["jobs"]}
-
-    def completed(self) -> list[Path]:
-        return [folder for folder in (self.folder / "sweep").glob("[0-9]*") if _is_completed(folder)]
-
-
-def _is_completed(folder: Path) -> bool:
-    return (folder / "run.json").exists() and read_record(folder).status == "completed"
-
-
-def gone(processes: list[psutil.Process]) -> bool:
-    return not psutil.wait_procs(processes, timeout=20)[1]
 
 
 @pytest.fixture
@@ -86,12 +31,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Started]]:
 
     yield start
     for one in started:
-        if one.process.poll() is None:
-            one.process.kill()
-            one.process.wait(PATIENCE_S)
-        for other in one.others():
-            with contextlib.suppress(psutil.Error):
-                other.kill()
+        one.close()
 
 
 def test_a_lost_workers_job_goes_to_another_one(tmp_path: Path, start: Callable[..., Started]) -> None:

@@ -196,8 +196,8 @@ class WorkersConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     workers: Annotated[PositiveInt | Literal["auto"] | None, Closed(OTHER_PROCESSES)] = None
-    """So many Ray actors, each with a GPU and weights of its own that are loaded once; ``auto``: one per GPU. They draw a
-    sweep's jobs."""
+    """So many Ray actors, each with a GPU and weights of its own that are loaded once; ``auto``: one per GPU. They
+    draw a sweep's jobs, or a prompt set's images."""
     ray: RayConfig = RayConfig()
     """Which cluster."""
 
