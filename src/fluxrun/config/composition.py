@@ -244,8 +244,8 @@ def _unknown_key(key: str, dirs: tuple[Path, ...], overrides: Sequence[str]) -> 
 
 def _known_keys(parent: str, dirs: tuple[Path, ...], overrides: Sequence[str]) -> list[str]:
     if not parent:
-        known = (*RunConfig.model_fields, *CommandConfig.model_fields, "workers")
-        return [name for name in known if name not in ("source", "config_dirs")]
+        beside = {*CommandConfig.model_fields, "workers"}
+        return [name for name in RunConfig.model_fields.keys() | beside if name not in ("source", "config_dirs")]
     group = parent.split(".", maxsplit=1)[0]
     if group in GROUPS:
         chosen = next((o.split("=", 1)[1] for o in overrides if o.startswith(f"{group}=")), None)
