@@ -89,7 +89,10 @@ def connected(config: WorkersConfig) -> Iterator[Cluster]:
         if gpus and workers > gpus:
             log.warning("the cluster has %d GPU(s): further workers begin when it has more", gpus)
         log.info("%d worker(s), %s", workers, "a GPU each" if gpus else "on CPUs")
-        yield Cluster(gpus, workers)
+        try:
+            yield Cluster(gpus, workers)
+        except ray.exceptions.RayError as error:  # that no worker has anything to do with: its head is gone
+            raise FluxrunError(f"Ray has failed: {one_line(error)}") from error
 
 
 @contextlib.contextmanager

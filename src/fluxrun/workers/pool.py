@@ -85,14 +85,11 @@ class Pool:
     ) -> None:
         import ray
 
-        for seat in self._seats:
-            ray.kill(seat.actor)
         with contextlib.suppress(ray.exceptions.RayError):
-            ray.wait(
-                [seat.actor.__ray_ready__.remote() for seat in self._seats],
-                num_returns=len(self._seats),
-                timeout=GONE_S,
-            )
+            for seat in self._seats:
+                ray.kill(seat.actor)
+            ended = [seat.actor.__ray_ready__.remote() for seat in self._seats]
+            ray.wait(ended, num_returns=len(ended), timeout=GONE_S)
 
     def run(self, tasks: Iterator[Task]) -> Iterator[tuple[Task, Event | WorkerLost]]:
         """Have every task done; what happens as it happens: ``Begun``, pictures, ``Ended``, or that it is lost.
