@@ -179,7 +179,9 @@ class Pool:
         task.lost += 1
         if task.lost <= MOST_RETURNS:
             self._back.append(task)
-        log.warning("%s: worker lost, %s", task.label or task.name, "again" if task in self._back else "given up")
+            log.warning("%s: worker lost; another one gets it", task.label or task.name)
+        else:
+            log.error("%s: worker lost %d times", task.label or task.name, task.lost)
         yield task, WorkerLost(f"worker lost ({task.lost} time{'s' if task.lost > 1 else ''})")
 
 
