@@ -6,6 +6,7 @@ the run that is being drawn, SIGTERM the process; it ends with its parent.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import logging
@@ -13,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,21 +43,31 @@ EX_TEMPFAIL = 75
 
 
 class Events:
-    """The pipe to the server, a JSON object a line; from any thread."""
+    """The pipe to the server, a JSON object a line; from any thread, and from a signal's handler."""
 
     def __init__(self, descriptor: int) -> None:
         os.set_inheritable(descriptor, False)
-        self._pipe = os.fdopen(descriptor, "w", encoding="utf-8", buffering=1)
+        self._descriptor = descriptor
+        self._lines: deque[bytes] = deque()
         self._writing = threading.Lock()
 
     def send(self, event: str, **content: Any) -> None:
-        """Tell the server; one that is gone ends this process another way (``end_with_parent``)."""
-        line = json.dumps({"event": event, **content})
-        with self._writing:
+        """Tell the server; one that is gone ends this process another way (``end_with_parent``).
+
+        Whoever finds somebody writing leaves the line to them: a handler must not wait for what it has interrupted.
+        """
+        self._lines.append(json.dumps({"event": event, **content}).encode() + b"\n")
+        while self._lines and self._writing.acquire(blocking=False):
             try:
-                self._pipe.write(line + "\n")
-            except OSError:
-                return
+                while self._lines:
+                    self._write(self._lines.popleft())
+            finally:
+                self._writing.release()
+
+    def _write(self, line: bytes) -> None:
+        with contextlib.suppress(OSError):
+            while line:
+                line = line[os.write(self._descriptor, line) :]
 
 
 class EventLines(logging.Handler):
