@@ -11,6 +11,8 @@ import folder_paths
 from comfy.utils import ProgressBar
 from server import PromptServer
 
+from fluxrun.process.signals import AGAIN
+
 Interrupt = management.InterruptProcessingException
 """What a node raises when it was interrupted; ComfyUI's progress bar raises it, too."""
 
@@ -69,7 +71,7 @@ class Display:
         """What the process that draws reports. Raises Interrupt when the button was pressed."""
         match event:
             case {"event": "line", "text": str(text), "level": str(level)}:
-                say(text, level)
+                say(text.removesuffix(AGAIN), level)  # there it would end ComfyUI
             case {"event": "stage", "text": str(text)}:
                 self.write(text)
             case {"event": "steps", "text": str(text), "total": int(total)} if total:

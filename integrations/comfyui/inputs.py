@@ -126,7 +126,7 @@ def _input(name: str, kind: Any, **about: Any) -> tuple[Any, dict[str, Any]]:
 
 def _drop_down(group: str) -> tuple[Any, dict[str, Any]]:
     names = [option["name"] for option in options()[group]["options"]]
-    return names, {"default": default_of(group), "tooltip": _about(group), "advanced": True}
+    return names, {"default": default_of(group), "tooltip": _about(group)}
 
 
 def _about(group: str) -> str:

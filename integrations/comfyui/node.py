@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import json
 import os
+import threading
 from typing import Any
 
 from fluxrun.errors import ConfigError, FluxrunError, TrustError
+from fluxrun.serving.child import WorkerDied
 from fluxrun.serving.runs import Run
 
 from . import host
@@ -23,9 +25,18 @@ DOWNLOAD = "FLUXRUN_COMFYUI_DOWNLOAD"
 STOPPING = "stopping at the next step; press again to end at once"
 
 
-@functools.cache
+MAKING = threading.Lock()
+"""ComfyUI checks workflows on one thread and runs them on another."""
+
+
 def painter() -> Painter:
     """The one that all nodes share: weights are loaded once."""
+    with MAKING:
+        return _painter()
+
+
+@functools.cache
+def _painter() -> Painter:
     return Painter(host.temp_folder(), models(), host.folders)
 
 
@@ -60,16 +71,18 @@ class Flux2:
     def draw(self, node_id: str = "", **inputs: Any) -> tuple[Any, str]:
         """Draw; raises ComfyUI's own exception when it was interrupted, a FluxrunError of one line else."""
         check_names(inputs)
-        run = self._start(inputs)
+        run, display = self._start(inputs), host.Display(node_id)
         try:
-            follow(run, host.Display(node_id))
+            follow(run, display)
         finally:
             if run.ended and not inputs.get("keep_loaded", True):
                 painter().release()
         if run.state != "completed":
-            raise FluxrunError(run.error or f"the run was {run.state}")
+            raise FluxrunError(why(run))
         text = (run.folder / "run.json").read_text(encoding="utf-8")
-        return as_batch(pictures_of(run, json.loads(text))), text
+        pictures = as_batch(pictures_of(run, json.loads(text)))
+        display.write(f"{len(pictures)} picture(s) · {(run.ended_at or 0) - (run.started_at or 0):.1f} s")
+        return pictures, text
 
     def _start(self, inputs: dict[str, Any]) -> Run:
         found = checkpoints(host.folders("diffusers"))
@@ -80,6 +93,16 @@ class Flux2:
             host.say(line, "warning")
         host.make_room()
         return painter().start(accepted if os.environ.get(DOWNLOAD) == "1" else without_downloads(accepted))
+
+
+def why(run: Run) -> str:
+    """What has ended a run, and what to do about it here."""
+    text = run.error or f"the run was {run.state}"
+    if run.error_type == WorkerDied.__name__:
+        return f"{text}; what it printed: {painter().log}"
+    if "model.offline=true" in text:
+        return f"{text}; or start ComfyUI with {DOWNLOAD}=1, then a workflow may download it"
+    return text
 
 
 def follow(run: Run, display: host.Display) -> None:

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fluxrun.errors import ConfigError
+from fluxrun.errors import ConfigError, FluxrunError, one_line
 from fluxrun.serving.child import Child
 from fluxrun.serving.limits import Limits
 from fluxrun.serving.rules import Accepted, Rules, Wording
@@ -52,11 +52,12 @@ class Painter:
     def __init__(self, folder: Path, models: Sequence[str], folders: Any) -> None:
         limits = Limits()
         self.uploads = Uploads(folder / "uploads", limits)
-        self._log = (folder / "worker.log").open("ab", buffering=0)
+        self.log = folder / "worker.log"
         """What the process prints; what is worth saying comes as a line of a run."""
+        self._output = self.log.open("ab", buffering=0)
         self.rules = Rules(models, limits, ComfyFiles(self.uploads, folders), WORDING)
         without = [name for name in ALLOCATORS if COMFYS_ALLOCATOR in os.environ.get(name, "")]
-        child = Child(os.environ.get(PYTHON) or sys.executable, without, self._log.fileno())
+        child = Child(os.environ.get(PYTHON) or sys.executable, without, self._output.fileno())
         self._runs = Runs(folder, self.rules, limits.queue, IDLE_S, child)
         self._loop = asyncio.new_event_loop()
         self._working: asyncio.Task[None] | None = None
@@ -97,12 +98,21 @@ class Painter:
             try:
                 event = waiting.get(timeout=LOOK_S)
             except queue.Empty:
+                self._look_after(run)
                 yield {}
                 continue
             if event is None:
                 break
             yield event
         following.result()
+
+    def _look_after(self, run: Run) -> None:
+        """Raise FluxrunError where nobody is there to draw the run: no process could be started."""
+        if run.ended or self._working is None or not self._working.done():
+            return
+        self.stop(run)
+        error = self._working.exception()
+        raise FluxrunError(f"the process that draws could not be started: {one_line(error) if error else 'no reason'}")
 
     def stop(self, run: Run) -> None:
         """Stop a run at its next step, while loading or compiling at once; asked again, at once in any case."""

@@ -122,7 +122,7 @@ class Rules:
         if (name in GROUPS or name == "preset") and not OPTION_NAME.fullmatch(value):
             raise ConfigError(f"{shorten(override)}: takes the name of an option")
         if not is_text and (beyond := interpolation_beyond_config(value.replace("\\", ""))):
-            raise self._refusal(f"set {name!r} to {shorten(beyond)!r}: ${{…}} names another key")
+            raise self._refusal(f"set {name!r} to {shorten(beyond)!r}: ${{…}} may only name another key of the config")
 
     # -- composing ----------------------------------------------------------------------------------------------------
 
