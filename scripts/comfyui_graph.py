@@ -26,14 +26,14 @@ ARRANGE = """(nodes) => {
     if (after) after.value = "fixed";
   }
   app.canvas.ds.scale = 0.85;
-  app.canvas.ds.offset = [75, 90];
+  app.canvas.ds.offset = [75, 110];
   app.graph.setDirtyCanvas(true, true);
 }"""
 
 PLACES = {"1": (0, 0, 430, 950), "2": (490, 0, 430, 440), "3": (490, 490, 430, 460)}
 """Where a node is, and how large."""
 
-SEEN = {"x": 40, "y": 72, "width": 840, "height": 870}
+SEEN = {"x": 90, "y": 84, "width": 812, "height": 866}
 """The part of the window with the graph."""
 
 
@@ -60,16 +60,17 @@ def look(page: Page, comfy: ComfyUI) -> None:
     page.wait_for_function("window.app?.graph && app.extensionManager?.setting")
     page.wait_for_timeout(3000)
     page.keyboard.press("Escape")  # its templates
-    page.evaluate("app.extensionManager.setting.set('Comfy.Minimap.Visible', false)")
+    for shown in ("Comfy.Minimap.Visible", "Comfy.Graph.CanvasInfo"):
+        page.evaluate("(name) => app.extensionManager.setting.set(name, false)", shown)
     page.evaluate("(api) => app.loadApiJson(api, 'flux2')", asked)
     page.evaluate(ARRANGE, PLACES)
+    saved = without_nothing(page.evaluate("app.graph.serialize()"))
     page.evaluate("app.queuePrompt(0)")
     comfy.until(lambda: list((comfy.home / "output").glob("*.png")))
     page.wait_for_timeout(4000)
     page.evaluate(ARRANGE, PLACES)
     page.wait_for_timeout(2000)
     page.screenshot(path=DOCS / "images" / "comfyui_graph.png", clip=SEEN)
-    saved = without_nothing(page.evaluate("app.graph.serialize()"))
     page.evaluate("(graph) => app.loadGraphData(graph)", saved)
     loaded = page.evaluate("app.graphToPrompt()")["output"]
     assert all(loaded[id]["inputs"] | node["inputs"] == loaded[id]["inputs"] for id, node in asked.items()), loaded

@@ -118,7 +118,7 @@ class Rules:
                 f"{shorten(override, 40)}: an override of {len(override):,} characters, {most:,} is the most"
             )
         if not equals or not KEY.fullmatch(key) or name.split(".")[0] in ("hydra", "sweep"):
-            raise self._refusal(f"set {shorten(key)!r}: keys and options of one run only")
+            raise self._refusal(f"set {shorten(key)!r}, only keys and options of one run")
         if (name in GROUPS or name == "preset") and not OPTION_NAME.fullmatch(value):
             raise ConfigError(f"{shorten(override)}: takes the name of an option")
         if not is_text and (beyond := interpolation_beyond_config(value.replace("\\", ""))):
