@@ -1,4 +1,4 @@
-"""From the raw results of ``speed.py`` to summary.json, and to the tables and plots of docs/performance.md.
+"""From raw results (``speed.py``, ``next_tenth.py``) to summary.json, and to docs/performance.md's tables and plots.
 
     python benchmarks/summarize.py                       # benchmarks/results/speed*/, docs/performance.md
     python benchmarks/summarize.py --results DIR --docs FILE
@@ -11,9 +11,9 @@ import argparse
 import json
 from pathlib import Path
 
-from bench import ROOT, plots
+from bench import ROOT, next_tenth, plots
 from bench.results import read
-from bench.summary import document, summary
+from bench.summary import document, summary, tables
 
 
 def main() -> None:
@@ -23,10 +23,12 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "performance.md")
     given = parser.parse_args()
     rows = read(sorted(given.results.glob("speed*/")))
-    entries = summary(rows)
+    judged = next_tenth.entries(given.results)
+    entries = [*summary(rows), *judged]
     target = given.results / "summary.json"
     target.write_text(json.dumps(entries, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    given.docs.write_text(document(given.docs.read_text(encoding="utf-8"), rows), encoding="utf-8")
+    text = document(given.docs.read_text(encoding="utf-8"), {**tables(rows), "next_tenth": next_tenth.table(judged)})
+    given.docs.write_text(text, encoding="utf-8")
     images = given.docs.parent / "images"
     images.mkdir(exist_ok=True)
     written = [target, *plots.write(rows, images)]

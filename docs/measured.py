@@ -94,3 +94,36 @@ def _not_reached(rows: list[dict[str, Any]]) -> str:
     """The settings for which there was no time, by name."""
     missing = [f"{GROUPS[row['group']]} {row['setting']}" for row in rows if row["what"] == "not measured"]
     return "; ".join(missing) or "none"
+
+
+def schedulers(root: Path) -> str:
+    """Each scheduler's fidelity by calls of the transformer, as scripts/schedulers.py has measured it."""
+    lines = ["| calls | scheduler | steps | PSNR, worst prompt | mean | SSIM, worst |", "|---|---|---|---|---|---|"]
+    rows = results(root, "schedulers_shapes.json")["rows"]
+    for row in sorted(rows, key=lambda row: (row["transformer_calls"], -row["psnr_mean_db"])):
+        figures = f"{row['psnr_min_db']:.1f} dB | {row['psnr_mean_db']:.1f} dB | {row['ssim_min']:.4f}"
+        name = row["overrides"].removeprefix("scheduler=")
+        lines.append(f"| {row['transformer_calls']} | `{name}` | {row['steps']} | {figures} |")
+    return "\n".join(lines)
+
+
+def throughput(root: Path) -> str:
+    """Latency and throughput by batch size, as scripts/throughput.py has measured them."""
+    lines = [
+        "| `batch_size` | until its pictures are there | a step | pictures a second | peak memory |",
+        "|---|---|---|---|---|",
+    ]
+    for row in results(root, "throughput_klein_4b_h200.json")["throughput"]:
+        latency, step = row["latency_s"]["median"], 1e3 * row["step_s"]["median"]
+        figures = f"{latency:.2f} s | {step:.1f} ms | {row['images_per_s']:.2f} | {gigabytes(row['peak_bytes'])}"
+        lines.append(f"| {row['batch_size']} | {figures} |")
+    return "\n".join(lines)
+
+
+def guidance(root: Path) -> str:
+    """Guidance in two calls a step and in one, as scripts/throughput.py has measured them."""
+    lines = ["| pictures | two calls | one call | times |", "|---|---|---|---|"]
+    for row in results(root, "throughput_klein_4b_h200.json")["guidance"]:
+        two, one = (f"{1e3 * row[name]['median']:.1f} ms" for name in ("two_calls_s", "one_call_s"))
+        lines.append(f"| {row['size']}×{row['size']} | {two} | {one} | {row['speed_up']:.2f} |")
+    return "\n".join(lines)

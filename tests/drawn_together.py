@@ -44,8 +44,8 @@ def draw_all(jobs: list[tuple[str, list[str]]]) -> None:
 
     with SessionPool() as pool:
         for folder, overrides in jobs:
-            if overrides == ["fused"]:
-                compare_fused(Path(folder))
+            if overrides[0] in APART:
+                APART[overrides[0]](Path(folder))
                 continue
             if "seed=4242" in overrides and os.environ["RANK"] == "1":
                 fail_once()
@@ -76,6 +76,19 @@ def compare_fused(folder: Path) -> None:
             found.append(float((plain(**arguments)[0] - fused(**arguments)[0]).abs().max()))
     if distributed.get_rank() == 0:
         folder.write_text(json.dumps(found))
+
+
+def compare_meshes(folder: Path) -> None:
+    """How many processes are a ring, and how many share heads, where runs with both come after each other."""
+    from fluxrun.process.ranks import Group
+
+    ranks, names = Group.join("cpu", 10), ("ring", "ulysses")
+    found = [[ranks.mesh(shape, names)[name].size() for name in names] for shape in ((1, 2), (2, 1), (1, 2))]
+    if ranks.rank == 0:
+        folder.write_text(json.dumps(found))
+
+
+APART = {"fused": compare_fused, "meshes": compare_meshes}
 
 
 def fail_once() -> None:

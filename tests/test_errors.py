@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from fluxrun.errors import chain
+import pytest
+
+from fluxrun.errors import chain, one_line
 from fluxrun.pipeline.blame import blame
 
 
@@ -35,3 +37,19 @@ def test_the_context_beside_a_cause_is_blamed():
     foreign = type("NotSupported", (Exception,), {"__module__": "cache_dit.blocks"})
     error = raised(RuntimeError("no luck"), cause=KeyError("x"), context=foreign())
     assert blame(error, ["compile", "cache"]) == "cache"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            RuntimeError("Failed because of the following error (look up):\n\nno such module\nmore"),
+            "Failed because of the following error (look up): no such module",
+        ),
+        (KeyError("prompt"), "KeyError: 'prompt'"),
+        (ValueError("\n first \nsecond"), "first"),
+        (ValueError(), "ValueError"),
+    ],
+)
+def test_one_line_holds_the_reason(error: Exception, line: str) -> None:
+    assert one_line(error) == line

@@ -1,7 +1,7 @@
 """From the sections' results to the summary, judged against the targets, and to the tables of docs/performance.md."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from bench import plots
 from bench.results import Measured, Row, markdown, newest
@@ -51,9 +51,9 @@ def _judged(name: str, setting: str, metric: str, target: float, entries: Sequen
     return dict(zip(keys, (*about, unit, None, None, target, None, command), strict=True))
 
 
-def document(text: str, rows: Sequence[Measured]) -> str:
-    """``text`` with what stands between each pair of markers made anew."""
-    for name, table in tables(rows).items():
+def document(text: str, made: Mapping[str, str]) -> str:
+    """``text`` with what stands between each pair of markers made anew: the table of that name."""
+    for name, table in made.items():
         start, end = f"<!-- speed:{name} -->", f"<!-- /speed:{name} -->"
         pattern = re.compile(re.escape(start) + r".*?" + re.escape(end), re.DOTALL)
         text = pattern.sub(f"{start}\n{table}\n{end}".replace("\\", r"\\"), text)

@@ -86,9 +86,15 @@ def chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def one_line(error: BaseException, limit: int = 400) -> str:
-    """The first meaningful line of an error's text, at most ``limit`` characters, never empty."""
+    """The first meaningful line of an error's text, at most ``limit`` characters, never empty.
+
+    A line that announces the reason (transformers' "… because of the following error:") brings the next one with it.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = printable(lines[0]) if lines else type(error).__name__
+    announced = lines[1:2] if lines and lines[0].endswith(":") else []
+    text = printable(" ".join([*lines[:1], *announced])) or type(error).__name__
+    if type(error) is KeyError:  # its text is the key alone
+        text = f"KeyError: {text}"
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import summarize
+from bench import next_tenth
 from bench.results import fallen_back, read
 from bench.summary import document, summary, tables
 from bench.timed import ERROR
@@ -152,7 +153,7 @@ def test_the_newest_measurement_counts_and_dry_runs_do_not(tmp_path: Path) -> No
 def test_main_writes_summary_tables_and_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     results = write(tmp_path).parent
-    names = tables([])
+    names = [*tables([]), "next_tenth"]
     markers = "".join(f"<!-- speed:{name} -->STALE<!-- /speed:{name} -->\n" for name in names)
     docs = tmp_path / "docs" / "performance.md"
     docs.parent.mkdir()
@@ -176,10 +177,26 @@ def test_main_writes_summary_tables_and_plots(tmp_path: Path, monkeypatch: pytes
 def test_the_document_is_made_from_the_results_in_the_repository() -> None:
     results = ROOT / "benchmarks" / "results"
     measured = read(sorted(results.glob("speed*/")))
-    rows = summary(measured)
-    assert json.loads((results / "summary.json").read_text(encoding="utf-8")) == rows
+    judged = next_tenth.entries(results)
+    assert json.loads((results / "summary.json").read_text(encoding="utf-8")) == [*summary(measured), *judged]
     text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    assert document(text, measured) == text, "run python benchmarks/summarize.py"
+    made = {**tables(measured), "next_tenth": next_tenth.table(judged)}
+    assert document(text, made) == text, "run python benchmarks/summarize.py"
+
+
+def test_targets_of_the_next_tenth_are_judged_by_their_unit(tmp_path: Path) -> None:
+    figures = [
+        ("klein", "h100_fast", "denoising step", 33.0), ("sustained", "h100_fast", "pictures a second, batch 4", 5.5),
+        ("klein9", "plain", "prompt to PIL", 800.0), ("klein9", "h100_fast", "prompt to PIL", 300.0),
+    ]  # fmt: skip
+    rows = [{"group": g, "setting": s, "what": w, "median": m} for g, s, w, m in figures]
+    (tmp_path / next_tenth.FILE).write_text(json.dumps({"command": "it", "rows": rows}), encoding="utf-8")
+    judged = {(row["model"], row["metric"]): (row["value"], row["met"]) for row in next_tenth.entries(tmp_path)
+              if row["setting"] == "h100_fast"}  # fmt: skip
+    assert judged["klein-4B", "denoising step"] == (33.0, True)
+    assert judged["klein-4B, for 60 s", "pictures a second, batch 4"] == (5.5, False)
+    assert judged["klein-9B", "prompt to PIL, times plain diffusers"] == (800 / 300, True)
+    assert judged["dev", "denoising step"] == (None, None)
 
 
 def test_plots_are_of_what_was_measured() -> None:

@@ -60,8 +60,8 @@ def test_two_processes_draw_the_picture_of_one(tmp_path: Path) -> None:
     jobs = [(tmp_path / engine, [*SMALL, f"parallel={engine}"]) for engine in engines]
     failing = (tmp_path / "failing", [*SMALL, "parallel=ulysses", "vae=fast", "seed=4242"])
     shapes = (tmp_path / "shapes", ["model=shapes", "height=64", "width=64", "steps=1", "parallel=ulysses"])
-    fused = (tmp_path / "fused.json", ["fused"])
-    draw_together([*jobs, failing, shapes, fused])
+    fused, meshes = (tmp_path / "fused.json", ["fused"]), (tmp_path / "meshes.json", ["meshes"])
+    draw_together([*jobs, failing, shapes, fused, meshes])
     draw(tmp_path / "one")
     *records, fallen_back, of_shapes = (read_record(folder) for folder, _ in [*jobs, failing, shapes])
     for engine, record in zip(engines, records, strict=True):
@@ -81,6 +81,8 @@ def test_two_processes_draw_the_picture_of_one(tmp_path: Path) -> None:
     assert (fallen_back.status, fallen_back.options["parallel"].effective) == ("completed", "ulysses")
     # The fused blocks' own exchange, for a batch of one and of two.
     assert max(json.loads(fused[0].read_text())) < 1e-5
+    # A ring after ulysses, in the same processes.
+    assert json.loads(meshes[0].read_text()) == [[1, 2], [2, 1], [1, 2]]
     # Three heads: two processes cannot share them.
     assert (of_shapes.status, of_shapes.options["parallel"].effective) == ("completed", "single")
 

@@ -59,8 +59,27 @@ print(json.dumps([found, [name for name in unneeded if name in sys.modules]]))
 """
 
 
-def python(code: str) -> str:
+BESIDE = (
+    "av", "bitsandbytes", "cv2", "deepspeed", "flash_attn", "k_diffusion", "kernels", "librosa", "natten", "onnx",
+    "peft", "sageattention", "sdnq", "sklearn", "soundfile", "tensorboard", "timm", "torchao", "torchaudio",
+    "torchcodec", "torchsde", "torchvision", "wandb", "xformers",
+)  # fmt: skip
+"""Libraries that a user may have for other work, and that transformers, diffusers or accelerate look for."""
+
+DRAWS = """
+from fluxrun.process.switches import import_diffusers
+import_diffusers()
+from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Pipeline, Flux2Transformer2DModel
+from transformers import Mistral3ForConditionalGeneration, Qwen2TokenizerFast, Qwen3ForCausalLM
+from torch._dynamo.utils import is_compile_supported  # as torchvision does when it is imported
+print("fine")
+"""
+
+
+def python(code: str, path: str = "") -> str:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if path:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [path, os.environ.get("PYTHONPATH")]))
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -83,6 +102,16 @@ def test_every_class_is_the_very_same_one():
     plain = json.loads(python(CLASSES))
     assert json.loads(python(LEAN.format(needed="frozenset()") + CLASSES)) == plain
     assert json.loads(python(LEAN.format(needed="None") + CLASSES)) == plain
+
+
+def test_what_lies_beside_it_is_not_imported(tmp_path):
+    for name in BESIDE:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(f"raise RuntimeError('{name} was imported for nothing')\n")
+        about = tmp_path / f"{name}-99.0.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 99.0\n")
+    assert python(LEAN.format(needed="frozenset()") + DRAWS, str(tmp_path)) == "fine\n"
 
 
 def test_torchao_quantizes_the_same_without_the_compiler():

@@ -16,6 +16,7 @@ from typing import Any
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import CachingConfigRepository
 from hydra.core.default_element import ConfigDefault, GroupDefault, InputDefault, ResultDefault
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -54,6 +55,22 @@ class CheckingRepository(CachingConfigRepository):
 
 class CheckingLoader(ConfigLoaderImpl):
     """Hydra's loader, but for the look at what it merges. Raises TrustError."""
+
+    _listed: tuple[tuple[str | None, tuple[str, ...]], CachingConfigRepository] | None = None
+
+    def get_group_options(
+        self,
+        group_name: str,
+        results_filter: ObjectType | None = ObjectType.CONFIG,
+        config_name: str | None = None,
+        overrides: list[str] | None = None,
+    ) -> list[str]:
+        """As Hydra's, but for the copy of all files that it makes for each of the groups that ``--help`` lists."""
+        asked = (config_name, tuple(overrides or ()))
+        if self._listed is None or self._listed[0] != asked:
+            _, repository = self._parse_overrides_and_create_caching_repo(config_name, [*asked[1]])
+            self._listed = (asked, repository)
+        return self._listed[1].get_group_options(group_name, results_filter)
 
     def _parse_overrides_and_create_caching_repo(
         self, config_name: str | None, overrides: list[str]

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from torch import nn
 
-from fluxrun.architectures import MODEL_COMPONENTS
 from fluxrun.errors import Interrupted, OptionFailed
 from fluxrun.options.adapters import LoraWeights
 from fluxrun.options.base import Facts
@@ -108,10 +107,8 @@ class WeightsLoader:
             )
 
     def _conversion(self) -> Conversion:
-        quantization = self.plan.quantization
-        converted = frozenset(name for name in MODEL_COMPONENTS if quantization.converts(name))
         shares = self.plan.parallel.tensor_config(self.ranks)
-        return Conversion(self._quantize, self._instead, self.plan.machine.device, converted, shares)
+        return Conversion(self._quantize, self._instead, self.plan.machine.device, shares)
 
     def _instead(self, name: str, folder: Path | None) -> nn.Module | None:
         try:

@@ -8,6 +8,7 @@ from fluxrun.options.base import COMPILER, Option, is_own
 from fluxrun.options.conflicts import CONFLICTS, Conflict
 from fluxrun.planning.plan import Plan
 from fluxrun.planning.prepare import Prepared
+from fluxrun.weights.find import needs_torchvision
 from fluxrun.weights.location import Located
 
 
@@ -50,6 +51,7 @@ def _may_replace(row: Conflict, group: str, option: Option) -> bool:
 
 
 def _reading(located: Located) -> set[str]:
-    """What reads the weights of a checkpoint that is quantized already; each of these libraries compiles."""
+    """What reads a checkpoint: its text processor, and what its weights are quantized with, all of which compile."""
     packages = {declared.package for declared in located.declared.values() if declared.package}
-    return packages | {COMPILER} if packages else packages
+    compiles = {COMPILER} if packages else set()
+    return packages | compiles | ({"torchvision"} if needs_torchvision(located) else set())

@@ -81,7 +81,7 @@ class Group(Ranks):
         self._gloo: ProcessGroup = dist.new_group(backend="gloo", timeout=self._timeout)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.backend = "nccl" if self._device == "cuda" else "gloo"
-        self._meshes: dict[tuple[str, ...], DeviceMesh] = {}
+        self._meshes: dict[tuple[tuple[int, ...], tuple[str, ...]], DeviceMesh] = {}
 
     @classmethod
     def join(cls, device: str, timeout_minutes: float) -> Group:
@@ -129,9 +129,10 @@ class Group(Ranks):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.distributed_c10d import _set_pg_timeout
 
-        if names not in self._meshes:
-            mesh = self._meshes[names] = init_device_mesh(self._device, shape, mesh_dim_names=names)
+        layout = (shape, names)  # a ring of two and two that share heads have the same names
+        if layout not in self._meshes:
+            mesh = self._meshes[layout] = init_device_mesh(self._device, shape, mesh_dim_names=names)
             whole = [mesh._flatten().get_group()] if len(names) > 1 else []  # which diffusers makes otherwise
             for group in (*map(mesh.get_group, names), *whole):
                 _set_pg_timeout(self._timeout, group)  # a mesh's groups have a timeout of their own
-        return self._meshes[names]
+        return self._meshes[layout]

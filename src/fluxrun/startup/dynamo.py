@@ -43,6 +43,7 @@ def _stand_ins() -> list[ModuleType]:
         module(
             NAME, **marks, disable=_disable, is_compiling=lambda: False, eval_frame=frames, __getattr__=_left_out(NAME)
         ),
+        module(f"{NAME}.utils", is_compile_supported=lambda device: False),  # torchvision asks
         module(f"{NAME}._trace_wrapped_higher_order_op", TransformGetItemToIndex=TransformGetItemToIndex),
         module(INDUCTOR, decomposition=decomposition, __getattr__=_left_out(INDUCTOR)),
         decomposition,

@@ -31,8 +31,13 @@ DEFERRED = (
 )
 """Modules that are imported by name and used, if at all, much later."""
 
-UNUSED = frozenset({"librosa", "scipy", "sklearn", "soundfile", "soxr", "torch_distributed", "torch_flex_attn"})
-"""What transformers imports because it is there, and no FLUX.2 pipeline uses: audio, training, many processes."""
+UNUSED = frozenset(
+    {
+        "librosa", "scipy", "sklearn", "soundfile", "soxr", "torch_distributed", "torch_flex_attn", "torchaudio",
+        "torchcodec",
+    }
+)  # fmt: skip
+"""What transformers imports because it is there, and no FLUX.2 pipeline uses: audio, video, training and so on."""
 
 KERNELS = frozenset({"flash_attn", "flash_attn_3", "sageattention", "xformers"})
 """Kernels of others that diffusers imports because they are there."""
@@ -43,8 +48,10 @@ ADAPTERS = frozenset({"peft"})
 QUANTIZERS = frozenset({"auto_round", "bitsandbytes", "gguf", "nvidia_modelopt", "optimum_quanto", "sdnq", "torchao"})
 """What both can load quantized checkpoints with."""
 
+PROCESSORS = frozenset({"torchvision"})
+"""What the text processor of FLUX.2-dev needs, and nothing else of FLUX.2."""
 
-ANY_OF_THEM = KERNELS | ADAPTERS | QUANTIZERS | {dynamo.NAME}
+ANY_OF_THEM = KERNELS | ADAPTERS | QUANTIZERS | PROCESSORS | {dynamo.NAME}
 """What a process needs whose runs are not known yet, but are made of fluxrun's own options."""
 
 

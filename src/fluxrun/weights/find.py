@@ -121,10 +121,13 @@ def _check_libraries(located: Located, machine: Machine | None) -> None:
         _check_processor(located, machine)
 
 
-def _check_processor(located: Located, machine: Machine) -> None:
-    """The dev checkpoint's image-and-text processor needs torchvision; a plain tokenizer does not."""
+def needs_torchvision(located: Located) -> bool:
+    """Whether texts go through dev's image-and-text processor, which imports torchvision; a tokenizer does not."""
     if located.folder is None:
-        return
-    _, class_name = component_classes(located.folder)["tokenizer"]
-    if class_name in ("PixtralProcessor", "AutoProcessor") and machine.lacks("torchvision"):
-        raise ConfigError(f"{class_name} of {located.source} needs torchvision (pip install 'fluxrun[dev]')")
+        return located.kind != "random" and located.pipeline == "dev"
+    return component_classes(located.folder)["tokenizer"][1] in ("PixtralProcessor", "AutoProcessor")
+
+
+def _check_processor(located: Located, machine: Machine) -> None:
+    if located.folder is not None and needs_torchvision(located) and machine.lacks("torchvision"):
+        raise ConfigError(f"the text processor of {located.source} needs torchvision (pip install 'fluxrun[dev]')")

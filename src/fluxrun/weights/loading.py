@@ -7,7 +7,7 @@ whether it is whole is ``find.py``'s business and is settled before anything her
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -64,8 +64,6 @@ class Conversion:
     """A component that comes from a file of its own, by name and checkpoint folder; None: from the model's."""
     device: str | None = None
     """The run's device, where that is another one than the weights are placed on."""
-    components: frozenset[str] = frozenset()
-    """The components that ``quantize`` converts."""
     tensor_parallel: TensorParallelConfig | None = None
     """By what the transformer's weights are spread out over several GPUs; None: they are not."""
 
@@ -100,11 +98,9 @@ def load(
     conversion: Conversion | None = None,
     progress: Progress = _silent,
     located: Located | None = None,
-    straight: bool = False,
 ) -> Base:
     """Load or build ``part`` of ``model`` as ``dtype`` (a torch dtype's name) onto ``device``.
 
-    ``straight``: what is not converted goes to a GPU tensor by tensor as it is read, not whole once it is loaded.
     ``progress`` gets a line per stage. Raises ConfigError when the checkpoint is missing, partial or of another kind.
     """
     conversion = conversion or Conversion()
@@ -113,10 +109,8 @@ def load(
     facts: dict[str, Any] = {"source": located.source, "revision": located.revision, "components": {}}
     needed = _needed_layers(model, located.pipeline)
     folder = None if located.kind == "random" else download(located, progress)
-    shared = {"transformer"} if conversion.tensor_parallel is not None else set()  # goes to its GPU by itself
-    direct = _direct(device, located.declared.keys() | conversion.components | shared) if straight else {}
     make: Callable[[str], Component] = (
-        partial(_pretrained, folder, dtype, model.variant, needed, direct, conversion.tensor_parallel)
+        partial(_pretrained, folder, dtype, model.variant, needed, conversion.tensor_parallel)
         if folder
         else random_source(model, dtype, device, needed)
     )
@@ -138,11 +132,6 @@ def load(
     facts["parameters"] = sum(component["parameters"] for component in facts["components"].values())
     facts["bytes"] = tensor_bytes(_tensors(modules))
     return Base(pipeline, facts, facts["bytes"])
-
-
-def _direct(device: str, converted: Set[str]) -> dict[str, str]:
-    """Which component goes to which device tensor by tensor: on a GPU all but those that are converted."""
-    return {name: device for name in MODEL_COMPONENTS if device != "cpu" and name not in converted}
 
 
 def _settle(module: nn.Module, name: str, device: str, conversion: Conversion) -> dict[str, Any]:
@@ -207,7 +196,6 @@ class FromPretrained(TypedDict):
     local_files_only: bool
     trust_remote_code: bool
     dtype: torch.dtype
-    device_map: dict[str, str] | None
 
 
 def _pretrained(
@@ -215,15 +203,12 @@ def _pretrained(
     dtype: str,
     variant: str | None,
     needed: NeededLayers | None,
-    direct: Mapping[str, str],
     tensor_parallel: TensorParallelConfig | None,
     name: str,
 ) -> Component:
     """One component of a diffusers folder in ``dtype``, of the text encoder what is ``needed``.
 
-    It is on the CPU, or where ``direct`` says: tensors are moved one by one, so that no copy of all is made in between.
-
-    Of a transformer that is ``tensor_parallel`` only this process's share is read, onto its GPU.
+    It is on the CPU; but of a transformer that is ``tensor_parallel`` only this process's share is read, onto its GPU.
 
     Components are loaded one at a time by their own ``from_pretrained`` and not through the pipeline's: that
     is what lets each be quantized before the next one needs memory.
@@ -242,7 +227,6 @@ def _pretrained(
             trust_remote_code=False,
             # Always given: a folder saved in bfloat16 would else mix a bfloat16 text encoder and a float32 transformer.
             dtype=getattr(torch, dtype),
-            device_map={"": direct[name]} if name in direct else None,
         )
         if name == "text_encoder" and needed is not None:
             return _cut_text_encoder(cls, folder, arguments, needed)
