@@ -123,6 +123,10 @@ def test_the_process_that_draws_is_killed(comfy):
     assert "ended with SIGKILL" in comfy.error(prompt)
     assert comfy.draw(**SMALL, seed=3, keep_loaded=False)["status"]["status_str"] == "success"
     comfy.until(lambda: not comfy.children())
+    prompt = comfy.post(workflow(**LONG, seed=4))
+    comfy.until(comfy.children)  # it is starting, and imports
+    comfy.get("/interrupt", {})
+    assert comfy.was_interrupted(prompt)
     assert comfy.draw(**SMALL, seed=4)["status"]["status_str"] == "success"
 
 

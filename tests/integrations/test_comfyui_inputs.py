@@ -12,7 +12,7 @@ from PIL import Image
 
 from fluxrun.config.catalog import Catalog, default_choices
 from fluxrun.config.schema import GROUPS
-from fluxrun.errors import ConfigError, TrustError
+from fluxrun.errors import ConfigError, FluxrunError, TrustError
 
 files, inputs, painter, request_ = map(comfyui_node.module, ("files", "inputs", "painter", "request"))
 
@@ -175,6 +175,15 @@ def test_checkpoints_come_from_comfyuis_own_folders(painting, comfy):
 
 
 # --- the process that draws -------------------------------------------------------------------------------------------
+
+
+def test_a_process_that_cannot_be_started(comfy, tmp_path, monkeypatch):
+    monkeypatch.setenv("FLUXRUN_PYTHON", str(tmp_path / "python"))
+    painting = painter.Painter(tmp_path, inputs.models(), lambda kind: [str(comfy / kind)])
+    for _ in range(2):
+        run = painting.start(painting.rules.check(SMALL))
+        with pytest.raises(FluxrunError, match="the process that draws could not be started"):
+            list(painting.events(run))
 
 
 @pytest.mark.slow

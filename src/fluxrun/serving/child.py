@@ -62,6 +62,9 @@ class Child:
                 env={name: value for name, value in os.environ.items() if name not in self._without},
                 start_new_session=True,  # a Ctrl+C reaches it through us
             )  # fmt: skip
+        except OSError:
+            os.close(ours)
+            raise
         finally:
             os.close(theirs)
         self._events = asyncio.StreamReader(limit=LINE_BYTES)
