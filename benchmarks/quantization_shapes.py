@@ -21,6 +21,7 @@ from typing import Any
 
 import bench
 from bench.single_files import write_bfl_fp8, write_gguf
+from fluxrun.record.folder import read_record
 from fluxrun.report.fidelity import distance
 
 RESULTS = bench.ROOT / "benchmarks" / "results" / "quantization_shapes.json"
@@ -79,7 +80,7 @@ def drawn(name: str, work: Path, prompts: list[str]) -> tuple[Path, dict[str, An
     # resident and full: what "auto" would take may differ from machine to machine, and so would pixels.
     arguments = [*prompts, "model=shapes", "memory=resident", "vae=full", *overrides.split()]
     subprocess.run([sys.executable, "-m", "fluxrun", "eval", *arguments, f"hydra.run.dir={folder}"], check=True)
-    return folder, json.loads((folder / "run.json").read_text())
+    return folder, read_record(folder).model_dump(mode="json")
 
 
 def single_files(work: Path) -> dict[str, Path]:

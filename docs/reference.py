@@ -19,11 +19,11 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from fluxrun.config.catalog import Catalog, about, default_choices, purpose
-from fluxrun.config.schema import GROUPS, Measure, RunConfig, SweepConfig
+from fluxrun.config.schema import GROUPS, CommandConfig, Measure, RayConfig, RunConfig, SweepConfig, WorkersConfig
 from fluxrun.options.base import Option
 from fluxrun.options.conflicts import CONFLICTS
 from fluxrun.paths import PACKAGE
-from fluxrun.record.schema import RecordModel, RunRecord
+from fluxrun.record.schema import ImageLine, RecordModel, RunRecord
 from fluxrun.trust import OpenWhere, why_closed
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -43,7 +43,8 @@ def documents(root: Path) -> dict[Path, str]:
     performance, sampling, editing = (root / "docs" / f"{name}.md" for name in ("performance", "sampling", "editing"))
     return {
         root / "docs" / "options.md": options_reference(),
-        root / "docs" / "run.schema.json": json.dumps(record_schema(), indent=1) + "\n",
+        root / "docs" / "run.schema.json": json.dumps(record_schema(RunRecord), indent=1) + "\n",
+        root / "docs" / "images.schema.json": json.dumps(record_schema(ImageLine), indent=1) + "\n",
         readme: with_tables(readme.read_text(encoding="utf-8"), options=readme_table()),
         quantization: with_tables(
             quantization.read_text(encoding="utf-8"),
@@ -58,11 +59,11 @@ def documents(root: Path) -> dict[Path, str]:
     }
 
 
-def record_schema() -> dict[str, Any]:
-    """The record's JSON Schema, with what the classes say of their fields."""
-    schema = RunRecord.model_json_schema()
-    models = {model.__name__: model for model in subclasses(RecordModel)}
-    for name, definition in {**schema["$defs"], "RunRecord": schema}.items():
+def record_schema(model: type[RecordModel]) -> dict[str, Any]:
+    """The JSON Schema of the record, or of a line of images.jsonl, with what the classes say of their fields."""
+    schema = model.model_json_schema()
+    models = {found.__name__: found for found in subclasses(RecordModel)}
+    for name, definition in {**schema["$defs"], model.__name__: schema}.items():
         texts, properties = field_texts(models[name]), definition["properties"]
         for key in texts.keys() & properties.keys():
             properties[key] = dict(sorted({"description": texts[key], **properties[key]}.items()))
@@ -113,6 +114,8 @@ def options_reference() -> str:
     parts += [ABOUT_OPENNESS + "\n"]
     parts += ["## The run\n", knob_table(RunConfig, skip=(*GROUPS, "source", "config_dirs"))]
     parts += ["\n### `measure`\n", knob_table(Measure), "\n### `sweep`\n", knob_table(SweepConfig)]
+    parts += ["\n### Beside the run\n", knob_table(CommandConfig)]
+    parts += ["\n### Who draws\n", knob_table(WorkersConfig), "\n### `ray`\n", knob_table(RayConfig)]
     parts += [group_reference(group) for group in GROUPS]
     parts += ["\n## What cannot stand beside each other\n", conflict_table()]
     return "\n".join(parts) + "\n"

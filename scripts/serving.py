@@ -155,7 +155,7 @@ def crowd(home: Path, options: argparse.Namespace) -> Result:
         records = Counter(json.loads(path.read_text())["status"] for path in server.output.glob("runs/*/run.json"))
         left = [
             str(path)
-            for pattern in (".run.json.*", "images/.*", ".lock")
+            for pattern in (".*.json*.*", "images/.*", ".lock")
             for path in server.output.glob(f"runs/*/{pattern}")
         ]
     with serving(home) as server:

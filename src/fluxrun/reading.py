@@ -30,7 +30,12 @@ class Unreadable(OSError, ValueError):
 
 
 def read_text(path: Path, most: int = MOST_BYTES) -> str:
-    """The UTF-8 text of a plain file (a byte-order mark is dropped). Raises FileNotFoundError or Unreadable.
+    """The UTF-8 text of a plain file (a byte-order mark is dropped). Raises FileNotFoundError or Unreadable."""
+    return decoded(read_bytes(path, most))
+
+
+def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
+    """All of a plain file. Raises FileNotFoundError or Unreadable.
 
     A pipe or a device is refused at once: one may never end, the other never begin.
     """
@@ -45,6 +50,11 @@ def read_text(path: Path, most: int = MOST_BYTES) -> str:
         raise Unreadable(f"cannot be read: {getattr(error, 'strerror', None) or one_line(error)}") from error
     if len(data) > most:
         raise Unreadable(f"is larger than {gigabytes(most)}")
+    return data
+
+
+def decoded(data: bytes) -> str:
+    """A file's bytes as text. Raises Unreadable where they are no UTF-8."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

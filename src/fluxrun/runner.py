@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fluxrun.config.prompts import Job
 from fluxrun.config.schema import RunConfig
 from fluxrun.errors import ConfigError, FluxrunError, mark_said, one_line
 from fluxrun.hardware.detection import place
@@ -19,12 +21,14 @@ from fluxrun.pipeline.torchrun import draw_in_ranks
 from fluxrun.planning.fallbacks import announce, settle
 from fluxrun.planning.plan import Plan
 from fluxrun.planning.prepare import Prepared, prepare
+from fluxrun.planning.resume import Earlier, earlier_run
 from fluxrun.process import spans
 from fluxrun.process.console import Reporter, log_to
 from fluxrun.process.ranks import ALONE, Group, Ranks
 from fluxrun.process.signals import AGAIN, Interrupts
 from fluxrun.record.environment import environment
-from fluxrun.record.folder import RunFolder, UnwrittenFolder, status_of
+from fluxrun.record.folder import RunFolder, status_of
+from fluxrun.record.helping import SharedFolder, UnwrittenFolder
 from fluxrun.record.schema import RunRecord
 from fluxrun.weights.readahead import read_ahead
 
@@ -44,19 +48,24 @@ def run(
     machine: Machine | None = None,
     pool: SessionPool | None = None,
     reporter: Reporter | None = None,
+    resume: bool = False,
 ) -> RunRecord:
     """Draw a config's images into ``output_dir`` and return the record that is also its run.json.
 
     ``pool`` is what the runs of one process share (weights, pipeline); without one nothing outlives the run.
+    ``resume``: the folder holds a run of this config, of which only the images that are missing are drawn.
 
     Raises what ended the run when it was not completed; the record on disk then says so, with all finished images.
     """
+    earlier = earlier_run(config, Path(output_dir)) if resume and not helps_another() else None
+    if earlier is not None and earlier.complete:
+        return completed(earlier, Path(output_dir), config)
     if (size := _processes_to_start(config, machine)) > 1:
         if pool is not None:
             pool.clear()
-        return draw_in_ranks(config, Path(output_dir), size, command)
+        return draw_in_ranks(config, Path(output_dir), size, command, resume=resume)
     kind = UnwrittenFolder if helps_another() else RunFolder
-    folder = kind(Path(output_dir), config.source, command)
+    folder = kind(Path(output_dir), config.source, command, earlier=earlier.record if earlier else None)
     started = time.perf_counter()
     stage = _Stage()
     interrupts = Interrupts(
@@ -71,17 +80,56 @@ def run(
                 if prepared.plan.machine.place is not None:
                     with interrupts.immediate(), spans.span("import"):
                         prepared = _joined(prepared, sessions, folder.path)
-                _run(prepared, folder, interrupts, stage, sessions, reporter or Reporter())
+                if earlier is not None:
+                    say_what_is_there(earlier, folder)
+                work = _Work(prepared, earlier.done if earlier else frozenset())
+                _run(work, folder, interrupts, stage, sessions, reporter or Reporter())
         except BaseException as error:
             ended = interrupts.error() if interrupts.requested else error
-            _finish(folder, started, ended, stage.name)
+            finish(folder, started, ended, stage.name)
             if ended is not error:
                 raise ended from None
             raise
-        _finish(folder, started, None, "")
+        finish(folder, started, None, "")
     if pool is not None and interrupts.requested:  # too late for this run, but not for those that follow
         pool.interrupted = interrupts.error()
     return folder.record
+
+
+def draw_part(
+    config: RunConfig, folder: SharedFolder, jobs: Sequence[Job], done: Collection[int] = (), *, pool: SessionPool,
+    reporter: Reporter | None = None, quiet: bool = False,
+) -> RunRecord:  # fmt: skip
+    """Draw a part of a run (``jobs``, whole batches, without the images ``done``) whose record another process keeps.
+
+    Returns what is to be known of the part: options, environment, memory, times. Raises what ended it; what was saved
+    before has been told to the owner. ``quiet``: what was chosen is not said once more.
+    """
+    started, interrupts = time.perf_counter(), Interrupts()
+    with interrupts:
+        work = _Work(prepare(config, jobs=jobs), frozenset(done), quiet)
+        _run(work, folder, interrupts, _Stage(), pool, reporter or Reporter())
+    folder.record.timings.total_s = time.perf_counter() - started
+    folder.note_spans(spans.recorded())
+    spans.forget()
+    return folder.record
+
+
+def say_what_is_there(earlier: Earlier, folder: RunFolder) -> None:
+    """How much of a run that goes on is drawn."""
+    log.info("%d of %d image(s) are in %s already", len(earlier.done), earlier.record.images_asked, folder.path)
+    if earlier.lost:
+        log.warning("%d image(s) are lost, cut short or not finite: they are drawn again", earlier.lost)
+
+
+def completed(earlier: Earlier, folder: Path, config: RunConfig) -> RunRecord:
+    """A run of which no image is missing: its record says so, if it did not yet."""
+    log.info("all %d image(s) of %s are drawn", len(earlier.done), folder)
+    if earlier.record.status != "completed":
+        going_on = RunFolder(folder, config.source, earlier=earlier.record)
+        going_on.finish("completed")
+        return going_on.record
+    return earlier.record
 
 
 def _borrowed(pool: SessionPool | None) -> AbstractContextManager[SessionPool]:
@@ -124,6 +172,17 @@ def _joined(prepared: Prepared, pool: SessionPool, folder: Path) -> Prepared:
     return prepare(plan.config, machine)
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What is to be drawn."""
+
+    prepared: Prepared
+    done: frozenset[int]
+    """Which of its images are there already, by ``Job.index``."""
+    quiet: bool = False
+    """Whether what was chosen is known, and not said."""
+
+
 class _Stage:
     """Where the run is, for the record of an error: read when it is needed, a second signal may come at any time."""
 
@@ -137,14 +196,14 @@ class _Stage:
 
 
 def _run(
-    prepared: Prepared,
+    work: _Work,
     folder: RunFolder,
     interrupts: Interrupts,
     stage: _Stage,
     pool: SessionPool,
     reporter: Reporter,
 ) -> None:
-    plan = prepared.plan
+    prepared, plan = work.prepared, work.prepared.plan
 
     def note_options() -> None:
         folder.note_options(plan.record(), plan.notes)
@@ -152,9 +211,11 @@ def _run(
     with interrupts.immediate():
         folder.record.environment = environment(plan.machine)
         folder.record.inputs = prepared.inputs
+        folder.begin(prepared.jobs, from_file=plan.config.prompts_file is not None)
         note_options()
         folder.write()
-        _announce(prepared)
+        if not work.quiet:
+            _announce(prepared)
         stage.read = lambda: "load"
         reading = None if pool.loads else read_ahead(prepared.weight_files)
         with spans.span("import"):
@@ -162,7 +223,7 @@ def _run(
 
     with pool.session(prepared, reporter=reporter, interrupts=interrupts, on_change=note_options) as session:
         plan = session.plan
-        generation = Generation(session, folder, prepared.jobs)
+        generation = Generation(session, folder, prepared.jobs, work.done)
         stage.read = lambda: generation.stage
         try:
             generation.run()
@@ -183,8 +244,9 @@ def _announce(prepared: Prepared) -> None:
         log.info("%s", announcement)
 
 
-def _finish(folder: RunFolder, started: float, error: BaseException | None, stage: str) -> None:
-    folder.record.timings.total_s = time.perf_counter() - started
+def finish(folder: RunFolder, started: float, error: BaseException | None, stage: str) -> None:
+    """Close a run's record, and say how it ended."""
+    folder.record.timings.total_s += time.perf_counter() - started
     folder.note_spans(spans.recorded())
     spans.forget()
     unrecorded = ""

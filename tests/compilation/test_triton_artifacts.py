@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import mmap
 import sys
 import zipfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -18,6 +20,9 @@ from fluxrun.compilation.triton_artifacts import TritonArtifacts, packed, triton
 from fluxrun.errors import ConfigError
 
 KERNEL, OTHER, LAUNCHER = ("A" * 51 + "2", "B" * 51 + "3", "C" * 51 + "4")
+
+
+MAPPED: list[mmap.mmap] = []
 
 
 class Manager:
@@ -47,7 +52,7 @@ class Manager:
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch) -> type[Manager]:
+def cache(tmp_path, monkeypatch) -> Iterator[type[Manager]]:
     """A Triton whose cache is in a folder."""
 
     class Here(Manager):
@@ -58,7 +63,9 @@ def cache(tmp_path, monkeypatch) -> type[Manager]:
     cache.FileCacheManager = Here
     for module in (triton, ModuleType("triton.runtime"), cache):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    return Here
+    yield Here
+    while MAPPED:
+        MAPPED.pop().close()
 
 
 def function(folder: Path, name: str = KERNEL):
@@ -72,8 +79,9 @@ def function(folder: Path, name: str = KERNEL):
     launcher = folder / LAUNCHER / "__triton_launcher.cpython-312-x86_64-linux-gnu.so"
     launcher.parent.mkdir(exist_ok=True)
     launcher.write_bytes(b"\x7fELF")
-    launch = SimpleNamespace(__self__=SimpleNamespace(__file__=str(launcher)))
-    kernel = SimpleNamespace(metadata_group=files, run=SimpleNamespace(launch=launch))
+    with launcher.open("rb") as stream:
+        MAPPED.append(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))  # as a process does that has loaded it
+    kernel = SimpleNamespace(metadata_group=files)
     return SimpleNamespace(device_caches={0: ({"key": kernel}, {}, None, None, None)})
 
 

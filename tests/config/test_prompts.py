@@ -19,27 +19,30 @@ def jobs(path, *overrides):
 
 def test_seeds_count_up():
     assert jobs_of(compose(["prompt=[a, b]", "seed=7", "num_images=2"])) == [
-        Job("a", 7), Job("a", 8), Job("b", 7), Job("b", 8),
+        Job("a", 7, 1, 1, 0), Job("a", 8, 1, 2, 1), Job("b", 7, 2, 1, 2), Job("b", 8, 2, 2, 3),
     ]  # fmt: skip
 
 
 def test_text_file(tmp_path):
     path = tmp_path / "p.txt"
     path.write_text(f"\ufeffa cat\n\n  \n{AWKWARD}\r\nwith\u2028separator\n", encoding="utf-8")
-    assert [job.prompt for job in jobs(path)] == ["a cat", AWKWARD, "with\u2028separator"]
+    found = [(job.line, job.prompt) for job in jobs(path)]
+    assert found == [(1, "a cat"), (4, AWKWARD), (5, "with\u2028separator")], "lines as an editor counts them"
 
 
 def test_yaml_file(tmp_path):
     path = tmp_path / "p.yaml"
     path.write_text("- a cat\n- {prompt: '${HOME} #1', seed: 5, num_images: 2}\n")
-    assert jobs(path, "seed=1") == [Job("a cat", 1), Job("${HOME} #1", 5), Job("${HOME} #1", 6)]
+    assert jobs(path, "seed=1") == [
+        Job("a cat", 1), Job("${HOME} #1", 5, 2, 1, 1), Job("${HOME} #1", 6, 2, 2, 2),
+    ]  # fmt: skip
 
 
 def test_json_lines_file(tmp_path):
     path = tmp_path / "p.jsonl"
     entries = ["a cat", {"prompt": AWKWARD, "seed": 3}, {"prompt": "x\u2028y"}]
     path.write_text("\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries), encoding="utf-8")
-    assert jobs(path) == [Job("a cat", 0), Job(AWKWARD, 3), Job("x\u2028y", 0)]
+    assert jobs(path) == [Job("a cat", 0), Job(AWKWARD, 3, 2, 1, 1), Job("x\u2028y", 0, 3, 1, 2)]
 
 
 BAD = {

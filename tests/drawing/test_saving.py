@@ -45,7 +45,7 @@ def test_pictures_wait_beside_drawing_and_come_in_order(folder, monkeypatch):
     go = hold_back(monkeypatch)
     with Saver(folder, "png", beside=True) as saver:
         for seed in range(MOST_WAITING):
-            saver.save(PICTURE, Job("a star", seed), "drawn")
+            saver.save(PICTURE, Job("a star", seed, index=seed), "drawn")
         assert folder.record.images == []
         go.set()
     record = read_record(folder.path)
@@ -68,7 +68,7 @@ def abandoned(folder, go):
     """What a second signal does while a picture is written and another one waits, but for ending the process."""
     with Saver(folder, "png", beside=True) as saver:
         saver.save(PICTURE, Job("a star", 0), "drawn")
-        saver.save(PICTURE, Job("a star", 1), "drawn")
+        saver.save(PICTURE, Job("a star", 1, index=1), "drawn")
         threading.Timer(0.2, go.set).start()
         folder.abandon(Interrupted("interrupted"), "denoise")
         assert os.listdir(folder.path / "images") == ["000_seed0.png"]
@@ -87,7 +87,7 @@ def test_a_slow_disk_holds_drawing_up(folder, monkeypatch):
     threading.Timer(0.2, go.set).start()
     with Saver(folder, "png", beside=True) as saver:
         for seed in range(MOST_WAITING + 1):
-            saver.save(PICTURE, Job("a star", seed), "drawn")
+            saver.save(PICTURE, Job("a star", seed, index=seed), "drawn")
         assert go.is_set()
         assert folder.record.images
 
@@ -102,7 +102,7 @@ def save_then_raise(folder, error=None, after=lambda: None):
     with Saver(folder, "png", beside=True) as saver:
         saver.save(PICTURE, Job("a star", 0), "drawn")
         after()
-        saver.save(PICTURE, Job("a star", 1), "drawn")
+        saver.save(PICTURE, Job("a star", 1, index=1), "drawn")
         if error is not None:
             raise error
 

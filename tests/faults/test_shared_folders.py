@@ -13,7 +13,8 @@ import pytest
 from helpers import SMALL, fluxrun, start_fluxrun
 
 from fluxrun.errors import ConfigError
-from fluxrun.record.folder import claimed, read_record
+from fluxrun.record.claiming import claimed
+from fluxrun.record.folder import read_record
 
 pytestmark = pytest.mark.slow
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -178,3 +179,21 @@ def test_what_a_library_makes_of_an_interrupt_is_one_again():
 def test_an_error_without_an_interrupt_stays_what_it_is():
     with Interrupts() as interrupts, pytest.raises(ValueError, match="no such config"), interrupts.immediate():
         raise ValueError("no such config")
+
+
+def test_an_interrupt_that_hits_a_destructor_is_raised_after_it(capsys: pytest.CaptureFixture[str]) -> None:
+    class Hit:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.001)  # where the handler runs, and raises
+
+    def draw() -> None:
+        Hit()
+        time.sleep(PATIENCE_S)
+
+    hook = sys.unraisablehook
+    with Interrupts() as interrupts, pytest.raises(KeyboardInterrupt), interrupts.immediate():
+        draw()
+    assert interrupts.requested == signal.SIGINT
+    assert "Traceback" not in capsys.readouterr().err
+    assert sys.unraisablehook is hook

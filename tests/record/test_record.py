@@ -123,7 +123,7 @@ def test_a_file_where_the_folder_should_be(tmp_path):
 def test_records_that_are_not(tmp_path):
     with pytest.raises(ConfigError, match=r"no run\.json"):
         read_record(tmp_path)
-    for text in ("", "{", "[]", '{"schema_version": 2}', "\ufeff{}"):
+    for text in ("", "{", "[]", '{"schema_version": 3}', "\ufeff{}"):
         (tmp_path / "run.json").write_text(text)
         with pytest.raises(ConfigError) as caught:
             read_record(tmp_path)
@@ -148,7 +148,7 @@ def test_every_record_follows_the_schema(tmp_path, bench):
         data = json.loads((folder / "run.json").read_text())
         jsonschema.validate(data, schema)
         assert set(data) == set(schema["properties"])
-        assert data["schema_version"] == 1
+        assert (data["schema_version"], data["images_file"]) == (2, None)
         assert data["finished_at"] >= data["started_at"]
         for entry in data["options"].values():
             assert set(entry) == {"requested", "effective", "fallbacks", "facts"}

@@ -20,13 +20,16 @@ from PIL import Image, PngImagePlugin
 from robustness import strategies as made
 from robustness.strategies import config_texts, damaged, json_texts
 
+from fluxrun.atomic import write_atomically
 from fluxrun.cli import app, draw, rerun
 from fluxrun.config.composition import compose
-from fluxrun.config.prompts import read_prompts
+from fluxrun.config.prompts import Job, read_prompts
 from fluxrun.errors import FluxrunError
 from fluxrun.planning.prepare import prepare
+from fluxrun.record import journal
 from fluxrun.record.folder import RunFolder, read_record
 from fluxrun.record.picture import EXIF_IMAGE_DESCRIPTION, METADATA_KEY
+from fluxrun.record.writing import short_text
 from fluxrun.report.page import write_report
 from fluxrun.report.result import rebuild
 from fluxrun.report.rows import to_csv
@@ -143,7 +146,7 @@ def finished_run() -> Path:
     folder.record.environment = {"device": "cpu", "python": "3.11", "ram_bytes": 2**33}
     timings = folder.record.timings
     timings.step_s, timings.denoise_s, timings.decode_s, timings.text_encode_s = [[0.1, 0.1]], [0.2], [0.1], [0.1]
-    folder.save(0, Image.new("RGB", (64, 64), "red"), "a cat", 0, "png", finite=True, constant=False)
+    folder.save(Job("a cat", 0), Image.new("RGB", (64, 64), "red"), "png", finite=True, constant=False)
     folder.finish("completed")
     return folder.path
 
@@ -190,6 +193,8 @@ def _record(case: tuple[str, str | bytes], folder: Path) -> None:
     name, content = case
     shutil.copytree(finished_run(), folder / "0")
     data = content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
+    if name == "0/images.jsonl":  # as a killed run leaves it
+        write_atomically(folder / "0" / "run.json", short_text(read_record(folder / "0")))
     (folder / name).write_bytes(data)
     result = rebuild([folder], folder)
     to_csv(result.jobs)
@@ -203,7 +208,10 @@ def _records() -> st.SearchStrategy[Any]:
     original = (finished_run() / "run.json").read_bytes()
     sweep = json.loads(rebuild([finished_run().parent], finished_run().parent).model_dump_json())
     overrides = made.config_texts(["- steps=1\n- seed=2\n"])
+    line = journal.lines_of(read_record(finished_run()))[0].model_dump_json() + "\n"
     return st.one_of(
+        st.tuples(st.just("0/images.jsonl"), json_texts(json.loads(line)).map(lambda text: text + "\n")),
+        st.tuples(st.just("0/images.jsonl"), damaged(line.encode())),
         st.tuples(st.just("0/run.json"), json_texts(json.loads(original))),
         st.tuples(st.just("0/run.json"), json_texts(json.loads(original))),
         st.tuples(st.just("0/run.json"), damaged(original)),

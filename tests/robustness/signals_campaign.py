@@ -24,6 +24,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 from PIL import Image
@@ -53,6 +54,10 @@ RUN = ("model=tiny", "height=64", "width=64", "model.max_sequence_length=32", "h
 RESUMED = ("--multirun", *RUN[:-1], "sweep.resume=sweep", "seed=range(0,3)", "steps=20")
 """How a killed sweep goes on: a few of its jobs are enough."""
 SWEEP = ("--multirun", *RUN[:-1], "hydra.sweep.dir=sweep", "seed=range(0,40)", "steps=20")
+
+
+SET = ("steps=1", "batch_size=3", "num_images=200")
+"""More images than run.json lists."""
 
 
 class Terminal:
@@ -132,7 +137,7 @@ class Moment:
     inductor: bool = False
     """Whether it compiles, each time with an empty cache."""
     goes_on: tuple[str, ...] = ()
-    """What has to work where it was killed: the sweep is resumed, the compiler's cache is used again."""
+    """What has to work where it was killed: sweep and run are resumed, the compiler's cache is used again."""
 
 
 def _at_once(_: Terminal) -> bool:
@@ -161,6 +166,7 @@ MOMENTS: dict[str, Moment] = {
     "load": Moment((*RUN, "steps=400", "num_images=9"), _recorded, 6.0),
     "drawing": Moment((*RUN, "steps=400", "num_images=9"), _drawn, 3.0),
     "saving": Moment((*RUN, "steps=1", "num_images=2000"), _drawn, 3.0),
+    "set": Moment((*RUN, *SET), _drawn, 8.0, goes_on=(*RUN[:-1], *SET, "resume=run")),
     "compile": Moment((*RUN, "steps=4", "compile=default"), _compiling, 15.0, inductor=True),
     "regional": Moment(
         (*RUN, "steps=4", "compile=regional"),
@@ -260,8 +266,11 @@ def broken_files(folder: Path) -> list[str]:
         except ValueError as error:
             found.append(f"{name} is torn: {error}")
             continue
-        pictures = [path.parent / image["path"] for image in record.get("images", ())]
-        found += [f"{name} names {picture.name}, which is lost" for picture in pictures if not picture.exists()]
+        if path.name == "run.json":
+            pictures = [path.parent / image["path"] for image in images_of(path, record)]
+            found += [f"{name} names {picture.name}, which is lost" for picture in pictures if not picture.exists()]
+            unnamed = set((path.parent / "images").glob("[!.]*")) - set(pictures)
+            found += [f"{name} does not name {len(unnamed)} pictures"] if len(unnamed) > 1 else []  # one is in flight
     for picture in sorted(folder.glob("*/**/images/*.png")):
         try:
             with Image.open(picture) as image:
@@ -271,9 +280,17 @@ def broken_files(folder: Path) -> list[str]:
     return found
 
 
+def images_of(path: Path, record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The images of a record, those among them that are listed beside it."""
+    beside = path.with_name("images.jsonl")
+    lines = beside.read_bytes().split(b"\n")[:-1] if record.get("images_file") and beside.exists() else []
+    return [*record.get("images", ()), *map(json.loads, lines)]
+
+
 def _go_on(moment: Moment, folder: Path, extra: Mapping[str, str]) -> list[str]:
     """Run what has to work after the kill; what was completed has to be as it was. Returns what is wrong."""
-    if not moment.goes_on or not any((folder / name).exists() for name in ("sweep", "inductor")):
+    begun = ("run/run.json",) if "resume=run" in moment.goes_on else ("sweep", "inductor")
+    if not moment.goes_on or not any((folder / name).exists() for name in begun):
         return []
     before = completed_runs(folder)
     terminal = Terminal(moment.goes_on, folder, extra)
@@ -286,6 +303,9 @@ def _go_on(moment: Moment, folder: Path, extra: Mapping[str, str]) -> list[str]:
     after = completed_runs(folder)
     wrong += [f"going on says nothing of run {run}" for run in sorted(before - after)]
     wrong += [] if "--multirun" not in moment.goes_on or len(after) >= 3 else [f"going on names {len(after)} runs"]
+    if "resume=run" in moment.goes_on:
+        wrong += [] if len(after) == 1 else ["the run that went on is not completed"]
+        wrong += untrue_records(folder)
     return wrong + broken_files(folder)
 
 
@@ -304,9 +324,12 @@ def untrue_records(folder: Path) -> list[str]:
         if record["status"] == "running":
             found.append(f"{name} says running")
         if path.name == "run.json":
-            named = sorted(Path(image["path"]).name for image in record["images"])
+            named = sorted(Path(image["path"]).name for image in images_of(path, record))
             there = sorted(image.name for image in (path.parent / "images").glob("*"))
             found += [f"{name} names {len(named)} pictures, there are {len(there)}"] if named != there else []
+            asked = record.get("images_asked")
+            if record["status"] == "completed" and asked not in (None, len(named)):
+                found.append(f"{name} says completed with {len(named)} of {asked} images")
         elif any(job["status"] == "running" for job in record["jobs"]):
             found.append(f"{name} says of a job that it is running")
     return found

@@ -54,7 +54,7 @@ def test_a_prompts_file(tmp_path, name, text, expected):
 
 def test_aliases_of_a_sane_size_stay(tmp_path):
     (tmp_path / "p.yaml").write_text("- &a {prompt: a cat, seed: 3}\n- *a\n- {<<: *a, seed: 4}\n")
-    assert [entry["seed"] for entry in read_prompts(tmp_path / "p.yaml")] == [3, 3, 4]
+    assert [entry["seed"] for _, entry in read_prompts(tmp_path / "p.yaml")] == [3, 3, 4]
 
 
 @pytest.mark.parametrize("depth", [MOST_DEPTH, MOST_DEPTH + 1])

@@ -20,7 +20,7 @@ from fluxrun.config.schema import RunConfig
 from fluxrun.errors import ConfigError
 from fluxrun.paths import expanded
 from fluxrun.process.console import log_to
-from fluxrun.record.folder import claimed
+from fluxrun.record.claiming import claimed
 from fluxrun.record.schema import RunRecord
 from fluxrun.runner import run
 

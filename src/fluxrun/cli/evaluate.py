@@ -15,7 +15,7 @@ from fluxrun.cli.rerun import output_dir
 from fluxrun.config.composition import compose
 from fluxrun.errors import ConfigError
 from fluxrun.process.console import log_to
-from fluxrun.record.folder import claimed
+from fluxrun.record.claiming import claimed
 from fluxrun.record.schema import RunRecord
 from fluxrun.runner import run
 

@@ -25,7 +25,7 @@ from fluxrun.formatting import decibels, gigabytes, seconds
 from fluxrun.options.base import Facts
 from fluxrun.planning.prepare import Prepared, prepare
 from fluxrun.process.console import log_to
-from fluxrun.record.folder import claimed
+from fluxrun.record.claiming import claimed
 from fluxrun.record.schema import RunRecord
 from fluxrun.report.fidelity import distance, missing
 from fluxrun.runner import run

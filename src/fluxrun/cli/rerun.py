@@ -22,7 +22,8 @@ from fluxrun.planning.libraries import libraries_of
 from fluxrun.planning.prepare import prepare
 from fluxrun.process.console import log_to
 from fluxrun.reading import Unreadable
-from fluxrun.record.folder import claimed, read_record
+from fluxrun.record.claiming import claimed
+from fluxrun.record.folder import read_record
 from fluxrun.record.picture import pixel_hash, read_metadata
 from fluxrun.record.schema import InputRecord, RunRecord
 from fluxrun.record.signature import is_own

@@ -27,6 +27,12 @@ FOLDER = re.compile(r"[A-Z2-7]{52}")
 
 FILE = re.compile(r"\w[\w.\-]*\.(?:cubin|json|so)")
 
+LAUNCHER = "__triton_launcher."
+"""What the file of each launcher is called."""
+
+MAPPED = Path("/proc/self/maps")
+"""Where Linux says what this process has mapped; nowhere else does Triton run."""
+
 Entries = dict[str, dict[str, bytes]]
 """Folder → file → content."""
 
@@ -98,15 +104,22 @@ class TritonArtifacts:
 
 
 def used_files(functions: Iterable[Any]) -> Iterator[Path]:
-    """The files of every kernel that this process has of these functions, launchers included."""
+    """The files of every kernel that this process has of these functions, and every launcher."""
     for function in functions:
         for kernels, *_ in list(function.device_caches.values()):
             for kernel in list(kernels.values()):
                 yield from (Path(path) for path in kernel.metadata_group.values())
-                # The launcher is a function of a module that Triton built and that only this function knows.
-                module = getattr(getattr(kernel.run, "launch", None), "__self__", None)
-                if file := getattr(module, "__file__", None):
-                    yield Path(file)
+    yield from launchers(MAPPED.read_text(encoding="utf-8") if MAPPED.exists() else "")
+
+
+def launchers(mapped: str) -> Iterator[Path]:
+    """Triton's launchers among the files that a process has mapped.
+
+    Not by their modules' ``__file__``: all have one name, and where Python loads a launcher for a second kernel, it
+    writes its path into whichever module has that name by then.
+    """
+    paths = {line.split(maxsplit=5)[-1].removesuffix(" (deleted)") for line in mapped.splitlines()}
+    yield from (Path(path) for path in paths if Path(path).name.startswith(LAUNCHER) and Path(path).is_file())
 
 
 def _belongs(file: Path) -> bool:

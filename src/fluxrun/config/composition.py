@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fluxrun.config.catalog import Catalog
 from fluxrun.config.files import COMPOSE_ERRORS, HYDRA_BASE, check_defaults, search_path
 from fluxrun.config.origin import CheckingLoader
-from fluxrun.config.schema import GROUPS, RunConfig, SweepConfig
+from fluxrun.config.schema import BESIDE_A_RUN, GROUPS, CommandConfig, RayConfig, RunConfig, SweepConfig
 from fluxrun.errors import ConfigError, one_line, python_reason, raised_by_fluxrun
 from fluxrun.formatting import nearest, shorten
 from fluxrun.paths import conf_dir, expanded
@@ -59,10 +59,10 @@ def quote_raw_text(override: str) -> str:
         return override
     if (text.startswith("[") and text.endswith("]")) or text == "null":
         return override
-    return f"{key}={QuotedString(_escape_interpolation(text), Quote.single).with_quotes()}"
+    return f"{key}={QuotedString(escape_interpolation(text), Quote.single).with_quotes()}"
 
 
-def _escape_interpolation(text: str) -> str:
+def escape_interpolation(text: str) -> str:
     """OmegaConf reads ``${`` as an interpolation; a backslash before it (doubling those already there) stops that."""
     return re.sub(r"(\\*)\$\{", lambda match: match.group(1) * 2 + r"\${", text)
 
@@ -147,7 +147,7 @@ def to_data(node: DictConfig, choices: Mapping[Any, Any] | None = None) -> dict[
     if choices is None:
         choices = node.hydra.runtime.choices if "hydra" in node else {}
     try:
-        data = OmegaConf.to_container(_without(node, "hydra", "sweep"), resolve=True)
+        data = OmegaConf.to_container(_without(node, *BESIDE_A_RUN), resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(one_line(error)) from error
     assert isinstance(data, dict)
@@ -244,15 +244,16 @@ def _unknown_key(key: str, dirs: tuple[Path, ...], overrides: Sequence[str]) -> 
 
 def _known_keys(parent: str, dirs: tuple[Path, ...], overrides: Sequence[str]) -> list[str]:
     if not parent:
-        return [name for name in RunConfig.model_fields if name not in ("source", "config_dirs")]
+        beside = {*CommandConfig.model_fields, "workers"}
+        return [name for name in RunConfig.model_fields.keys() | beside if name not in ("source", "config_dirs")]
     group = parent.split(".", maxsplit=1)[0]
     if group in GROUPS:
         chosen = next((o.split("=", 1)[1] for o in overrides if o.startswith(f"{group}=")), None)
         options = Catalog(dirs).loadable(group)
         known = [options[chosen]] if chosen in options else options.values()
         return list({knob for option in known for knob in type(option).model_fields} - {"name"})
-    if group == "sweep":
-        return list(SweepConfig.model_fields)
+    if group in ("sweep", "ray"):
+        return list((SweepConfig if group == "sweep" else RayConfig).model_fields)
     return ["warmup", "repeats"] if group == "measure" else []
 
 
@@ -273,5 +274,5 @@ def parse(hydra: Hydra, overrides: Sequence[str], dirs: tuple[Path, ...]) -> lis
 
 
 def shown(overrides: Sequence[str]) -> list[str]:
-    """The overrides that say what a job is: not those for Hydra or for the sweep itself."""
-    return [o for o in overrides if not o.lstrip("+~").startswith(("hydra.", "hydra/", "sweep.", "sweep="))]
+    """The overrides that say what a job is: not those for Hydra, for the sweep itself or for how it is drawn."""
+    return [o for o in overrides if re.split(r"[./=@]", o.lstrip("+~"), maxsplit=1)[0] not in BESIDE_A_RUN]

@@ -20,7 +20,7 @@ SEEDS = 2**63
 
 
 MOST_IMAGES = 10_000
-"""More are refused: a run lists its pictures before it draws, and writes that list after each of them."""
+"""More are refused: a run lists its pictures before it draws."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,12 @@ class Job:
 
     prompt: str
     seed: int
+    line: int = 1
+    """Its prompt's line in the prompts file (of YAML, and of a list on the command line: its place), from 1."""
+    number: int = 1
+    """Which image of that prompt it is, from 1. Two equal lines are two images each."""
+    index: int = 0
+    """Its place among the run's images, which its file is named after."""
 
 
 def jobs_of(config: RunConfig) -> list[Job]:
@@ -37,16 +43,17 @@ def jobs_of(config: RunConfig) -> list[Job]:
     Raises ConfigError for a bad prompts file, and for more images than a run can have, before any is listed.
     """
     entries = read_prompts(config.prompts_file) if config.prompts_file else _from_command_line(config)
-    images = sum(entry.get("num_images", config.num_images) for entry in entries)
+    images = sum(entry.get("num_images", config.num_images) for _, entry in entries)
     if images > MOST_IMAGES:
         raise ConfigError(f"this run has {counted(images)} images, and {MOST_IMAGES:,} are the most that one can have")
-    jobs = []
-    for entry in entries:
+    jobs: list[Job] = []
+    for line, entry in entries:
         first = entry.get("seed", config.seed)
         count = entry.get("num_images", config.num_images)
         if first + count > SEEDS:
             raise ConfigError(f"seed={first} with num_images={count}: seeds must stay below 2**63")
-        jobs += [Job(_text(entry["prompt"]), first + n) for n in range(count)]
+        prompt, index = _text(entry["prompt"]), len(jobs)
+        jobs += [Job(prompt, first + n, line, n + 1, index + n) for n in range(count)]
     return jobs
 
 
@@ -65,15 +72,15 @@ def _text(prompt: str) -> str:
     return prompt
 
 
-def _from_command_line(config: RunConfig) -> list[dict[str, Any]]:
+def _from_command_line(config: RunConfig) -> list[tuple[int, dict[str, Any]]]:
     prompts = [config.prompt] if isinstance(config.prompt, str) else list(config.prompt or ())
     if not prompts:
         raise ConfigError("nothing to draw: give prompt=… (a text or [a list]) or prompts_file=…")
-    return [{"prompt": prompt} for prompt in prompts]
+    return [(number, {"prompt": prompt}) for number, prompt in enumerate(prompts, 1)]
 
 
-def read_prompts(path: Path) -> list[dict[str, Any]]:
-    """Entries ``{prompt, seed?, num_images?}`` of a .txt (one prompt a line), .yaml/.yml or .jsonl file.
+def read_prompts(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """Lines and entries ``{prompt, seed?, num_images?}`` of a .txt (one prompt a line), .yaml/.yml or .jsonl file.
 
     Raises ConfigError when the file is missing, unreadable, empty or of another shape.
     """
@@ -88,7 +95,7 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise ConfigError(f"prompts_file={path}: the ending must be one of {', '.join(readers)}")
-    entries = [_entry(path, number, raw) for number, raw in reader(path, text)]
+    entries = [(number, _entry(path, number, raw)) for number, raw in reader(path, text)]
     if not entries:
         raise ConfigError(f"prompts_file={path} holds no prompt")
     return entries

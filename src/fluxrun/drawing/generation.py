@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -52,14 +52,24 @@ class Drawn:
 class Generation:
     """The loop over a run's images, with one session's pipeline."""
 
-    def __init__(self, session: Session, folder: RunFolder, jobs: Sequence[Job]) -> None:
+    def __init__(
+        self, session: Session, folder: RunFolder, jobs: Sequence[Job], done: Collection[int] = frozenset()
+    ) -> None:
+        """``done``: images that are there already, by ``Job.index``. A batch that lacks one is drawn as a whole."""
         self.session = session
         self.plan = session.plan
         self.config = session.plan.config
         self.device = session.plan.machine.device
         self.folder = folder
-        self.jobs = list(jobs)
-        self.remaining = Counter(job.prompt for job in jobs)
+        self.done = session.ranks.first(done)
+        size = self.config.batch_size
+        batches = [jobs[n : n + size] for n in range(0, len(jobs), size)]
+        self.batches = {n: batch for n, batch in enumerate(batches, 1) if not self._is_done(batch)}
+        self.jobs = [job for batch in self.batches.values() for job in batch]
+        self.remaining = Counter(job.prompt for job in self.jobs)
+        self._last = len(batches)
+        self._earlier_calls = len(folder.record.timings.step_s)
+        """How many of the pipeline's calls in the record are an earlier command's."""
         self.stage = "load"
         self._fresh = True
         """Whether the next pipeline call is the first after a build: it may compile, and it may fall back."""
@@ -83,16 +93,26 @@ class Generation:
         else:
             self._rebuild(None)
         self.memory.start_bytes = used_bytes(self.device)
-        batches = [self.jobs[n : n + self.config.batch_size] for n in range(0, len(self.jobs), self.config.batch_size)]
-        with self._noise, self._saver() as saver:
-            for _ in range(self.config.measure.warmup):
-                self._note_first_call(self._draw_or_fall_back(batches[0], "warm-up"))
-            for number, batch in enumerate(batches, 1):
-                self._upcoming = batches[number] if number < len(batches) else ()
-                self._draw_and_save(batch, f"image {number}/{len(batches)}", saver)
-                self._forget(batch)
-            self.stage = "save"
+        try:
+            with self._noise, self._saver() as saver:
+                self._draw_all(saver)
+                self.stage = "save"
+            self._note_options()
+        finally:
+            self._summarise()
         self._fail_for_pictures_that_are_not_finite()
+
+    def _is_done(self, batch: Sequence[Job]) -> bool:
+        return all(job.index in self.done for job in batch)
+
+    def _draw_all(self, saver: Saver) -> None:
+        batches = list(self.batches.values())
+        for _ in range(self.config.measure.warmup):
+            self._note_first_call(self._draw_or_fall_back(batches[0], "warm-up"))
+        for (number, batch), upcoming in zip(self.batches.items(), [*batches[1:], ()], strict=True):
+            self._upcoming = upcoming
+            self._draw_and_save(batch, f"image {number}/{self._last}", saver)
+            self._forget(batch)
 
     def _saver(self) -> Saver:
         """Where pictures go: beside drawing if that leaves the CPU idle, and no repeats are to be timed undisturbed."""
@@ -110,9 +130,10 @@ class Generation:
                 self.stage = "save"
                 about = f"denoise {drawn.denoise_s:.2f} s, decode {drawn.decode_s:.2f} s"
                 for image, job, finding in zip(drawn.images, batch, drawn.findings, strict=True):
-                    _warn_of_a_constant(finding, text)
-                    saver.save(image, job, about, finding)
-        self._summarise()
+                    if job.index not in self.done:
+                        _warn_of_a_constant(finding, text)
+                        saver.save(image, job, about, finding)
+        self._write_if_due()
 
     def _forget(self, batch: Sequence[Job]) -> None:
         """Let go of the embeddings that no later image needs."""
@@ -325,21 +346,29 @@ class Generation:
         self.timings.text_encode_s.append(seconds)
         self._note_memory("text_encode")
 
-    def _summarise(self) -> None:
-        """Bring options, timings and memory in the record up to date; written with every image."""
-        self.session.observe()
+    def _write_if_due(self) -> None:
+        """Bring the record up to date, and write it now and then: an image's own line is written with it."""
         if self.session.ranks.size > 1:
             self.memory.by_rank_bytes = self.session.ranks.gather(self.memory.peak_allocated_bytes)
+        if self.folder.is_due:
+            self._note_options()
+            self._summarise()
+            self.folder.write()
+
+    def _note_options(self) -> None:
+        self.session.observe()
         self.folder.note_options(self.plan.record(), self.plan.notes)
+
+    def _summarise(self) -> None:
+        """Bring the timings in the record up to date. What it costs grows with the run."""
         for name, seconds in self.session.timings.items():  # import_s, load_s, apply_s
             setattr(self.timings, name, seconds)
         if self.session.context is not None and self.session.compiles:
             self.timings.compile_s = self.session.context.compiler.seconds()
-        steps = [s for image in self.timings.step_s for s in image]
+        steps = [s for call in self.timings.step_s[self._earlier_calls :] for s in call]
         warm = self.config.measure.warmup > 0
         self.timings.steady_step_s = spread(steps if warm else steps[1:])
         self.folder.note_spans(spans.recorded())
-        self.folder.write()
 
     def _note_memory(self, stage: str) -> None:
         """The peak since the last stage's end (on a CPU: since the process began)."""

@@ -30,7 +30,7 @@ class Saver:
     """Writes a run's pictures on a thread of its own, as a context: on leaving, all of them are on disk.
 
     Compressing a 1024x1024 PNG takes a CPU core 0.1 to 0.2 s, about as long as an H200 draws one with klein-4B. A
-    picture is in run.json as soon as it is on disk; one that cannot be written is raised in ``save`` or at the end.
+    picture is in the record as soon as it is on disk; one that cannot be written is raised in ``save`` or at the end.
     """
 
     def __init__(
@@ -49,7 +49,6 @@ class Saver:
         self._folder = folder
         self._format = output_format
         self._most = MOST_WAITING if beside else 0
-        self._number = len(folder.record.images)
         self._waiting: deque[Future[None]] = deque()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fluxrun-save")
 
@@ -72,15 +71,12 @@ class Saver:
 
         Raises OSError when this one or an earlier one cannot be written.
         """
-        self._waiting.append(self._thread.submit(self._write, self._number, image, job, about, finding))
-        self._number += 1
+        self._waiting.append(self._thread.submit(self._write, image, job, about, finding))
         while self._waiting and (len(self._waiting) > self._most or self._waiting[0].done()):
             self._waiting.popleft().result()
 
-    def _write(self, number: int, image: Image, job: Job, about: str, finding: Finding) -> None:
+    def _write(self, image: Image, job: Job, about: str, finding: Finding) -> None:
         with spans.span("save"):
-            path = self._folder.save(
-                number, image, job.prompt, job.seed, self._format, finite=finding.finite, constant=finding.constant
-            )
+            path = self._folder.save(job, image, self._format, finite=finding.finite, constant=finding.constant)
         log.info("saved %s (seed %d, %s)", path, job.seed, about)
         self._on_saved(path, job.seed)

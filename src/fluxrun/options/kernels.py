@@ -39,7 +39,7 @@ class KernelsOption(Option):
     """fused: whose kernels stand between the matmuls of klein's text encoder. ``fused``: ours, those of them that give
     the bits of transformers' operations on this machine, which is tried when the pipeline is built."""
 
-    compile_ahead: Open[bool] = False
+    compile_ahead: Open[bool] = True
     """fused: compile the Triton kernels of the run, ours and those of ``vae=fast``, on threads while weights load."""
 
     @property

@@ -24,8 +24,9 @@ from fluxrun.process.console import console
 from fluxrun.process.heartbeat import Watch
 from fluxrun.process.ranks import RankFailed
 from fluxrun.process.signals import Interrupts
-from fluxrun.record.folder import plain, read_record, write_failure
+from fluxrun.record.folder import read_record, write_failure
 from fluxrun.record.schema import RunRecord
+from fluxrun.record.writing import plain
 from fluxrun.types import JsonObject
 
 log = logging.getLogger("fluxrun")
@@ -45,7 +46,13 @@ JOB, LOG = "job.json", "torchrun.log"
 
 
 def draw_in_ranks(
-    config: RunConfig, folder: Path, size: int, command: Sequence[str], program: str = PROGRAM
+    config: RunConfig,
+    folder: Path,
+    size: int,
+    command: Sequence[str],
+    program: str = PROGRAM,
+    *,
+    resume: bool = False,
 ) -> RunRecord:
     """Draw a run by ``size`` processes; the first one's record is the run's. Raises what ended it.
 
@@ -54,6 +61,7 @@ def draw_in_ranks(
     with tempfile.TemporaryDirectory(prefix="fluxrun-ranks-") as name:
         group = _Group(Path(name), folder, plain(config.source), size)
         job = {"data": group.data, "dirs": plain(config.config_dirs), "command": list(command), "folder": str(folder)}
+        job["resume"] = resume
         (group.state / JOB).write_text(json.dumps({**job, "parent": os.getpid()}), encoding="utf-8")
         interrupts = Interrupts(
             on_first=lambda: group.tell(interrupts.requested or signal.SIGINT),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,9 +55,12 @@ class Prepared:
         return texts_of(self.jobs, self.plan.negative_prompt)
 
 
-def prepare(config: RunConfig, machine: Machine | None = None) -> Prepared:
-    """Check all of a run's input and plan it. Imports no torch; raises ConfigError or OptionUnavailable."""
-    jobs = jobs_of(config)
+def prepare(config: RunConfig, machine: Machine | None = None, jobs: Sequence[Job] = ()) -> Prepared:
+    """Check all of a run's input and plan it, or the part of it that has these ``jobs``.
+
+    Imports no torch; raises ConfigError or OptionUnavailable.
+    """
+    jobs = list(jobs) or jobs_of(config)
     inputs = read_inputs(config)
     if problem := config.quantization.input_problem():
         raise ConfigError(problem)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import FrameType, TracebackType
 from typing import Any, ClassVar
 
@@ -21,6 +23,9 @@ Handler = Callable[[int, FrameType | None], Any] | int | None
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 if os.name == "posix":
     EXIT_CODES[signal.SIGHUP] = 129
+
+AGAIN_S = 0.01
+"""How soon a KeyboardInterrupt that went nowhere is raised again."""
 
 MOST_S = 5.0
 """Whatever is done before the process ends at once, this is its end."""
@@ -49,18 +54,24 @@ class Interrupts:
         self._on_first = on_first
         self._on_second = on_second
         self._before: dict[signal.Signals, Handler] = {}
+        self._hook_before = sys.unraisablehook
+        self._again = False
+        """Whether the next signal is the first one once more."""
 
     def __enter__(self) -> Interrupts:
         # Only the main thread may set handlers; elsewhere (a notebook's worker) the caller's stay in place.
         if threading.current_thread() is threading.main_thread():
             wanted = [number for number in EXIT_CODES if signal.getsignal(number) is not signal.SIG_IGN]
             self._before = {number: signal.signal(number, self._handle) for number in wanted}
+            self._hook_before, sys.unraisablehook = sys.unraisablehook, self._went_nowhere
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         Interrupts.unwound = Interrupts.raised
+        if threading.current_thread() is threading.main_thread():
+            sys.unraisablehook = self._hook_before
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -76,7 +87,22 @@ class Interrupts:
         if innermost := Interrupts.innermost():
             innermost.end_process(number, last_line)
 
+    def _went_nowhere(self, found: sys.UnraisableHookArgs) -> None:
+        """Python drops what a destructor raises, and prints a traceback: a KeyboardInterrupt is raised once more."""
+        if found.exc_type is not KeyboardInterrupt or self.requested is None:
+            self._hook_before(found)
+            return
+        self._again = True
+        main, number = threading.main_thread().ident, self.requested
+        send = partial(signal.pthread_kill, main) if os.name == "posix" and main else signal.raise_signal
+        threading.Timer(AGAIN_S, send, [number]).start()
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._again:
+            self._again = False
+            if self.is_immediate:
+                raise KeyboardInterrupt
+            return
         if self.requested is not None:
             self.end_process(signal.Signals(number))
             return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -82,6 +82,15 @@ class Timings(RecordModel):
     steady_step_s: Spread | None = None
     """All steps but the first one after a build."""
 
+    def add(self, line: ImageLine) -> None:
+        """Take over what a line of images.jsonl says."""
+        self.save_s.append(line.save_s)
+        self.text_encode_s += line.text_encode_s
+        for call in line.calls:
+            self.step_s.append(call.step_s)
+            self.denoise_s.append(call.denoise_s)
+            self.decode_s.append(call.decode_s)
+
 
 class SpanRecord(RecordModel):
     """One part of a run, in seconds since its process began; parts may overlap.
@@ -106,6 +115,22 @@ class MemoryRecord(RecordModel):
     """The peak of each stage; on a CPU of everything up to its end."""
     by_rank_bytes: list[int] = []
     """The peak of each process, where several draw a picture together (parallel); the others are the first one's."""
+
+
+class Asked(Protocol):
+    """One image of those that a run is to have."""
+
+    @property
+    def prompt(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def line(self) -> int: ...
+    @property
+    def number(self) -> int: ...
+    @property
+    def index(self) -> int:
+        """Its place among the run's images, which its file is named after."""
 
 
 class ErrorRecord(RecordModel):
@@ -136,6 +161,38 @@ class ImageRecord(SavedImage):
     height: int
     compressed_by: str | None = None
     """What wrote the file: ``isal`` or ``zlib`` (PNG), ``pillow`` (JPEG, WebP)."""
+    file_bytes: int | None = None
+    """The file's size."""
+    line: int | None = None
+    """Its prompt's line in the prompts file (of YAML, and of a list on the command line: its place), from 1."""
+    number: int | None = None
+    """Which picture of that prompt it is, from 1."""
+
+    @property
+    def identity(self) -> tuple[int, int] | None:
+        """Which of the run's pictures it is: two equal lines are two pictures. None in a record of version 1."""
+        return None if self.line is None or self.number is None else (self.line, self.number)
+
+
+class Call(RecordModel):
+    """One call of the pipeline, in seconds."""
+
+    step_s: list[float]
+    denoise_s: float
+    decode_s: float
+
+
+class ImageLine(ImageRecord):
+    """A line of images.jsonl: one saved image, and what was measured since the line before it."""
+
+    save_s: float
+    calls: list[Call] = []
+    """The calls of the pipeline; none for the further images of a batch."""
+    text_encode_s: list[float] = []
+
+    def image(self) -> ImageRecord:
+        """The image alone, as run.json lists it."""
+        return ImageRecord.model_construct(**{name: getattr(self, name) for name in ImageRecord.model_fields})
 
 
 class InputRecord(RecordModel):
@@ -150,9 +207,13 @@ class InputRecord(RecordModel):
 
 
 class RunRecord(RecordModel):
-    """A run folder's run.json."""
+    """A run folder's run.json.
 
-    schema_version: Literal[1] = 1
+    While a run draws, and where it has drawn more than 100 images, what grows with each of them is in images.jsonl.
+    """
+
+    schema_version: Literal[1, 2] = 2
+    """1: all images are in ``images``, and the fields that came with 2 are missing."""
     run_id: str
     status: Status = "running"
     error: ErrorRecord | None = None
@@ -161,6 +222,8 @@ class RunRecord(RecordModel):
     """Where the run was started: what relative paths in its config are relative to. Not in the images."""
     started_at: str
     finished_at: str | None = None
+    resumed_at: list[str] = []
+    """When it went on after an end (``resume=FOLDER``)."""
     config: dict[str, Any]
     config_hash: str
     signature: str | None = None
@@ -174,6 +237,12 @@ class RunRecord(RecordModel):
     environment: dict[str, Any] = {}
     inputs: list[InputRecord] = []
     """The pictures that were edited, or looked at, as they were read."""
+    images_asked: int | None = None
+    """How many images the run is to have."""
+    images_saved: int = 0
+    """How many it had when this file was written."""
+    images_file: Literal["images.jsonl"] | None = None
+    """The file that lists the images, with the times that ``timings`` has lists of; null: this one does."""
     images: list[ImageRecord] = []
 
 

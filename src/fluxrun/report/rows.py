@@ -18,7 +18,7 @@ from fluxrun.config.composition import shown
 from fluxrun.errors import ConfigError
 from fluxrun.reading import Unreadable, parse_yaml, read_text
 from fluxrun.record.folder import read_record
-from fluxrun.record.schema import Chosen, Fallback, RunRecord, SavedImage, SpanRecord, Status
+from fluxrun.record.schema import Chosen, Fallback, ImageRecord, RunRecord, SavedImage, SpanRecord, Status
 from fluxrun.types import JsonObject
 
 
@@ -34,7 +34,7 @@ class GridJob:
     """What Hydra composes it with; ``overrides`` are those among them that say what the job is."""
 
 
-NOT_IN_A_ROW = {"path", "width", "height", "compressed_by"}
+NOT_IN_A_ROW = {"path", *(ImageRecord.model_fields.keys() - SavedImage.model_fields.keys())}
 """What a record says of a picture and a table does not."""
 
 BASELINE = "baseline"

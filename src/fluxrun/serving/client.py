@@ -181,9 +181,13 @@ class Client:
             if error.status == 404:
                 return False
             raise
-        images = [str(image["path"]) for image in json.loads(text)["images"]]
+        record = json.loads(text)
         (self.folder / "images").mkdir(parents=True)
-        for name in (*images, "fluxrun.log"):
+        images = record["images"]
+        if listed := record.get("images_file"):
+            self._fetch_file(run, str(listed))
+            images = [json.loads(line) for line in (self.folder / str(listed)).read_bytes().splitlines()]
+        for name in (*(str(image["path"]) for image in images), "fluxrun.log"):
             self._fetch_file(run, name)
         (self.folder / "run.json").write_bytes(text)  # last: what is in it is there
         return True

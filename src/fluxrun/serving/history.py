@@ -7,12 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fluxrun.errors import ConfigError
 from fluxrun.reading import Unreadable, parse_json, read_text
+from fluxrun.record.folder import read_record
+from fluxrun.record.journal import JOURNAL
+from fluxrun.record.writing import RECORD
 from fluxrun.serving.messages import RunSummary
 
 ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{8}")
 
-FILE = re.compile(r"run\.json|fluxrun\.log|images/[0-9A-Za-z_]+\.(png|jpg|webp)")
+FILE = re.compile(r"run\.json|images\.jsonl|fluxrun\.log|images/[0-9A-Za-z_]+\.(png|jpg|webp)")
 """What of a run's folder is served."""
 
 
@@ -22,16 +26,18 @@ class History:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._known: dict[str, tuple[int, RunSummary]] = {}
-        """Summaries by id, with the time of the record that they were made of."""
+        """Summaries by id, with the times of the files that they were made of."""
 
     def record(self, run: str) -> dict[str, Any] | None:
-        """A run's record as it lies there; None where there is none."""
-        path = self.file(run, "run.json")
+        """A run's record as it lies there, with the images that are listed beside it; None where there is none."""
+        path = self.file(run, RECORD)
         if path is None:
             return None
         try:
             found = parse_json(read_text(path))
-        except (Unreadable, FileNotFoundError):
+            if isinstance(found, dict) and found.get("images_file") and self.file(run, JOURNAL):
+                found = read_record(path.parent).model_dump(mode="json")
+        except (Unreadable, FileNotFoundError, ConfigError):
             return None
         return found if isinstance(found, dict) else None
 
@@ -54,13 +60,19 @@ class History:
                 yield summary
 
     def _summary(self, name: str) -> RunSummary | None:
-        path = self.file(name, "run.json")
-        if path is None:
+        if self.file(name, RECORD) is None:
             return None
-        stamp = path.stat().st_mtime_ns
+        stamp = sum(_changed_at(self.folder / name / file) for file in (RECORD, JOURNAL))
         if name not in self._known or self._known[name][0] != stamp:
             self._known[name] = stamp, summary_of(name, self.record(name) or {})
         return self._known[name][1]
+
+
+def _changed_at(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def summary_of(name: str, record: dict[str, Any]) -> RunSummary:

@@ -15,7 +15,7 @@ from fluxrun.config.catalog import Catalog
 from fluxrun.config.composition import RAW_TEXT_KEYS, compose_node, config_dirs, hydra_for, quote_raw_text, to_data
 from fluxrun.config.origin import first_closed
 from fluxrun.config.prompts import jobs_of
-from fluxrun.config.schema import GROUPS, RunConfig
+from fluxrun.config.schema import BESIDE_A_RUN, GROUPS, RunConfig
 from fluxrun.errors import ConfigError, TrustError
 from fluxrun.formatting import counted, nearest, shorten, utf8
 from fluxrun.options.model import Flux2Model
@@ -117,7 +117,7 @@ class Rules:
             raise ConfigError(
                 f"{shorten(override, 40)}: an override of {len(override):,} characters, {most:,} is the most"
             )
-        if not equals or not KEY.fullmatch(key) or name.split(".")[0] in ("hydra", "sweep"):
+        if not equals or not KEY.fullmatch(key) or name.split(".")[0] in BESIDE_A_RUN:
             raise self._refusal(f"set {shorten(key)!r}, only keys and options of one run")
         if (name in GROUPS or name == "preset") and not OPTION_NAME.fullmatch(value):
             raise ConfigError(f"{shorten(override)}: takes the name of an option")

@@ -61,7 +61,8 @@ def run_job(job: Mapping[str, Any], folder: Path, *, is_first: bool = True) -> t
         config = RunConfig.from_dict(job["data"], tuple(Path(d) for d in job["dirs"]))
         prepared = prepare(config)
         start_lean(libraries_of(prepared))
-        run(config, folder, command=job["command"], machine=prepared.plan.machine)
+        resume = job.get("resume", False)
+        run(config, folder, command=job["command"], machine=prepared.plan.machine, resume=resume)
     except (Exception, KeyboardInterrupt) as error:
         if is_first and write_failure(folder, job["data"], error):
             logging.getLogger("fluxrun").error("%s", error, exc_info=error)
