@@ -55,8 +55,8 @@ REAPED = """
 import subprocess, time
 import psutil
 from fluxrun.process.ending import reap
-child = psutil.Process(subprocess.Popen(["true"]).pid)
-lasting = subprocess.Popen(["sleep", "60"])
+ended, lasting = subprocess.Popen(["true"]), subprocess.Popen(["sleep", "60"])
+child = psutil.Process(ended.pid)
 while child.status() != psutil.STATUS_ZOMBIE:
     time.sleep(0.01)
 reap()
