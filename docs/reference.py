@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from fluxrun.config.catalog import Catalog, about, default_choices, purpose
-from fluxrun.config.schema import GROUPS, CommandConfig, Measure, RunConfig, SweepConfig
+from fluxrun.config.schema import GROUPS, CommandConfig, Measure, RayConfig, RunConfig, SweepConfig, WorkersConfig
 from fluxrun.options.base import Option
 from fluxrun.options.conflicts import CONFLICTS
 from fluxrun.paths import PACKAGE
@@ -115,6 +115,7 @@ def options_reference() -> str:
     parts += ["## The run\n", knob_table(RunConfig, skip=(*GROUPS, "source", "config_dirs"))]
     parts += ["\n### `measure`\n", knob_table(Measure), "\n### `sweep`\n", knob_table(SweepConfig)]
     parts += ["\n### Beside the run\n", knob_table(CommandConfig)]
+    parts += ["\n### Who draws\n", knob_table(WorkersConfig), "\n### `ray`\n", knob_table(RayConfig)]
     parts += [group_reference(group) for group in GROUPS]
     parts += ["\n## What cannot stand beside each other\n", conflict_table()]
     return "\n".join(parts) + "\n"

@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field, ValidationError
 from fluxrun.cli.rerun import from_folder, from_image
 from fluxrun.config.catalog import Catalog
 from fluxrun.config.composition import compose, compose_node, config_dirs, hydra_for
-from fluxrun.config.schema import GROUPS, CommandConfig, Measure, RunConfig, SweepConfig
+from fluxrun.config.schema import GROUPS, CommandConfig, Measure, RayConfig, RunConfig, SweepConfig, WorkersConfig
 from fluxrun.errors import ConfigError, TrustError
 from fluxrun.options.attention import Attention
 from fluxrun.record.picture import save_image
@@ -134,9 +134,9 @@ def test_knobs_that_run_code_are_the_command_lines(config_dir, knob, monkeypatch
 def every_knob():
     """Each key of the config, with its field and the overrides that make it one: run keys, then each option class's."""
     models = (("", RunConfig), ("measure.", Measure), ("sweep.", SweepConfig), ("", CommandConfig))
-    for prefix, model in models:
+    for prefix, model in (*models, ("", WorkersConfig), ("ray.", RayConfig)):
         for name, knob in model.model_fields.items():
-            if not knob.exclude and name not in (*GROUPS, "measure"):
+            if not knob.exclude and name not in (*GROUPS, "measure", "ray"):
                 yield pytest.param(prefix + name, knob, None, id=prefix + name)
     seen = set()
     for group, option in every_option():
@@ -218,7 +218,7 @@ CLOSED = {
     "prompts_file", "reference_images", "image", "mask_image", "sweep.resume",
     "model.id", "model.path", "model.revision", "lora.files", "quantization.file",
     "attention.hub", "attention.hub_backend",
-    "compile.inductor_options", "compile.cache_dir", "compile.cache_artifacts", "resume",
+    "compile.inductor_options", "compile.cache_dir", "compile.cache_artifacts", "resume", "workers", "ray.address",
 }  # fmt: skip
 
 

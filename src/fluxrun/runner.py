@@ -59,7 +59,7 @@ def run(
     """
     earlier = earlier_run(config, Path(output_dir)) if resume and not helps_another() else None
     if earlier is not None and earlier.complete:
-        return _completed(earlier, Path(output_dir), config)
+        return completed(earlier, Path(output_dir), config)
     if (size := _processes_to_start(config, machine)) > 1:
         if pool is not None:
             pool.clear()
@@ -81,16 +81,16 @@ def run(
                     with interrupts.immediate(), spans.span("import"):
                         prepared = _joined(prepared, sessions, folder.path)
                 if earlier is not None:
-                    _say_what_is_there(earlier, folder)
+                    say_what_is_there(earlier, folder)
                 work = _Work(prepared, earlier.done if earlier else frozenset())
                 _run(work, folder, interrupts, stage, sessions, reporter or Reporter())
         except BaseException as error:
             ended = interrupts.error() if interrupts.requested else error
-            _finish(folder, started, ended, stage.name)
+            finish(folder, started, ended, stage.name)
             if ended is not error:
                 raise ended from None
             raise
-        _finish(folder, started, None, "")
+        finish(folder, started, None, "")
     if pool is not None and interrupts.requested:  # too late for this run, but not for those that follow
         pool.interrupted = interrupts.error()
     return folder.record
@@ -115,13 +115,14 @@ def draw_part(
     return folder.record
 
 
-def _say_what_is_there(earlier: Earlier, folder: RunFolder) -> None:
+def say_what_is_there(earlier: Earlier, folder: RunFolder) -> None:
+    """How much of a run that goes on is drawn."""
     log.info("%d of %d image(s) are in %s already", len(earlier.done), earlier.record.images_asked, folder.path)
     if earlier.lost:
         log.warning("%d image(s) are lost, cut short or not finite: they are drawn again", earlier.lost)
 
 
-def _completed(earlier: Earlier, folder: Path, config: RunConfig) -> RunRecord:
+def completed(earlier: Earlier, folder: Path, config: RunConfig) -> RunRecord:
     """A run of which no image is missing: its record says so, if it did not yet."""
     log.info("all %d image(s) of %s are drawn", len(earlier.done), folder)
     if earlier.record.status != "completed":
@@ -243,7 +244,8 @@ def _announce(prepared: Prepared) -> None:
         log.info("%s", announcement)
 
 
-def _finish(folder: RunFolder, started: float, error: BaseException | None, stage: str) -> None:
+def finish(folder: RunFolder, started: float, error: BaseException | None, stage: str) -> None:
+    """Close a run's record, and say how it ended."""
     folder.record.timings.total_s += time.perf_counter() - started
     folder.note_spans(spans.recorded())
     spans.forget()

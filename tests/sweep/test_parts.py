@@ -40,7 +40,7 @@ def test_every_sweep_file_composes_and_says_how_it_is_run(path: Path) -> None:
     from hydra.types import RunMode
 
     from fluxrun.config.composition import compose_node
-    from fluxrun.sweep.run import plan_sweep
+    from fluxrun.sweep.planning import plan_sweep
 
     lines = path.read_text().splitlines()
     assert lines[0] == "# @package _global_"

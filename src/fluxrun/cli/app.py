@@ -152,7 +152,7 @@ def _draw(app: Hydra, options: Namespace, dirs: tuple[Path, ...], command: Seque
     if multirun or node.hydra.mode == RunMode.MULTIRUN:
         with spans.span("import"):
             from fluxrun.startup.lean import ANY_OF_THEM, start_lean
-            from fluxrun.sweep.run import plan_sweep
+            from fluxrun.sweep.planning import plan_sweep
 
         with console.status("looking at the options of the sweep"):
             sweep = plan_sweep(app, node, overrides, dirs, typed)

@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fluxrun.config.catalog import Catalog
 from fluxrun.config.files import COMPOSE_ERRORS, HYDRA_BASE, check_defaults, search_path
 from fluxrun.config.origin import CheckingLoader
-from fluxrun.config.schema import BESIDE_A_RUN, GROUPS, CommandConfig, RunConfig, SweepConfig
+from fluxrun.config.schema import BESIDE_A_RUN, GROUPS, CommandConfig, RayConfig, RunConfig, SweepConfig
 from fluxrun.errors import ConfigError, one_line, python_reason, raised_by_fluxrun
 from fluxrun.formatting import nearest, shorten
 from fluxrun.paths import conf_dir, expanded
@@ -244,15 +244,16 @@ def _unknown_key(key: str, dirs: tuple[Path, ...], overrides: Sequence[str]) -> 
 
 def _known_keys(parent: str, dirs: tuple[Path, ...], overrides: Sequence[str]) -> list[str]:
     if not parent:
-        return [n for n in (*RunConfig.model_fields, *CommandConfig.model_fields) if n not in ("source", "config_dirs")]
+        beside = {*CommandConfig.model_fields, "workers"}
+        return [name for name in RunConfig.model_fields.keys() | beside if name not in ("source", "config_dirs")]
     group = parent.split(".", maxsplit=1)[0]
     if group in GROUPS:
         chosen = next((o.split("=", 1)[1] for o in overrides if o.startswith(f"{group}=")), None)
         options = Catalog(dirs).loadable(group)
         known = [options[chosen]] if chosen in options else options.values()
         return list({knob for option in known for knob in type(option).model_fields} - {"name"})
-    if group == "sweep":
-        return list(SweepConfig.model_fields)
+    if group in ("sweep", "ray"):
+        return list((SweepConfig if group == "sweep" else RayConfig).model_fields)
     return ["warmup", "repeats"] if group == "measure" else []
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from fluxrun.errors import ConfigError
@@ -177,7 +177,32 @@ class CommandConfig(BaseModel):
     """Folder of an earlier run of the same command: the images that it lacks are drawn, the others stay as they are."""
 
 
-BESIDE_A_RUN = ("hydra", "sweep", "resume")
+OTHER_PROCESSES = "it starts processes that draw, on this machine or on others"
+
+
+class RayConfig(BaseModel):
+    """The ``ray`` node of the config: the cluster that ``workers`` run on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    address: Annotated[str | None, Closed(OTHER_PROCESSES)] = None
+    """A Ray cluster that is there: ``host:port``, or ``auto`` on one of its nodes. Else Ray is started on this machine
+    alone, and ends with the command."""
+
+
+class WorkersConfig(BaseModel):
+    """How many processes draw a sweep's jobs, or the pictures of a prompt set. As CommandConfig: in no record."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    workers: Annotated[PositiveInt | Literal["auto"] | None, Closed(OTHER_PROCESSES)] = None
+    """So many Ray actors, each with a GPU and weights of its own that are loaded once; ``auto``: one per GPU. They
+    draw a sweep's jobs, or a prompt set's images."""
+    ray: RayConfig = RayConfig()
+    """Which cluster."""
+
+
+BESIDE_A_RUN = ("hydra", "sweep", "resume", "workers", "ray")
 """Keys of the config that say how runs are drawn, and are part of none."""
 
 
@@ -186,10 +211,11 @@ def knobs_at(path: Sequence[str]) -> list[tuple[int, FieldInfo]]:
 
     Several where options of one group share a name: which of them will be in use is not known before all is composed.
     """
-    within: dict[str, Sequence[type[BaseModel]]] = {"measure": [Measure], "sweep": [SweepConfig]}
+    within: dict[str, Sequence[type[BaseModel]]] = {"measure": [Measure], "sweep": [SweepConfig], "ray": [RayConfig]}
     models = own_options(ROWS[path[0]].base) if path[0] in GROUPS else within.get(path[0])
     if models is None:
-        return [(1, knob) for knob in [{**CommandConfig.model_fields, **RunConfig.model_fields}.get(path[0])] if knob]
+        beside = CommandConfig.model_fields | WorkersConfig.model_fields
+        return [(1, knob) for knob in [{**beside, **RunConfig.model_fields}.get(path[0])] if knob]
     return [(2, model.model_fields[path[1]]) for model in models if path[1:] and path[1] in model.model_fields]
 
 
@@ -255,10 +281,21 @@ def command_config(node: DictConfig) -> CommandConfig:
     return _validated(CommandConfig, {name: node[name] for name in CommandConfig.model_fields})
 
 
+def workers_config(node: DictConfig) -> WorkersConfig | None:
+    """What ``workers`` and ``ray`` say, or None where this process draws; raises ConfigError in one line."""
+    data = OmegaConf.to_container(node, resolve=False)
+    assert isinstance(data, dict)
+    config = _validated(WorkersConfig, {"workers": data.get("workers"), "ray": data.get("ray", {})})
+    if config.workers is None and config.ray.address is not None:
+        raise ConfigError(f"ray.address={config.ray.address}: add workers=N, or workers=auto for one per GPU")
+    return None if config.workers is None else config
+
+
 def _validated(model: type[M], data: Any, *within: str) -> M:
     try:
         return model.model_validate(data)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
-        key = ".".join([*within, *map(str, problem["loc"])])
+        loc = [str(part) for part in problem["loc"] if str(part) not in ("constrained-int", "literal['auto']")]
+        key = ".".join([*within, *loc])
         raise ConfigError(f"{key}={shorten(problem['input'])}: {problem['msg'].lower()}") from error

@@ -14,14 +14,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     import psutil
 
-TRACKER = "resource_tracker"
-"""Python's and loky's: it removes what other processes have left in shared memory, and then ends by itself."""
+CLEANERS = ("resource_tracker", "fluxrun.workers.keeper")
+"""Python's and loky's, and ours beside Ray: they remove what other processes have left, and then end by themselves."""
 
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -63,9 +63,13 @@ def _children() -> list[psutil.Process]:
     found = []
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if child.status() != psutil.STATUS_ZOMBIE and not any(TRACKER in word for word in child.cmdline()):
+            if child.status() != psutil.STATUS_ZOMBIE and not _is_cleaner(child.cmdline()):
                 found.append(child)
     return found
+
+
+def _is_cleaner(words: Sequence[str]) -> bool:
+    return any(name in word for word in words for name in CLEANERS)
 
 
 def _has_children() -> bool:

@@ -12,7 +12,7 @@ from fluxrun.report.rows import GridJob, config_value
 from fluxrun.types import JsonObject
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 
@@ -33,6 +33,23 @@ def missing(
     drawn = {j.config_hash for j in grid or ()}
     wanted = (neutral_data(j.data, dirs) for j in alike)
     return {name: data for data in wanted if (name := data_hash(data)) not in drawn and _valid(data, dirs)}
+
+
+def wanted(config: SweepConfig, grid: Sequence[GridJob], dirs: tuple[Path, ...]) -> Iterator[GridJob]:
+    """The neutral runs that the jobs of a whole grid are missing, as jobs without a number."""
+    firsts = {repr([job.data.get(key) for key in LOADS]): job for job in reversed(grid)}
+    for job in reversed(firsts.values()):
+        yield from as_jobs(missing(config, grid, job, dirs))
+
+
+def as_jobs(baselines: dict[str, dict[str, Any]]) -> list[GridJob]:
+    """Neutral runs as jobs that have no number in the grid."""
+    return [GridJob(-1, (), data, config_hash) for config_hash, data in baselines.items()]
+
+
+def baseline_label(job: GridJob) -> str:
+    """What a neutral run is called while it is drawn."""
+    return f"neutral options, seed={job.data.get('seed')}"
 
 
 def _valid(data: JsonObject, dirs: tuple[Path, ...]) -> bool:

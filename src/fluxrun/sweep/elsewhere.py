@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from fluxrun.process.signals import EXIT_CODES, Interrupts
 from fluxrun.record.folder import is_running, write_failure
 from fluxrun.report.rows import run_folders
 from fluxrun.runner import run
+from fluxrun.types import JsonObject
 
 log = logging.getLogger("fluxrun.sweep")
 
@@ -64,11 +65,14 @@ def stop_jobs(sweep: Path) -> None:
         time.sleep(0.02)
 
 
-def close_records(sweep: Path) -> None:
-    """The jobs' processes are gone: records that they have not closed are closed here."""
+def close_records(sweep: Path, error: BaseException | None = None) -> list[str]:
+    """The jobs' processes are gone: records that they have not closed are closed here. Returns whose these were."""
+    closed = []
     for folder in _running(sweep):
         with suppress(OSError):  # a full disk
-            write_failure(folder, {}, Interrupted("interrupted"))
+            write_failure(folder, {}, error or Interrupted("interrupted"), overrule=True)
+            closed.append(folder.name)
+    return closed
 
 
 def _running(sweep: Path) -> list[Path]:
@@ -87,10 +91,15 @@ def job(node: DictConfig, dirs: tuple[Path, ...], command: Sequence[str]) -> Non
     if _interrupted.is_set():
         return
     hydra: Any = HydraConfig.get()
-    folder, data = Path(hydra.runtime.output_dir), to_data(node, hydra.runtime.choices)
+    data = to_data(node, hydra.runtime.choices)
+    draw(data, Path(hydra.runtime.output_dir), lambda config, folder: run(config, folder, command=command), dirs)
+
+
+def draw(data: JsonObject, folder: Path, draw_run: Callable[[RunConfig, Path], object], dirs: tuple[Path, ...]) -> None:
+    """Draw a config by ``draw_run``; what goes wrong is in the record, and in the log."""
     try:
         with Interrupts() as interrupts, interrupts.immediate():
-            run(RunConfig.from_dict(data, dirs), folder, command=command)
+            draw_run(RunConfig.from_dict(data, dirs), folder)
     except (KeyboardInterrupt, Interrupted):
         _interrupted.set()
     except Exception as error:  # as of any job in a sweep: it is this one's alone

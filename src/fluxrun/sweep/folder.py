@@ -63,7 +63,7 @@ def arrange(folder: Path, hashes: Sequence[str]) -> dict[str, Path]:
             leftovers.append(path)
     for path in leftovers:
         if path not in completed.values():
-            _set_aside(path, folder / EARLIER)
+            set_aside(path)
     return _renumber(folder, completed, hashes)
 
 
@@ -85,10 +85,12 @@ def _read(path: Path) -> RunRecord | None:
         return None  # half-written by something else: not a completed run
 
 
-def _set_aside(path: Path, target: Path) -> None:
+def set_aside(path: Path) -> None:
+    """Move what an unfinished attempt has left to ``earlier/``; an empty folder is removed."""
     if not any(path.iterdir()):
         path.rmdir()
         return
+    target = path.parent / EARLIER
     target.mkdir(exist_ok=True)
     number = 1
     while (target / f"{path.name}-{number}").exists():

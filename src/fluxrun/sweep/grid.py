@@ -14,7 +14,7 @@ from hydra._internal.hydra import Hydra
 from omegaconf import DictConfig, OmegaConf
 
 from fluxrun.config.composition import compose_node, parse, shown, to_data
-from fluxrun.config.schema import validate_option
+from fluxrun.config.schema import BESIDE_A_RUN, validate_option
 from fluxrun.errors import ConfigError, TrustError
 from fluxrun.formatting import counted
 from fluxrun.options.groups import APPLY_ORDER, ROWS
@@ -63,7 +63,7 @@ def _rank(override: str) -> int:
     if name in RUN_KEYS:
         return 100 + RUN_KEYS.index(name)
     # A sweep file, and Hydra's own keys, are composed before what the command line adds.
-    return 0 if name in ("hydra", "sweep") or name.startswith("hydra/") else 50
+    return 0 if name in BESIDE_A_RUN or name.startswith("hydra/") else 50
 
 
 def axes_of_grid(hydra: Hydra, overrides: Sequence[str], dirs: tuple[Path, ...]) -> list[Axis]:
@@ -114,7 +114,7 @@ class Composer:
         node = compose_node(self._hydra, overrides, self._dirs)
         raw = OmegaConf.to_container(node, resolve=False)
         assert isinstance(raw, dict)
-        self.interpolates |= "${" in str([value for key, value in raw.items() if key not in ("hydra", "sweep")])
+        self.interpolates |= "${" in str([value for key, value in raw.items() if key not in BESIDE_A_RUN])
         return dict(plain(to_data(node)))
 
 

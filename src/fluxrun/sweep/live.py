@@ -58,7 +58,9 @@ class SweepView:
         self._known = labels is not None
         self._lines = {name: Line(text) for name, text in (labels or {}).items()}
         self._current = ""
-        self._began = 0.0
+        self._began: dict[str, float] = {}
+        self.at_once = 1
+        """How many jobs run at a time."""
         self.running: Steps | None = None
         self.reporter = SweepReporter(self)
         self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=True)
@@ -77,13 +79,13 @@ class SweepView:
         """A job starts."""
         line = self._lines.setdefault(name, Line(label))
         line.status = "running"
-        self._current, self._began = name, time.perf_counter()
+        self._current, self._began[name] = name, time.perf_counter()
 
     def end(self, name: str, row: Row) -> None:
         """A job is over; also one that an earlier sweep had completed."""
         line = self._lines.setdefault(name, Line(" ".join(row.overrides)))
         kept = line.status != "running"
-        line.took_s = None if kept else time.perf_counter() - self._began
+        line.took_s = None if kept else time.perf_counter() - self._began[name]
         line.status = f"{row.status} before" if kept else row.status
         line.options, line.pace = effective(row), seconds(row.step_s)
         left = self._seconds_left()
@@ -105,7 +107,7 @@ class SweepView:
         times = [line.took_s for line in self._lines.values() if line.took_s is not None]
         if not times or not self._known:
             return None
-        return sum(times) / len(times) * (len(self._lines) - self._done())
+        return sum(times) / len(times) * (len(self._lines) - self._done()) / self.at_once
 
     def _render(self) -> Table:
         left = self._seconds_left()

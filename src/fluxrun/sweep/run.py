@@ -7,54 +7,45 @@ that, everything is here, because Hydra's own end-of-multirun callback is not ca
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.types import Quote, QuotedString
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from fluxrun.atomic import Reserve
 from fluxrun.config.composition import CONFIG_NAME, explain_composition, hydra_errors, shown, to_data
-from fluxrun.config.schema import RunConfig, SweepConfig, sweep_config
+from fluxrun.config.schema import RunConfig, SweepConfig, WorkersConfig
 from fluxrun.errors import ConfigError, FluxrunError, Interrupted, exit_code_of, is_said, one_line
-from fluxrun.paths import expanded
 from fluxrun.pipeline.session_pool import SessionPool
-from fluxrun.process.console import console
 from fluxrun.process.ending import end_children
 from fluxrun.process.signals import Interrupts
 from fluxrun.record.folder import RESERVE, data_hash, write_failure
 from fluxrun.report.result import SweepProgress, finish
 from fluxrun.report.rows import GridJob, Result, Row, read_row
-from fluxrun.runner import run
 from fluxrun.streams import lasting
-from fluxrun.sweep.baseline import describes, missing
+from fluxrun.sweep.baseline import as_jobs, baseline_label, missing, wanted
 from fluxrun.sweep.child import run_in_child
-from fluxrun.sweep.elsewhere import close_records, end_workers_with_us, has_workers, stop_jobs
+from fluxrun.sweep.drawing import draw_beside
+from fluxrun.sweep.elsewhere import close_records, end_workers_with_us, stop_jobs
 from fluxrun.sweep.elsewhere import job as job_elsewhere
-from fluxrun.sweep.folder import arrange, baseline_folder, locked
-from fluxrun.sweep.grid import (
-    adapters_beside,
-    axes_of_grid,
-    compose_grid,
-    is_grid,
-    ordered,
-    pending_row,
-    prompts_beside,
-)
+from fluxrun.sweep.folder import arrange, baseline_folder, locked, set_aside
+from fluxrun.sweep.grid import pending_row
 from fluxrun.sweep.launch import launch_grid
 from fluxrun.sweep.live import SweepView
 from fluxrun.sweep.objective import objective
+from fluxrun.sweep.on_workers import Assignment, GridWork, assigned
 from fluxrun.types import JsonObject
+from fluxrun.workers.actor import Begun, Ended, Event
+from fluxrun.workers.board import Board
+from fluxrun.workers.cluster import connected
+from fluxrun.workers.pool import MOST_RETURNS, Pool, WorkerLost
 
 log = logging.getLogger("fluxrun.sweep")
 
@@ -78,6 +69,8 @@ class Sweep:
     order: list[str] = field(default_factory=list)
     workers: bool = False
     """Whether the jobs run in joblib's processes, which are children of this one."""
+    crew: WorkersConfig | None = None
+    """The Ray actors that are to draw the jobs."""
     pool: SessionPool = field(default_factory=SessionPool)
     rows: dict[str, Row] = field(default_factory=dict)
     completed: dict[str, Path] = field(default_factory=dict)
@@ -98,6 +91,8 @@ class Sweep:
     def __post_init__(self) -> None:
         self.reserve = Reserve(self.folder / RESERVE)
         self.pending = {str(job.number): pending_row(job) for job in self.grid or ()}
+        self.loads: list[str] = []
+        """Why workers have loaded weights."""
 
     # -- the whole ----------------------------------------------------------------------------------------------
 
@@ -112,10 +107,13 @@ class Sweep:
             try:
                 # Between two jobs a signal ends the sweep at once; a job handles its own.
                 interrupts = Interrupts(on_second=self._abandon, on_first=self._tell_workers)
-                with interrupts, interrupts.immediate(), self.view:
+                with interrupts, interrupts.immediate(), self.view if self.crew is None else nullcontext():
                     self._launch(hydra, task)
             except (KeyboardInterrupt, Interrupted) as error:
                 ended = interrupts.error() if interrupts.requested else self.interrupted or error
+            except Exception:
+                self._close_lost()
+                raise
             finally:
                 self.pool.close()
                 result = self._finish(ended)
@@ -133,7 +131,8 @@ class Sweep:
                 if self.grid is None:
                     hydra.multirun(CONFIG_NAME, task, list(self.overrides))
                 else:
-                    launch_grid(hydra, self.overrides, task, self._remaining(self.grid), self._not_composed)
+                    spread = None if self.crew is None else self._spread
+                    launch_grid(hydra, self.overrides, task, self._remaining(self.grid), self._not_composed, spread)
         except ConfigError as error:
             if not isinstance(error.__cause__, OSError):
                 raise
@@ -159,6 +158,40 @@ class Sweep:
         self._record_failure(job, folder, ConfigError(explain_composition(error, job.for_hydra, self.dirs)))
         self._note(job, folder)
 
+    def _spread(self, jobs: Iterator[GridJob]) -> None:
+        """The jobs on Ray's actors; each is told of as it begins and ends."""
+        assert self.crew is not None
+        assert self.grid is not None
+        work = GridWork(self.dirs, self.overrides, self.command, [job.data for job in self.grid])
+        board, baselines = Board(len(self.grid), "jobs"), wanted(self.config, self.grid, self.dirs)
+        tasks = assigned(filter(self._is_wanted, baselines), jobs, self.folder)
+        with connected(self.crew) as cluster, board, Pool(cluster, work, board) as pool:
+            self.view.at_once = cluster.workers
+            for task, event in pool.run(tasks):
+                self._hear(task.what, task.lost, event)
+                board.done = len(self.rows)
+
+    def _hear(self, what: Assignment, lost: int, event: Event | WorkerLost) -> None:
+        if isinstance(event, Begun):
+            self.view.begin(what.folder.name, "" if not what.is_baseline else what.label)
+        elif isinstance(event, Ended):
+            self.loads += event.loads
+            if event.error:
+                self._record_failure(what.job, what.folder, FluxrunError(event.error))
+            self._note(what.job, what.folder)
+        elif isinstance(event, WorkerLost):
+            if lost <= MOST_RETURNS:
+                set_aside(what.folder)
+            else:
+                write_failure(what.folder, what.job.data, event, overrule=True)
+                self._note(what.job, what.folder)
+
+    def _close_lost(self) -> None:
+        """What draws the jobs has failed, and is gone: those that it was at are lost, each is said in a line."""
+        if self.workers or self.crew is not None:
+            for name in close_records(self.folder, WorkerLost("worker lost")):
+                log.error("job %s: worker lost", name)
+
     def _abandon(self) -> None:
         """The process ends at once: what is done so far, and what of the job that was running is on disk."""
         self.reserve.give_up()
@@ -167,7 +200,7 @@ class Sweep:
 
     def _record_interruption(self) -> None:
         """sweep.json as far as the sweep came: all that takes long, comparing pictures above all, is for later."""
-        if self.workers:
+        if self.workers or self.crew is not None:
             close_records(self.folder)
         begun = [job for job in self.grid or () if self._is_begun(job)]
         self.rows |= {str(job.number): self._row(self.folder / str(job.number)) for job in begun}
@@ -224,7 +257,7 @@ class Sweep:
             wall_s=time.perf_counter() - self.started,
             order=self.order,
             pending=pending,
-            loads=self.pool.loads,
+            loads=self.pool.loads + self.loads,
         )
 
     def _labels(self) -> dict[str, str] | None:
@@ -257,7 +290,8 @@ class Sweep:
     def _draw(self, job: GridJob, folder: Path) -> None:
         """Draw a job's pictures; a failure of any kind is in its record, an interrupt ends the sweep."""
         try:
-            self._draw_baselines(job)
+            for baseline in self._baselines_of(job):
+                self._draw_baseline(baseline)
             self.view.begin(str(job.number), " ".join(job.overrides))
             draw(job.data, self.dirs, folder, self)
         except (KeyboardInterrupt, Interrupted) as error:
@@ -279,22 +313,23 @@ class Sweep:
             row = pending_row(job).model_copy(update={"status": "failed", "reason": reason, "config": job.data})
             self.unrecorded[folder.name] = row.model_copy(update={"job": folder.name, "folder": folder.name})
 
-    def _draw_baselines(self, job: GridJob) -> None:
+    def _baselines_of(self, job: GridJob) -> list[GridJob]:
         """With ``sweep.baseline=neutral`` (or a fidelity bound) the neutral pictures come first, once each."""
-        for config_hash, data in missing(self.config, self.grid, job, self.dirs).items():
-            if config_hash not in self.completed and config_hash not in self.no_baseline:
-                self._draw_baseline(config_hash, data)
+        return [b for b in as_jobs(missing(self.config, self.grid, job, self.dirs)) if self._is_wanted(b)]
 
-    def _draw_baseline(self, config_hash: str, data: JsonObject) -> None:
+    def _is_wanted(self, baseline: GridJob) -> bool:
+        return baseline.config_hash not in self.completed and baseline.config_hash not in self.no_baseline
+
+    def _draw_baseline(self, job: GridJob) -> None:
         """A baseline that fails is a row of its own, and no job's failure: the others just have no comparison."""
-        folder, job = baseline_folder(self.folder), GridJob(-1, (), data, config_hash)
-        self.view.begin(folder.name, f"neutral options, seed={data.get('seed')}")
+        folder = baseline_folder(self.folder)
+        self.view.begin(folder.name, baseline_label(job))
         try:
-            draw(data, self.dirs, folder, self)
+            draw(job.data, self.dirs, folder, self)
         except Interrupted:
             raise
         except Exception as error:  # as in _draw, but it concerns no job
-            self.no_baseline.add(config_hash)
+            self.no_baseline.add(job.config_hash)
             self._record_failure(job, folder, error)
         finally:
             if (folder / "run.json").exists():
@@ -322,56 +357,8 @@ def draw(data: JsonObject, dirs: tuple[Path, ...], folder: Path, sweep: Sweep) -
         run_in_child(data, dirs, folder, sweep.command)
         return
 
-    config = RunConfig.from_dict(data, dirs)
-    jobs = [job.data for job in sweep.grid or ()]
-    sweep.pool.upcoming = prompts_beside(data, jobs)
-    sweep.pool.upcoming_adapters = partial(adapters_beside, data, jobs)
-    run(config, folder, command=sweep.command, pool=sweep.pool, reporter=sweep.view.reporter)
-    if sweep.pool.interrupted is not None:
-        raise sweep.pool.interrupted
-
-
-# --- planning -------------------------------------------------------------------------------------------------------
-
-
-def plan_sweep(
-    hydra: Hydra, node: DictConfig, overrides: Sequence[str], dirs: tuple[Path, ...], command: Sequence[str]
-) -> Sweep:
-    """Everything that can be refused before the first job; raises ConfigError. Imports no torch."""
-    config = sweep_config(node)
-    folder = expanded(str(config.resume or node.hydra.sweep.dir))
-    if config.resume is not None and not os.path.isdir(folder):
-        raise ConfigError(f"sweep.resume={config.resume}: no such folder")
-    if "/" in str(OmegaConf.to_container(node.hydra.sweep, resolve=False).get("subdir")):  # type: ignore[union-attr]
-        raise ConfigError("hydra.sweep.subdir: a sweep's jobs lie directly in its folder, without a / in between")
-    pinned = [f"hydra.sweep.dir={QuotedString(str(folder), Quote.single).with_quotes()}"]
-    if node.hydra.mode != RunMode.MULTIRUN:
-        pinned.append("hydra.mode=MULTIRUN")
-    rest = [o for o in overrides if not o.startswith("hydra.sweep.dir=")]
-    workers = has_workers(node)
-    if not is_grid(node):
-        return Sweep(config, folder, dirs, [*rest, *pinned], [*command], None, workers=workers)
-    params = OmegaConf.to_container(node.hydra.sweeper.params) if node.hydra.sweeper.params else None
-    assert params is None or isinstance(params, dict)
-    # Given in full on the command line, so that the order is ours and not the sweep file's.
-    ours = ordered(rest, {str(key): value for key, value in (params or {}).items()})
-    axes = axes_of_grid(hydra, ours, dirs)
-    grid = compose_grid(hydra, axes, dirs)
-    _check_baseline(config, grid)
-    # The first line; logging is Hydra's to set up, later.
-    console.print(f"{len(grid):,} jobs, into {folder}", markup=False, highlight=False, soft_wrap=True)
-    order = [axis.key for axis in axes if axis.override.is_sweep_override()]
-    return Sweep(config, folder, dirs, [*ours, "hydra.sweeper.params=null", *pinned], [*command], grid, order, workers)
-
-
-def _check_baseline(config: SweepConfig, grid: Sequence[GridJob]) -> None:
-    if config.baseline in ("auto", "neutral") or os.path.isfile(Path(config.baseline) / "run.json"):
-        return
-    if not any(describes(config.baseline, job.data) for job in grid):
-        raise ConfigError(
-            f"sweep.baseline={config.baseline!r} is neither auto, neutral, the folder of a run, nor the options of a "
-            "job of this sweep ('attention=sdpa compile=none')"
-        )
+    jobs, config = [job.data for job in sweep.grid or ()], RunConfig.from_dict(data, dirs)
+    draw_beside(jobs, config, folder, command=sweep.command, pool=sweep.pool, reporter=sweep.view.reporter)
 
 
 # --- what Hydra calls -----------------------------------------------------------------------------------------------
