@@ -40,8 +40,8 @@ serving: $(VENV)/.installed
 	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python scripts/serving.py $(ARGS)
 
 lint: $(VENV)/.installed
-	$(BIN)/ruff check src tests benchmarks training scripts docs
-	$(BIN)/ruff format --check src tests benchmarks training scripts docs
+	$(BIN)/ruff check src tests benchmarks training scripts docs integrations
+	$(BIN)/ruff format --check src tests benchmarks training scripts docs integrations
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

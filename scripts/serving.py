@@ -36,7 +36,7 @@ GROUPS = (
     (), ("seed=1",), ("prompt=a green triangle",), ("steps=4",), ("prompt=a blue circle", "seed=5"),
     ("attention=math",), (), ("kernels=fused",), (), ("compile=regional",), ("compile=regional", "seed=2"),
     ("vae=tiled",), ("memory=staged",), ("quantization=int8_weight_only",), ("cache=fixed",), (),
-    ("lora=adapters", "lora.files=[{bundled: outline}]"), ("scheduler=heun",), ("model=tiny",), (),
+    ("lora=adapters", "lora.files=[{bundled: night}]"), ("scheduler=heun",), ("model=tiny",), (),
 )  # fmt: skip
 """Of each request what it changes from the first one: every group once, in between back again."""
 

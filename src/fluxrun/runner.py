@@ -25,7 +25,7 @@ from fluxrun.planning.resume import Earlier, earlier_run
 from fluxrun.process import spans
 from fluxrun.process.console import Reporter, log_to
 from fluxrun.process.ranks import ALONE, Group, Ranks
-from fluxrun.process.signals import Interrupts
+from fluxrun.process.signals import AGAIN, Interrupts
 from fluxrun.record.environment import environment
 from fluxrun.record.folder import RunFolder, status_of
 from fluxrun.record.helping import SharedFolder, UnwrittenFolder
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fluxrun")
 
-STOPPING = "stopping at the next step; Ctrl+C again ends at once"
+STOPPING = f"stopping at the next step{AGAIN}"
 
 
 def run(

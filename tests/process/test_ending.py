@@ -49,3 +49,24 @@ def test_what_is_done_before_a_process_leaves(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "a file that nobody closed"
     with contextlib.suppress(psutil.NoSuchProcess):  # whoever has inherited it may not have taken note yet
         psutil.Process(int(first.split()[1])).wait(10)
+
+
+REAPED = """
+import subprocess, time
+import psutil
+from fluxrun.process.ending import reap
+ended, lasting = subprocess.Popen(["true"]), subprocess.Popen(["sleep", "60"])
+child = psutil.Process(ended.pid)
+while child.status() != psutil.STATUS_ZOMBIE:
+    time.sleep(0.01)
+reap()
+assert not child.is_running()
+assert lasting.poll() is None
+lasting.kill()
+lasting.wait()
+reap()
+"""
+
+
+def test_children_that_have_ended_leave_the_systems_table() -> None:
+    subprocess.run([sys.executable, "-c", REAPED], check=True)

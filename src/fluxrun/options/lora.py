@@ -30,7 +30,7 @@ class LoraFile(BaseModel):
     """A .safetensors file, a folder with one in it, or a hub id (OWNER/NAME)."""
 
     bundled: str | None = Field(None, pattern=r"^[\w-]+$")
-    """Instead of ``path``, the name of one that comes with fluxrun, for example outline."""
+    """Instead of ``path``, the name of one that comes with fluxrun, for example night."""
 
     weight_name: str | None = None
     """Which file of the folder, or of the hub's repository; needed only where there are several."""

@@ -88,6 +88,14 @@ def _signal(process: psutil.Process, number: signal.Signals) -> None:
         process.send_signal(number)
 
 
+def reap() -> None:
+    """Take note of children that have ended, adopted ones among them: until then the system keeps their numbers."""
+    if os.name == "posix":
+        with contextlib.suppress(ChildProcessError):  # there are none
+            while os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG):
+                pass
+
+
 def leave(code: int) -> NoReturn:
     """End an interrupted process now, with everything flushed and every child ended.
 

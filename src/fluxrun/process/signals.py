@@ -15,6 +15,9 @@ from typing import Any, ClassVar
 from fluxrun.errors import Interrupted
 from fluxrun.process.ending import end_children, say_last
 
+AGAIN = "; Ctrl+C again ends at once"
+"""What a line about stopping says at its end to whoever sits at the terminal."""
+
 Handler = Callable[[int, FrameType | None], Any] | int | None
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}

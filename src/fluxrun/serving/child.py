@@ -8,11 +8,13 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fluxrun.errors import FluxrunError
 from fluxrun.trust import TRUST_VARIABLE
+
+STANDARD_ERROR = 2
 
 LINE_BYTES = 2**22
 """The longest event: a line may quote a prompt."""
@@ -26,9 +28,13 @@ class WorkerDied(FluxrunError):
 
 
 class Child:
-    """At most one worker process at a time."""
+    """At most one worker process at a time.
 
-    def __init__(self) -> None:
+    ``without`` are environment variables that it does not get, ``output`` is the file that it prints to.
+    """
+
+    def __init__(self, python: str = sys.executable, without: Sequence[str] = (), output: int = STANDARD_ERROR) -> None:
+        self._python, self._without, self._output = python, {TRUST_VARIABLE, *without}, output
         self._process: asyncio.subprocess.Process | None = None
         self._events: asyncio.StreamReader | None = None
         self._burial: asyncio.Task[None] | None = None
@@ -48,13 +54,17 @@ class Child:
         ours, theirs = os.pipe()
         try:
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "fluxrun.serving.worker", str(theirs), str(os.getpid()),
+                self._python, "-m", "fluxrun.serving.worker", str(theirs), str(os.getpid()),
                 stdin=asyncio.subprocess.PIPE,
-                stdout=2,  # what a library prints belongs to the log, not to an answer
+                stdout=self._output,  # what a library prints belongs to the log, not to an answer
+                stderr=self._output,
                 pass_fds=[theirs],
-                env={name: value for name, value in os.environ.items() if name != TRUST_VARIABLE},
+                env={name: value for name, value in os.environ.items() if name not in self._without},
                 start_new_session=True,  # a Ctrl+C reaches it through us
             )  # fmt: skip
+        except OSError:
+            os.close(ours)
+            raise
         finally:
             os.close(theirs)
         self._events = asyncio.StreamReader(limit=LINE_BYTES)

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from fluxrun.config.catalog import Catalog
 from fluxrun.config.composition import RAW_TEXT_KEYS, compose_node, config_dirs, hydra_for, quote_raw_text, to_data
@@ -21,11 +21,8 @@ from fluxrun.formatting import counted, nearest, shorten, utf8
 from fluxrun.options.model import Flux2Model
 from fluxrun.paths import expanded
 from fluxrun.serving.limits import Limits
-from fluxrun.serving.uploads import Uploads
 from fluxrun.trust import interpolation_beyond_config
 from fluxrun.types import JsonObject
-
-INSTEAD = "run without --server"
 
 KEY = re.compile(r"\+{0,2}[A-Za-z]\w*(\.[A-Za-z]\w*)*")
 """A key of the config, added or not: no package (``@``), no deletion, nothing that begins with an underscore."""
@@ -33,9 +30,34 @@ KEY = re.compile(r"\+{0,2}[A-Za-z]\w*(\.[A-Za-z]\w*)*")
 OPTION_NAME = re.compile(r"[\w-]+")
 
 FILES = ("prompts_file", "image", "mask_image", "reference_images")
-"""Keys whose values are uploads; ``lora.files`` is the other one."""
+"""Keys whose values name files; ``lora.files`` is the other one."""
 
 MOST_COMPOSED = 64
+
+
+class Files(Protocol):
+    """The files that a request may name."""
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """What such a name begins with."""
+        ...
+
+    def path(self, name: str) -> Path:
+        """The file of a name that begins so; raises ConfigError where there is none."""
+        ...
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How a refusal names who asks, whom, and what to do about it."""
+
+    asker: str = "a request"
+    owner: str = "this server"
+    models: str = "add it to --models"
+    files: str = "POST /api/files takes files"
+    limit: str = "--limit {name}=…"
+    instead: str = "run without --server"
 
 
 @dataclass(frozen=True)
@@ -48,31 +70,39 @@ class Accepted:
 
 
 class Rules:
-    """The server's rules: models from a list, uploads instead of paths, open keys only, and limits.
+    """Models from a list, named files instead of paths, open keys only, and limits.
 
     Nothing here looks at ``--trust-config``: a request is never trusted.
     """
 
-    def __init__(self, models: Sequence[str], limits: Limits, uploads: Uploads) -> None:
+    def __init__(self, models: Sequence[str], limits: Limits, files: Files, wording: Wording | None = None) -> None:
         self.dirs = config_dirs()
-        self.models = {name: _listed(name) for name in models}
-        self._limits, self._uploads = limits, uploads
+        self.models: dict[str, tuple[str, str | None]] = {}
+        self.add_models(models)
+        self._limits, self._files, self._say = limits, files, wording or Wording()
         self._composing = threading.Lock()
         self._composed: OrderedDict[tuple[str, ...], JsonObject] = OrderedDict()
+
+    def add_models(self, names: Sequence[str]) -> None:
+        """Draw with these, too: options, folders or hub ids. Raises ConfigError for a name that is none of them."""
+        self.models |= {name: _listed(name) for name in names if name not in self.models}
 
     def check(self, overrides: Sequence[str]) -> Accepted:
         """Compose a request's overrides; raises ConfigError or TrustError in one line for what it may not ask for."""
         if len(overrides) > self._limits.overrides:
-            raise ConfigError(f"a request has {len(overrides)} overrides, {self._limits.overrides} is the most")
+            raise ConfigError(f"{self._say.asker} has {len(overrides)} overrides, {self._limits.overrides} is the most")
         for override in overrides:
             self._check_text(override)
         data = self._compose(overrides)
-        closed = self._take_uploads(data)
+        closed = self._take_files(data)
         config = RunConfig.from_dict(data, self.dirs)
         closed += self._check_model(config.model)
         if found := first_closed(_without(data, closed)):
-            raise TrustError(f"a request may not set {found[0]!r}: {found[1]}; {INSTEAD}")
+            raise self._refusal(f"set {found[0]!r}: {found[1]}")
         return Accepted(tuple(overrides), data, self._check_size(config))
+
+    def _refusal(self, what: str, remedy: str = "") -> TrustError:
+        return TrustError(f"{self._say.asker} may not {what}; {remedy and f'{remedy}, or '}{self._say.instead}")
 
     # -- texts --------------------------------------------------------------------------------------------------------
 
@@ -88,13 +118,11 @@ class Rules:
                 f"{shorten(override, 40)}: an override of {len(override):,} characters, {most:,} is the most"
             )
         if not equals or not KEY.fullmatch(key) or name.split(".")[0] in BESIDE_A_RUN:
-            raise TrustError(f"a request may not set {shorten(key)!r}: keys and options of one run only; {INSTEAD}")
+            raise self._refusal(f"set {shorten(key)!r}, only keys and options of one run")
         if (name in GROUPS or name == "preset") and not OPTION_NAME.fullmatch(value):
             raise ConfigError(f"{shorten(override)}: takes the name of an option")
         if not is_text and (beyond := interpolation_beyond_config(value.replace("\\", ""))):
-            raise TrustError(
-                f"a request may not set {name!r} to {shorten(beyond)!r}: ${{…}} names another key; {INSTEAD}"
-            )
+            raise self._refusal(f"set {name!r} to {shorten(beyond)!r}: ${{…}} may only name another key of the config")
 
     # -- composing ----------------------------------------------------------------------------------------------------
 
@@ -114,19 +142,19 @@ class Rules:
             with hydra_for(self.dirs) as hydra:
                 return to_data(compose_node(hydra, [quote_raw_text(o) for o in overrides], self.dirs))
         except RecursionError as error:
-            raise ConfigError("a value of the request leads back to itself, or is nested too deep") from error
+            raise ConfigError("a value leads back to itself, or is nested too deep") from error
 
     # -- files --------------------------------------------------------------------------------------------------------
 
-    def _take_uploads(self, data: dict[str, Any]) -> list[str]:
-        """Put uploaded files in the place of their names; returns the keys that are right now, though closed."""
+    def _take_files(self, data: dict[str, Any]) -> list[str]:
+        """Put the files themselves in the place of their names; returns the keys that are right now, though closed."""
         taken = []
         for key in FILES:
             value = data.get(key)
             if value in (None, []):
                 continue
             names = value if isinstance(value, list) else [value]
-            paths = [str(self._upload(key, name)) for name in names]
+            paths = [str(self._file(key, name)) for name in names]
             data[key] = paths if isinstance(value, list) else paths[0]
             taken.append(key)
         lora = data.get("lora")
@@ -138,14 +166,13 @@ class Rules:
     def _lora_file(self, entry: Any) -> dict[str, Any]:
         given = {"path": entry} if isinstance(entry, str) else entry
         if not isinstance(given, dict) or not given.keys() <= {"path", "bundled", "scale"}:
-            raise TrustError(f"lora.files: an entry of a request has path, bundled and scale; {INSTEAD}")
-        return {**given, **({"path": str(self._upload("lora.files", given["path"]))} if "path" in given else {})}
+            raise self._refusal("set more of an entry of lora.files than path, bundled and scale")
+        return {**given, **({"path": str(self._file("lora.files", given["path"]))} if "path" in given else {})}
 
-    def _upload(self, key: str, name: Any) -> Path:
-        if not isinstance(name, str) or not name.startswith("upload:"):
-            what = f"a request may not set {key!r} to {shorten(name)!r}: it names a file"
-            raise TrustError(f"{what}; POST /api/files takes files, or {INSTEAD}")
-        return self._uploads.path(name)
+    def _file(self, key: str, name: Any) -> Path:
+        if not isinstance(name, str) or not name.startswith(self._files.schemes):
+            raise self._refusal(f"set {key!r} to {shorten(name)!r}: it names a file", self._say.files)
+        return self._files.path(name)
 
     # -- what it asks for ---------------------------------------------------------------------------------------------
 
@@ -153,8 +180,8 @@ class Rules:
         """Refuse a model that is not listed; returns the closed keys by which a listed one is named."""
         if (model.source(), model.revision) not in self.models.values():
             raise TrustError(
-                f"model={model.name} ({shorten(model.source())}): this server draws with {', '.join(self.models)}; "
-                f"add it to --models, or {INSTEAD}"
+                f"model={model.name} ({shorten(model.source())}): {self._say.owner} draws with "
+                f"{', '.join(self.models)}; {self._say.models}, or {self._say.instead}"
             )
         if model.weights == "random" or (model.bundled and not model.path):
             return []
@@ -170,7 +197,8 @@ class Rules:
         for name, (count, most) in asked.items():
             if count > most:
                 raise ConfigError(
-                    f"a request for {counted(count)} {name}: this server's limit is {most:,} (--limit {name}=…)"
+                    f"{self._say.asker} for {counted(count)} {name}: the limit is {most:,}"
+                    + (f" ({self._say.limit.format(name=name)})" if self._say.limit else "")
                 )
         return images
 

@@ -106,11 +106,13 @@ class Run:
 
 
 class Runs:
-    """All runs of this server, and the task that has them drawn one by one."""
+    """All runs of one process, and the task that has them drawn one by one."""
 
-    def __init__(self, folder: Path, rules: Rules, queue: int, idle_s: float | None) -> None:
+    def __init__(
+        self, folder: Path, rules: Rules, queue: int, idle_s: float | None, child: Child | None = None
+    ) -> None:
         self.folder, self.rules, self._idle_s = folder, rules, idle_s
-        self.child = Child()
+        self.child = child or Child()
         self.known: OrderedDict[str, Run] = OrderedDict()
         self.current: Run | None = None
         self.stopping = False

@@ -45,6 +45,8 @@ NAME = re.compile(rf"{SCHEME}([0-9a-f]{{64}})\.({'|'.join(CHECKS)})")
 class Uploads:
     """The folder of uploaded files. The client's names and paths never reach the disk."""
 
+    schemes = (SCHEME,)
+
     def __init__(self, folder: Path, limits: Limits) -> None:
         self.folder, self._limits = folder, limits
         folder.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ from fluxrun.planning.prepare import prepare
 from fluxrun.process import spans
 from fluxrun.process.console import Reporter, Steps, is_shown, log_to
 from fluxrun.process.device import free_memory, is_lost
-from fluxrun.process.ending import adopt_orphans, end_with_parent, leave, leave_in_order
+from fluxrun.process.ending import adopt_orphans, end_with_parent, leave, leave_in_order, reap
 from fluxrun.process.signals import EXIT_CODES, Interrupts
 from fluxrun.record.folder import write_failure
 from fluxrun.startup.lean import ANY_OF_THEM, start_lean
@@ -158,6 +158,7 @@ class Worker:
         )
         _close_log()
         free_memory()
+        reap()
 
     def _attempt(self, job: dict[str, Any], folder: Path, pool: SessionPool) -> BaseException | None:
         """Draw one run; returns what ended it. What a plan refuses leaves no folder, as on the command line."""
