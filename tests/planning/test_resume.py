@@ -14,7 +14,7 @@ from fluxrun.config.schema import RunConfig
 from fluxrun.errors import ConfigError
 from fluxrun.planning.resume import earlier_run
 from fluxrun.record import asked
-from fluxrun.record.folder import RunFolder, read_record
+from fluxrun.record.folder import RunFolder, read_record, write_failure
 
 LINES = "a cat\na dog\n\na cat\na fox\n"
 PICTURE = Image.new("RGB", (16, 16), "red")
@@ -117,6 +117,16 @@ def test_a_folder_that_is_no_runs(prompts: Path) -> None:
     assert "is not a run folder" in refusal(config_of(prompts), folder)
     (folder / "sweep.json").touch()
     assert "--multirun sweep.resume=" in refusal(config_of(prompts), folder)
+
+
+def test_a_run_that_failed_before_it_began_has_everything_to_draw(prompts: Path) -> None:
+    config, folder = config_of(prompts), prompts.parent / "failed"
+    write_failure(folder, config.source, RuntimeError("no room"))
+    earlier = earlier_run(config, folder)
+    assert (earlier.done, earlier.record.images_asked) == (frozenset(), 8)
+    run = RunFolder(folder, config.source, earlier=earlier.record)
+    run.save(jobs_of(config)[0], PICTURE, "png", finite=True, constant=False)
+    assert (read_record(folder).error, len(read_record(folder).images)) == (None, 1)
 
 
 def test_going_on_takes_over_what_is_there(prompts: Path) -> None:

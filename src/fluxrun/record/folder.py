@@ -114,6 +114,7 @@ class RunFolder:
     def _go_on(self) -> None:
         """Take over what is there. Up to the last write the record is the earlier command's."""
         try:
+            (self.path / "images").mkdir(exist_ok=True)  # a run that failed before it began has none
             self._reserve.hold(len(short_text(self.record)) + SPARE_BYTES)
             journal.rewrite(self.path, self.record)
             self.write()
