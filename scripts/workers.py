@@ -121,7 +121,9 @@ def prompts(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def fifths(samples: Sequence[tuple[float, int, int]], name: str) -> list[dict[str, Any]]:
     """Seconds and bytes a picture, from the first sample with a new picture on, in five parts."""
-    begun = [sample for sample in samples if sample[1] > samples[0][1]]
+    most = samples[-1][1]
+    closing = next(place for place, sample in enumerate(samples) if sample[1] == most)
+    begun = [sample for sample in samples[: closing + 1] if sample[1] > samples[0][1]]
     if len(begun) < 6:
         return []
     first, last = begun[0][1], begun[-1][1]

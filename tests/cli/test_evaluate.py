@@ -43,7 +43,7 @@ def test_it_is_a_run_like_any_other(evaluated: Path) -> None:
     assert record.status == "completed"
     assert record.command[:2] == ["fluxrun", "eval"]
     assert record.options["vae"].requested == "full"
-    asked = [json.loads(line) for line in (evaluated / "prompts.jsonl").read_text().splitlines()]
+    asked = [json.loads(line) for line in (evaluated / "held_out.jsonl").read_text().splitlines()]
     assert [(image.prompt, image.seed) for image in record.images] == [(a["prompt"], a["seed"]) for a in asked]
     assert [a["seed"] for a in asked] == [0] * len(SETS) + [1] * len(SETS)
 

@@ -154,7 +154,7 @@ def test_every_picture_once_whatever_is_killed(tmp_path: Path) -> None:
         assert gone(others)
     finally:
         run.close()
-    assert "worker lost, again" in run.screen()
+    assert "worker lost; another one gets it" in run.screen()
     before = {path.name: path.stat().st_mtime_ns for path in images.glob("*.png")}
     known = {Path(image.path).name for image in read_record(tmp_path / "run").images}
     again = fluxrun(*command, "resume=run", cwd=tmp_path, fresh=True)

@@ -42,7 +42,7 @@ def test_a_lost_workers_job_goes_to_another_one(tmp_path: Path, start: Callable[
     rows = sweep.rows()
     assert {name: row["status"] for name, row in rows.items()} == {str(number): "completed" for number in range(12)}
     assert all(len(row["images"]) == 1 for row in rows.values())
-    assert sweep.screen().count("worker lost, again") == 1
+    assert sweep.screen().count("worker lost; another one gets it") == 1
     assert "Traceback" not in sweep.screen()
     assert gone(sweep.others())
     alone = draw(tmp_path / "alone", "seed=3")

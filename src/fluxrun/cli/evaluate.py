@@ -41,7 +41,7 @@ def command(arguments: Sequence[str]) -> int:
         cases = [case for name in harness.SETS for case in harness.prompts(name, options.per_set)]
         asked = [(case, seed) for seed in options.seeds for case in cases]
         lines = [json.dumps({"prompt": case.prompt, "seed": seed}) for case, seed in asked]
-        prompts = folder / "prompts.jsonl"
+        prompts = folder / "held_out.jsonl"
         prompts.write_text("\n".join(lines) + "\n", encoding="utf-8")
         # Only what to draw is replaced: the composed options stay exactly as they were asked for.
         source = {**config.source, "prompts_file": str(prompts), "num_images": 1}

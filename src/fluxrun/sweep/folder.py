@@ -86,7 +86,9 @@ def _read(path: Path) -> RunRecord | None:
 
 
 def set_aside(path: Path) -> None:
-    """Move what an unfinished attempt has left to ``earlier/``; an empty folder is removed."""
+    """Move what an unfinished attempt has left, if anything, to ``earlier/``; an empty folder is removed."""
+    if not path.exists():
+        return
     if not any(path.iterdir()):
         path.rmdir()
         return

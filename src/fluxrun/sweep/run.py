@@ -136,7 +136,7 @@ class Sweep:
         except ConfigError as error:
             if not isinstance(error.__cause__, OSError):
                 raise
-            if self.grid is None:  # only Hydra's sweeper knows what comes next
+            if self.grid is None or self.crew is not None:  # what comes next is Hydra's sweeper's, or the workers'
                 raise FluxrunError(str(error)) from error
             log.error("%s; the jobs that are left are tried without Hydra's files", error)
             for job in self.grid:
@@ -169,7 +169,7 @@ class Sweep:
             self.view.at_once = cluster.workers
             for task, event in pool.run(tasks):
                 self._hear(task.what, task.lost, event)
-                board.done = len(self.rows)
+                board.done = len(self.rows.keys() & self.pending.keys())
 
     def _hear(self, what: Assignment, lost: int, event: Event | WorkerLost) -> None:
         if isinstance(event, Begun):

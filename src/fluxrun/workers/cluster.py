@@ -9,9 +9,11 @@ import os
 import secrets
 import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fluxrun.config.schema import WorkersConfig
 from fluxrun.errors import ConfigError, FluxrunError, one_line
@@ -70,11 +72,18 @@ def check_workers(config: WorkersConfig) -> None:
         raise ConfigError(f"{asked}: each worker takes a GPU, and this machine has {counted(gpus)}")
 
 
+def handlers() -> dict[signal.Signals, Any]:
+    """What handles signals in this process, as far as this thread may change it."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: found for number in EXIT_CODES if (found := signal.getsignal(number)) is not None}
+
+
 @contextlib.contextmanager
 def connected(config: WorkersConfig) -> Iterator[Cluster]:
     """Within: Ray is there. Raises ConfigError where the cluster is not."""
     with contextlib.ExitStack() as stack:
-        ours = {number: signal.getsignal(number) for number in EXIT_CODES}
+        ours = handlers()
         if config.ray.address is None:
             stack.enter_context(_started_here(config))
         else:
@@ -83,13 +92,17 @@ def connected(config: WorkersConfig) -> Iterator[Cluster]:
             signal.signal(number, handler)  # Ray has set one of its own for SIGTERM
         import ray
 
+        _quiet()
         gpus = int(ray.cluster_resources().get("GPU", 0))
         workers = (gpus or 1) if config.workers == "auto" else config.workers
         assert workers is not None
         if gpus and workers > gpus:
             log.warning("the cluster has %d GPU(s): further workers begin when it has more", gpus)
         log.info("%d worker(s), %s", workers, "a GPU each" if gpus else "on CPUs")
-        yield Cluster(gpus, workers)
+        try:
+            yield Cluster(gpus, workers)
+        except ray.exceptions.RayError as error:  # that no worker has anything to do with: its head is gone
+            raise FluxrunError(f"Ray has failed: {one_line(error)}") from error
 
 
 @contextlib.contextmanager
@@ -110,6 +123,13 @@ def _started_here(config: WorkersConfig) -> Iterator[None]:
         keeper.close()
 
 
+def _quiet() -> None:
+    """No paragraph on standard output for a lost worker: Ray prints it whatever ``log_to_driver`` is."""
+    from ray._private import worker
+
+    worker._worker_logs_enabled = False
+
+
 def _start(folder: Path, cpus: int, gpus: int) -> None:
     """Start Ray's processes; once more where they were not there within Ray's own half a minute."""
     import ray
@@ -124,7 +144,7 @@ def _start(folder: Path, cpus: int, gpus: int) -> None:
                 object_store_memory=OBJECT_STORE_BYTES,
                 configure_logging=False,
                 log_to_driver=False,
-                _temp_dir=str(folder),
+                _temp_dir=str(folder / "ray"),  # Ray opens its own to everybody, and its parent is ours alone
             )
             return
         except Exception as error:  # Ray raises plain ones

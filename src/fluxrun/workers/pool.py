@@ -85,14 +85,11 @@ class Pool:
     ) -> None:
         import ray
 
-        for seat in self._seats:
-            ray.kill(seat.actor)
         with contextlib.suppress(ray.exceptions.RayError):
-            ray.wait(
-                [seat.actor.__ray_ready__.remote() for seat in self._seats],
-                num_returns=len(self._seats),
-                timeout=GONE_S,
-            )
+            for seat in self._seats:
+                ray.kill(seat.actor)
+            ended = [seat.actor.__ray_ready__.remote() for seat in self._seats]
+            ray.wait(ended, num_returns=len(ended), timeout=GONE_S)
 
     def run(self, tasks: Iterator[Task]) -> Iterator[tuple[Task, Event | WorkerLost]]:
         """Have every task done; what happens as it happens: ``Begun``, pictures, ``Ended``, or that it is lost.
@@ -182,7 +179,9 @@ class Pool:
         task.lost += 1
         if task.lost <= MOST_RETURNS:
             self._back.append(task)
-        log.warning("%s: worker lost, %s", task.label or task.name, "again" if task in self._back else "given up")
+            log.warning("%s: worker lost; another one gets it", task.label or task.name)
+        else:
+            log.error("%s: worker lost %d times", task.label or task.name, task.lost)
         yield task, WorkerLost(f"worker lost ({task.lost} time{'s' if task.lost > 1 else ''})")
 
 

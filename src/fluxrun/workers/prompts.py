@@ -85,7 +85,7 @@ class PromptSet:
         work = PartWork(self.config.source, self.config.config_dirs, Owner.of(self.folder))
         with connected(crew) as cluster, board, Pool(cluster, work, board) as pool:
             for task, event in pool.run(self._parts(cluster.workers)):
-                self._hear(task, event)
+                self.hear(task, event)
                 board.done = len(self.done)
                 if self.folder.is_due:
                     self.folder.write()
@@ -103,7 +103,7 @@ class PromptSet:
     def _there(self, shard: Shard) -> frozenset[int]:
         return frozenset(job.index for job in shard.jobs if job.index in self.done)
 
-    def _hear(self, task: Task, event: Event | WorkerLost) -> None:
+    def hear(self, task: Task, event: Event | WorkerLost) -> None:
         if isinstance(event, Saved):
             self._add(event.picture)
         elif isinstance(event, Ended):
