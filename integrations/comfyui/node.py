@@ -24,7 +24,6 @@ DOWNLOAD = "FLUXRUN_COMFYUI_DOWNLOAD"
 
 STOPPING = "stopping at the next step; press again to end at once"
 
-
 MAKING = threading.Lock()
 """ComfyUI checks workflows on one thread and runs them on another."""
 
@@ -75,7 +74,7 @@ class Flux2:
         try:
             follow(run, display)
         finally:
-            if run.ended and not inputs.get("keep_loaded", True):
+            if run.ended and not died(run) and not inputs.get("keep_loaded", True):
                 painter().release()
         if run.state != "completed":
             raise FluxrunError(why(run))
@@ -95,10 +94,15 @@ class Flux2:
         return painter().start(accepted if os.environ.get(DOWNLOAD) == "1" else without_downloads(accepted))
 
 
+def died(run: Run) -> bool:
+    """Whether the process that draws has ended in the middle of a run; another one is being started then."""
+    return run.error_type == WorkerDied.__name__
+
+
 def why(run: Run) -> str:
     """What has ended a run, and what to do about it here."""
     text = run.error or f"the run was {run.state}"
-    if run.error_type == WorkerDied.__name__:
+    if died(run):
         return f"{text}; what it printed: {painter().log}"
     if "model.offline=true" in text:
         return f"{text}; or start ComfyUI with {DOWNLOAD}=1, then a workflow may download it"
