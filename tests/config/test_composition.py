@@ -90,6 +90,12 @@ def test_a_list_of_prompts():
 # --- groups -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("key", ["workers=2", "workers=auto", "resume=outputs/run"])
+def test_how_a_command_draws_is_no_part_of_a_config(key):
+    with pytest.raises(ConfigError, match=rf"^{key} is for the fluxrun command that draws"):
+        compose([key])
+
+
 def test_groups_are_conf_folders():
     assert set(GROUPS) <= {path.name for path in CONF.iterdir() if path.is_dir()}
 

@@ -23,7 +23,16 @@ from omegaconf.errors import OmegaConfBaseException
 from fluxrun.config.catalog import Catalog
 from fluxrun.config.files import COMPOSE_ERRORS, HYDRA_BASE, check_defaults, search_path
 from fluxrun.config.origin import CheckingLoader
-from fluxrun.config.schema import BESIDE_A_RUN, GROUPS, CommandConfig, RayConfig, RunConfig, SweepConfig
+from fluxrun.config.schema import (
+    BESIDE_A_RUN,
+    GROUPS,
+    CommandConfig,
+    RayConfig,
+    RunConfig,
+    SweepConfig,
+    command_config,
+    workers_config,
+)
 from fluxrun.errors import ConfigError, one_line, python_reason, raised_by_fluxrun
 from fluxrun.formatting import nearest, shorten
 from fluxrun.paths import conf_dir, expanded
@@ -75,7 +84,18 @@ def compose(overrides: Sequence[str] = (), *, config_dir: Path | str | None = No
     dirs = config_dirs(config_dir)
     with hydra_for(dirs) as hydra:
         node = compose_node(hydra, [quote_raw_text(o) for o in overrides], dirs)
+    _refuse_how(node)
     return to_run_config(node, dirs)
+
+
+def _refuse_how(node: DictConfig) -> None:
+    """Refuse keys that say how the command draws, and would mean nothing in a config of one run."""
+    resumed, crew = command_config(node).resume, workers_config(node)
+    if resumed is not None or crew is not None:
+        key = f"workers={crew.workers}" if crew else f"resume={resumed}"
+        raise ConfigError(
+            f"{key} is for the fluxrun command that draws, not for a subcommand or a config: leave it out"
+        )
 
 
 def config_dirs(config_dir: Path | str | None = None) -> tuple[Path, ...]:
