@@ -25,6 +25,7 @@ import torch
 import fluxrun
 from fluxrun.options.model import BUNDLED
 from fluxrun.pipeline.session_pool import SessionPool
+from fluxrun.process.clock import DeviceClock
 from fluxrun.record.schema import RunRecord
 
 BATCHES = (1, 2, 4, 8)
@@ -96,7 +97,8 @@ def guidance(size: int, two: Sequence[RunRecord], one: Sequence[RunRecord]) -> d
 def last_latents(overrides: Sequence[str]) -> torch.Tensor:
     """What a guided run's pipeline hands to the VAE."""
     with closing(fluxrun.build(fluxrun.compose(list(overrides)))) as session:
-        embeds, negative = (session.prompts.of([text], session.pipeline) for text in (PROMPT, ""))
+        clock = DeviceClock(session.plan.machine.device)
+        embeds, negative = (session.prompts.of([text], session.pipeline, clock) for text in (PROMPT, ""))
         if session.guidance is not None:
             session.guidance.begin(negative)
         height, width = session.plan.size

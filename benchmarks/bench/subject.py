@@ -18,6 +18,7 @@ from fluxrun.drawing.generation import Drawn
 from fluxrun.drawing.stopwatch import Stopwatch
 from fluxrun.planning.plan import Plan
 from fluxrun.planning.prepare import prepare
+from fluxrun.process.clock import DeviceClock
 from fluxrun.process.console import Steps
 from fluxrun.process.device import free_memory, peak_bytes, synchronize
 from fluxrun.runner import assembled
@@ -66,7 +67,7 @@ class Subject:
         """The same from prompt embeddings (random ones if none are given), with the stopwatch riding along."""
         pipeline, given = self.pipeline, arguments(self.plan) | {"prompt_embeds": self.embeddings} | given
         shown = Steps("", given["num_inference_steps"])
-        watch = Stopwatch(self.device, shown, lambda: None, lambda: None, compiles=False)
+        watch = Stopwatch(DeviceClock(self.device), shown, lambda: None, lambda: None, compiles=False)
         try:
             with watch.timing(pipeline):
                 images = pipeline(**given, callback_on_step_end=watch.step).images

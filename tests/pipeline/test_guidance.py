@@ -24,12 +24,14 @@ def latents(*overrides):
     import torch
     from helpers import small
 
+    from fluxrun.process.clock import DeviceClock
     from fluxrun.runner import assembled
 
     session = assembled(prepare(small(*BASE, *overrides)))
     try:
-        embeds = session.prompts.of(["a", "b"], session.pipeline)
-        negative = session.prompts.of(["", "blurry"], session.pipeline)
+        clock = DeviceClock("cpu")
+        embeds = session.prompts.of(["a", "b"], session.pipeline, clock)
+        negative = session.prompts.of(["", "blurry"], session.pipeline, clock)
         if session.guidance is not None:
             session.guidance.begin(negative)
         drawn = session.pipeline(

@@ -21,6 +21,7 @@ from fluxrun.errors import Interrupted, NotFinite
 from fluxrun.pipeline.neutral_trials import find_culprit, has_suspects
 from fluxrun.pipeline.session import Session
 from fluxrun.process import spans
+from fluxrun.process.clock import DeviceClock
 from fluxrun.process.device import peak_bytes, reset_peak, used_bytes
 from fluxrun.record.folder import RunFolder
 from fluxrun.record.schema import MemoryRecord, Timings, spread
@@ -87,7 +88,7 @@ class Generation:
         """Draw every job. Finished images are on disk and in the record whatever ends the loop."""
         reset_peak(self.device)
         texts = texts_of(self.jobs, self.plan.negative_prompt)
-        self.session.prompts.begin(texts, self._note_encoded)
+        self.session.prompts.begin(texts, lambda: self._note_memory("text_encode"), self.timings.text_encode_s.append)
         if self.session.ready_for(texts):
             self._fresh = False
         else:
@@ -220,14 +221,15 @@ class Generation:
         pipeline, compiles = self.session.pipeline, self._fresh and self.session.compiles
         inspection = Inspection()
         self.stage = "text_encode"
+        clock = DeviceClock(self.device)
         with self.session.interrupts.immediate():
-            arguments = self._arguments(batch)
+            arguments = self._arguments(batch, clock)
         if self.session.guidance is not None:
             self.session.guidance.begin(arguments.get("negative_prompt_embeds"))
         self.stage = "denoise"
         assert self.plan.steps_made is not None
         with self.session.reporter.steps(text, self.plan.scheduler.calls(self.plan.steps_made)) as display:
-            watch = Stopwatch(self.device, display, self._after_step, self._after_denoising, compiles=compiles)
+            watch = Stopwatch(clock, display, self._after_step, self._after_denoising, compiles=compiles)
 
             def after_step(pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
                 inspection.step(values)
@@ -235,6 +237,7 @@ class Generation:
 
             with self._interruptible(compiles), watch.timing(pipeline), inspection.of(pipeline):
                 images = pipeline(**arguments, callback_on_step_end=after_step).images
+        self.session.prompts.tell_times()
         self._note_spans(watch)
         self._note_memory("decode")
         embeddings = [value for name, value in arguments.items() if name.endswith("prompt_embeds")]
@@ -249,7 +252,7 @@ class Generation:
             spans.add("first call", begun, first)
             begun = first
         spans.add("steps", begun, watch.denoised_at)
-        spans.add("decode", watch.denoised_at, watch.denoised_at + watch.decode_s)
+        spans.add("decode", watch.denoised_at, watch.ended_at)
 
     def _after_step(self) -> None:
         assert self.session.context is not None
@@ -273,11 +276,11 @@ class Generation:
             self.session.pipeline.maybe_free_model_hooks()
             raise
 
-    def _arguments(self, batch: Sequence[Job]) -> dict[str, Any]:
+    def _arguments(self, batch: Sequence[Job], clock: DeviceClock) -> dict[str, Any]:
         """The pipeline call's arguments: those that a user of plain diffusers would give, and the noise drawn ahead."""
         height, width = self.plan.size
         self._begin_noise(batch, getattr(torch, self.plan.dtype))
-        embeddings = self._embeddings([job.prompt for job in batch])
+        embeddings = self._embeddings([job.prompt for job in batch], clock)
         arguments: dict[str, Any] = {
             "prompt_embeds": embeddings,
             "height": height,
@@ -295,7 +298,7 @@ class Generation:
         elif self.plan.guidance is not None:
             arguments["guidance_scale"] = self.plan.guidance
         if self.plan.negative_prompt is not None:
-            arguments["negative_prompt_embeds"] = self._embeddings([self.plan.negative_prompt] * len(batch))
+            arguments["negative_prompt_embeds"] = self._embeddings([self.plan.negative_prompt] * len(batch), clock)
         return arguments | self.session.pictures.arguments(self.config)
 
     def _noise_arguments(self, batch: Sequence[Job], dtype: torch.dtype) -> dict[str, Any]:
@@ -317,8 +320,8 @@ class Generation:
         """The noise of a batch; diffusers draws it in its embeddings' dtype."""
         return Wanted.of(self.session.pipeline, [job.seed for job in batch], self.plan.size, dtype)
 
-    def _embeddings(self, texts: Sequence[str]) -> torch.Tensor:
-        return self.session.prompts.of(texts, self.session.pipeline)
+    def _embeddings(self, texts: Sequence[str], clock: DeviceClock) -> torch.Tensor:
+        return self.session.prompts.of(texts, self.session.pipeline, clock)
 
     # -- the record ---------------------------------------------------------------------------------------------
 
@@ -342,10 +345,6 @@ class Generation:
         if self.timings.first_call_s is None and drawn.step_s:
             self.timings.first_call_s = drawn.step_s[0]
 
-    def _note_encoded(self, seconds: float) -> None:
-        self.timings.text_encode_s.append(seconds)
-        self._note_memory("text_encode")
-
     def _write_if_due(self) -> None:
         """Bring the record up to date, and write it now and then: an image's own line is written with it."""
         if self.session.ranks.size > 1:
@@ -361,6 +360,7 @@ class Generation:
 
     def _summarise(self) -> None:
         """Bring the timings in the record up to date. What it costs grows with the run."""
+        self.session.prompts.tell_times()
         for name, seconds in self.session.timings.items():  # import_s, load_s, apply_s
             setattr(self.timings, name, seconds)
         if self.session.context is not None and self.session.compiles:

@@ -2,53 +2,49 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
 
+from fluxrun.process.clock import DeviceClock, Mark
 from fluxrun.process.console import Steps
-from fluxrun.process.device import synchronize
 from fluxrun.types import Pipeline
 
 
 class Stopwatch:
     """Rides along a pipeline call, in the place of diffusers' progress bar and step callback.
 
-    ``on_step`` is called after every step and may raise; ``on_denoised`` between the last step and the decoder.
+    ``on_step`` is called after every step and may raise; ``on_denoised`` between the last step and the decoder. A GPU
+    has then been given that work and may not have done it: the decoder's is lined up behind it, with no gap between.
     """
 
     def __init__(
         self,
-        device: str,
+        clock: DeviceClock,
         display: Steps,
         on_step: Callable[[], None],
         on_denoised: Callable[[], None],
         *,
         compiles: bool,
     ) -> None:
-        self._device = device
+        self._clock = clock
         self._display = display
         self._on_step, self._on_denoised = on_step, on_denoised
         self._compiles = compiles
-        self._clock: list[float] = []
-        self._events: list[torch.cuda.Event] = []
-        self.started_at = self.denoising_at = self.denoised_at = time.perf_counter()
-        """When the call, its denoising loop and its decoding began."""
-        self.denoise_s = 0.0
-        self.decode_s = 0.0
+        self._steps: list[Mark] = []
+        """The denoising loop's begin, and the end of each step."""
+        self._begun = self._denoised = self._ended = clock.mark()
 
     @contextmanager
     def timing(self, pipeline: Pipeline) -> Iterator[Stopwatch]:
-        """Around the call: the device is synchronised at both ends."""
+        """Around the call; at its end the device is waited for."""
         pipeline.progress_bar = self.progress_bar
-        synchronize(self._device)
-        self.started_at = time.perf_counter()
+        self._begun = self._clock.mark()
         yield self
-        synchronize(self._device)
-        self.decode_s = time.perf_counter() - self.denoised_at
+        self._ended = self._clock.mark()
+        self._clock.wait(self._ended)
 
     @contextmanager
     def progress_bar(
@@ -57,13 +53,9 @@ class Stopwatch:
         """Stands in for diffusers' own bar, which the pipeline opens around its denoising loop."""
         if self._compiles:
             self._display.compiling()
-        synchronize(self._device)
-        self.denoising_at = time.perf_counter()
-        self._mark()
+        self._steps = [self._clock.mark()]
         yield self
-        synchronize(self._device)
-        self.denoised_at = time.perf_counter()
-        self.denoise_s = self.denoised_at - self.denoising_at
+        self._denoised = self._clock.mark()
         self._on_denoised()
 
     def update(self, n: int = 1) -> None:
@@ -73,22 +65,46 @@ class Stopwatch:
         self, pipeline: Pipeline, step: int, timestep: torch.Tensor, values: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """diffusers' ``callback_on_step_end``: take the time, show it, and stop here if the user asked to."""
-        self._mark()
+        self._steps.append(self._clock.mark())
+        # The step has only been handed to a GPU. One in its queue keeps it busy; with a CUDA graph all of them would be
+        # there at once, and an interrupt would be seen when the last one is done.
+        self._clock.wait(self._steps[-2])
         self._display.advance()
         self._on_step()
         return {}
 
-    def _mark(self) -> None:
-        """A point in time: an event on a GPU (nothing waits for it), the clock elsewhere."""
-        if not self._device.startswith("cuda"):
-            self._clock.append(time.perf_counter())
-            return
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        self._events.append(event)
+    # -- after the call, in seconds as time.perf_counter gives them --------------------------------------------------
+
+    @property
+    def started_at(self) -> float:
+        """When the device began with the call."""
+        return self._clock.at(self._begun)
+
+    @property
+    def denoising_at(self) -> float:
+        """When the denoising loop began; without one, when the call did."""
+        return self._clock.at(self._steps[0] if self._steps else self._begun)
+
+    @property
+    def denoised_at(self) -> float:
+        """When the last step was done, and decoding began."""
+        return self._clock.at(self._denoised)
+
+    @property
+    def ended_at(self) -> float:
+        """When the pictures were there."""
+        return self._clock.at(self._ended)
+
+    @property
+    def denoise_s(self) -> float:
+        """Seconds of the denoising loop."""
+        return self.denoised_at - self.denoising_at
+
+    @property
+    def decode_s(self) -> float:
+        """Seconds from the last step to the pictures."""
+        return self.ended_at - self.denoised_at
 
     def step_seconds(self) -> list[float]:
-        """Seconds of each step; the device must have been synchronised since."""
-        if self._events:
-            return [before.elapsed_time(after) / 1e3 for before, after in pairwise(self._events)]
-        return [after - before for before, after in pairwise(self._clock)]
+        """Seconds of each step."""
+        return [self._clock.at(after) - self._clock.at(before) for before, after in pairwise(self._steps)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -13,8 +12,9 @@ import torch
 
 from fluxrun.pipeline.weights_loader import WeightsLoader
 from fluxrun.process import spans
+from fluxrun.process.clock import DeviceClock, Mark
 from fluxrun.process.console import Reporter
-from fluxrun.process.device import synchronize
+from fluxrun.process.device import is_lost
 from fluxrun.process.signals import Interrupts
 from fluxrun.types import Pipeline
 from fluxrun.weights.shells import shell
@@ -33,7 +33,10 @@ class PromptEncoder:
         self._loader = loader
         self._known: dict[str, torch.Tensor] = {}
         self._texts: Sequence[str] = ()
-        self._on_encoded: Callable[[float], None] = lambda seconds: None
+        self._on_encoded: Callable[[], None] = lambda: None
+        self._on_timed: Callable[[float], None] = lambda seconds: None
+        self._untold: list[tuple[DeviceClock, Mark, Mark]] = []
+        """When texts were begun and encoded: the device may still be at it."""
         self.upcoming: Sequence[str] = ()
         """Prompts of later runs over the same weights: staged memory encodes them while its text encoder is there."""
         self.counts: Counter[str] = Counter()
@@ -44,20 +47,28 @@ class PromptEncoder:
         """Whether prompts are encoded first, with the text encoder alone."""
         return self._loader.plan.memory.staged
 
-    def begin(self, texts: Sequence[str], on_encoded: Callable[[float], None]) -> None:
-        """Begin a run that needs these texts; ``on_encoded`` gets the seconds of each one that is encoded."""
-        self._texts, self._on_encoded = list(texts), on_encoded
+    def begin(self, texts: Sequence[str], on_encoded: Callable[[], None], on_timed: Callable[[float], None]) -> None:
+        """Begin a run that needs these texts.
+
+        ``on_encoded`` is called when the device has been given a text to encode, ``on_timed`` gets the seconds of each
+        one, in ``tell_times``.
+        """
+        self._texts, self._on_encoded, self._on_timed = list(texts), on_encoded, on_timed
         self._known.clear()
+        self._untold.clear()
 
     def knows(self, texts: Iterable[str]) -> bool:
         """Whether staged memory's embeddings of all of them are in the store."""
         return all(self._stored(text) is not None for text in texts)
 
-    def of(self, texts: Sequence[str], pipeline: Pipeline) -> torch.Tensor:
-        """Embeddings of a batch: [batch, max_sequence_length, joint_attention_dim], on the run's device."""
+    def of(self, texts: Sequence[str], pipeline: Pipeline, clock: DeviceClock) -> torch.Tensor:
+        """Embeddings of a batch: [batch, max_sequence_length, joint_attention_dim], on the run's device.
+
+        The device may still be at it: what it is given next lines up behind.
+        """
         for text in texts:
             if not self._has(text):
-                self._known[text] = self._encode(pipeline, text)
+                self._known[text] = self._encode(pipeline, text, clock)
         return torch.cat([self._known[text].to(self._device) for text in texts])
 
     def encode_first(self, reporter: Reporter, interrupts: Interrupts) -> None:
@@ -69,13 +80,23 @@ class PromptEncoder:
         later = [text for text in dict.fromkeys(self.upcoming) if text not in missing and self._stored(text) is None]
         base = self._loader.load("text", reporter, interrupts)
         pipeline = shell(base)
+        clock = DeviceClock(self._device)
         for text in (*missing, *later):
             with interrupts.immediate():
-                self._known[text] = self._encode(pipeline, text)
+                self._known[text] = self._encode(pipeline, text, clock)
             self._loader.store.embeddings[self._key(text)] = self._known[text].cpu()
+        self.tell_times()
         self.counts |= Counter(prompts_encoded_first=len(missing) + len(later), freed_bytes=base.bytes)
         del pipeline, base
         self._loader.store.keep_only([])
+
+    def tell_times(self) -> None:
+        """Tell what each text took. Waits for the device to have encoded them."""
+        if self._untold and not is_lost(self._device):
+            for clock, begun, ended in self._untold:
+                spans.add("encode", clock.at(begun), clock.at(ended))
+                self._on_timed(clock.at(ended) - clock.at(begun))
+        self._untold.clear()
 
     def forget(self, texts: Iterable[str]) -> None:
         """Drop what no later image needs, so that ten thousand prompts do not fill the memory."""
@@ -114,15 +135,15 @@ class PromptEncoder:
         )
         return f"{weights} {model.max_sequence_length} {model.text_encoder_out_layers} {text}"
 
-    def _encode(self, pipeline: Pipeline, text: str) -> torch.Tensor:
+    def _encode(self, pipeline: Pipeline, text: str, clock: DeviceClock) -> torch.Tensor:
         model = self._loader.plan.model
         arguments: dict[str, Any] = {"max_sequence_length": model.max_sequence_length}
         if model.text_encoder_out_layers:
             arguments["text_encoder_out_layers"] = model.text_encoder_out_layers
-        synchronize(self._device)
-        started = time.perf_counter()
-        with spans.span("encode"), torch.no_grad():
-            embeds, _ = pipeline.encode_prompt(text, device=pipeline._execution_device, **arguments)
-            synchronize(self._device)
-        self._on_encoded(time.perf_counter() - started)
+        begun = clock.mark()
+        with torch.no_grad():
+            # The device as the plan has it: diffusers looks for it in all modules of all models, 2 ms of a picture.
+            embeds, _ = pipeline.encode_prompt(text, device=torch.device(self._device), **arguments)
+        self._untold.append((clock, begun, clock.mark()))
+        self._on_encoded()
         return embeds
