@@ -55,6 +55,9 @@ ROWS = (
     ("dev", 1024, RECIPE, ("single", "ulysses", "tensor")),
     ("dev", 2048, "lossless", ("single", "ulysses", "tensor")),
     ("klein_9b", 1024, "lossless", ("single", "ulysses")),
+    ("klein_9b", 2048, "lossless", ("single", "ulysses")),
+    ("klein_9b", 1024, "fast", ("single", "ulysses")),
+    ("dev", 2048, "fast", ("single", "ulysses")),
 )
 """Model, edge in pixels, options, and by what it is drawn, in order of importance."""
 SHOWN = ("name", "median_ms", "rel_l2", "error", "peak_gb")

@@ -58,6 +58,7 @@ def documents(root: Path) -> dict[Path, str]:
             scale=scaled.scale_table(root),
             inputs=scaled.inputs_table(root),
             checked=scaled.checked_table(root),
+            rate=scaled.rate_table(root),
         ),
         performance: with_tables(
             performance.read_text(encoding="utf-8"), next_tenth=next_tenth(root), throughput=throughput(root)

@@ -31,6 +31,7 @@ PART = 100
 """Images in a part."""
 
 DRIVER_ABOUT = "on a slow core: `workers_driver_cpu.json`"
+RATE_ABOUT = "`workers_rate_h200.json`"
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Driver:
 
 def models(root: Path) -> list[Model]:
     """klein-4B and dev with ``h100_fast`` on an H200, 1024x1024."""
-    files = _setting(results(root, "speed_h200/files.json"))["samples"]
+    picture_s = _rates(root)[0]["worker_ms_per_picture"] / 1e3
     image = _setting(results(root, "speed_h200/image.json"))["samples"]
     steps = _setting(results(root, "speed_h200/dev.json"))["samples"]["forward_ms"]
     loading = {run["architecture"]: run for run in results(root, "loading_h200.json")["runs"]}
@@ -73,7 +74,7 @@ def models(root: Path) -> list[Model]:
     dev_load = warm * dev_bytes / loading["dev"]["files_bytes"]
     dev_picture = 50 * _median(steps) / 1e3 + _median(image["decode_s"])
     return [
-        Model("klein-4B, 4 steps", _median(files["file_s"]), klein_bytes, start),
+        Model("klein-4B, 4 steps", picture_s, klein_bytes, start),
         Model("dev, 50 steps", dev_picture, dev_bytes, start + dev_load),
     ]
 
@@ -81,14 +82,19 @@ def models(root: Path) -> list[Model]:
 def driver(root: Path) -> Driver:
     """As scripts/workers.py has measured it."""
     told = results(root, "workers_driver_cpu.json")["driver_cpu_ms"]
-    run = results(root, "workers_prompts_cpu.json")
     return Driver(
         told["a picture, many in a message"] / 1e3,
         told["a picture, alone in its message"] / 1e3,
         told["a part of one picture"] / 1e3,
-        run["ms_per_part_on_top"] / 1e3,
+        _rates(root)[0]["ms_per_part_on_top"] / 1e3,
         13.0,
     )
+
+
+def _rates(root: Path) -> list[dict[str, Any]]:
+    """Ray's workers drawing klein-4B, a GPU each: one of them, then two."""
+    rows: list[dict[str, Any]] = results(root, "workers_rate_h200.json")["rows"]
+    return rows
 
 
 def _setting(file: Mapping[str, Any], name: str = "h100_fast") -> Any:
@@ -168,7 +174,7 @@ def inputs_table(root: Path) -> str:
     store = f"{STORE_BYTES_S / 1e9:.0f} GB/s, {PICTURE_BYTES / 1e6:.1f} MB a picture"
     price_about = "on demand, specialised providers, May 2026: 3.50 to 4.50; elsewhere 2.50 to 7"
     rows = [
-        ("a picture, klein-4B", f"{klein.picture_s:.3f} s", "`h100_fast`, prompt to PNG file: `speed_h200/files.json`"),
+        ("a picture, klein-4B", f"{klein.picture_s:.3f} s", f"`h100_fast`, by a Ray worker, a file each: {RATE_ABOUT}"),
         ("a picture, dev", f"{dev.picture_s:.1f} s", f"`h100_fast`, {dev_about}"),
         ("a worker's start, klein-4B", f"{klein.start_s:.0f} s", at_hand),
         ("a worker's start, dev", f"{dev.start_s:.0f} s", bytes_about),
@@ -180,12 +186,33 @@ def inputs_table(root: Path) -> str:
             f"of up to {TOGETHER_S:g} s; {DRIVER_ABOUT}",
         ),
         ("the driver, a part", f"{told.part_s * 1e3:.2f} ms of CPU", DRIVER_ABOUT),
-        ("a worker between two parts", f"{told.worker_part_s * 1e3:.0f} ms", "`workers_prompts_cpu.json`"),
+        ("a worker between two parts", f"{told.worker_part_s * 1e3:.0f} ms", RATE_ABOUT),
         ("Ray's start", f"{told.ray_s:.0f} s", "12 to 15 s on two slow cores that others used, too"),
         ("a store for all machines", store, "assumed: put in your own"),
         ("an H200 an hour", f"${PRICE:.2f}", price_about),
     ]
     return "\n".join(["| input | | from |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def rate_table(root: Path) -> str:
+    """One worker and two, a GPU each, beside the sum."""
+    klein, told = models(root)[0], driver(root)
+    one = _rates(root)[0]["pictures_an_hour"]
+    columns = (
+        "workers, a GPU each",
+        "pictures",
+        "pictures an hour",
+        "times one",
+        "computed",
+        "until the first picture",
+    )
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row in _rates(root):
+        computed = figures(klein, told, row["workers"]).a_second * 3600
+        rate, first = row["pictures_an_hour"], row["seconds_to_the_first"]
+        figure = f"{rate:,.0f} | {rate / one:.2f} | {computed:,.0f} | {first:.0f} s"
+        lines.append(f"| {row['workers']} | {row['pictures']} | {figure} |")
+    return "\n".join(lines)
 
 
 def checked_table(root: Path) -> str:

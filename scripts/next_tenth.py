@@ -2,6 +2,7 @@
 
     python scripts/next_tenth.py OUT.jsonl                               # klein-4B at 1024x1024, then the other groups
     python scripts/next_tenth.py OUT.jsonl --groups klein,dev --seconds 600
+    python scripts/next_tenth.py OUT.jsonl --groups klein --settings plain,h100_fast
     python scripts/next_tenth.py OUT.jsonl --groups klein --model tiny    # a dry run on any machine
 
 A JSON row is appended as soon as it is measured, so that a run that is cut off keeps what it has; groups and, in them,
@@ -187,15 +188,15 @@ def encode_before(image: Any, texts: dict[str, str]) -> Iterator[bytes]:
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 
-def measure(rows: Rows, group: Group, tiny: bool) -> None:
-    """Every variant of a group while there is time."""
+def measure(rows: Rows, group: Group, tiny: bool, settings: Sequence[str]) -> None:
+    """Every variant of a group, or those that are asked for, while there is time."""
     models = TINY_MODELS if tiny else MODELS
     size = () if tiny else group.size
     with tempfile.TemporaryDirectory(prefix="fluxrun-next-tenth-") as folder:
         work = Path(folder)
         edited = [f"reference_images=[{reference(work, 64 if tiny else 1024)}]"] if group.edits else []
         overrides = (*models[group.model], f"steps={group.steps}", *size, *edited)
-        for variant in group.variants:
+        for variant in (v for v in group.variants if not settings or v.name in settings):
             if rows.left <= 0:
                 rows.add(variant, "not measured", "", [], error="out of time")
                 continue
@@ -377,6 +378,7 @@ def main(line: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="file to append rows to")
     parser.add_argument("--groups", default=",".join(GROUPS), help=f"of {','.join(GROUPS)}")
+    parser.add_argument("--settings", default="", help="by their names in the rows; all when left out")
     parser.add_argument("--seconds", type=float, default=1200.0, help="after which nothing new is begun")
     parser.add_argument("--sustained", type=float, default=20.0, help="seconds of each sustained rate")
     parser.add_argument("--model", choices=("real", "tiny"), default="real", help="tiny: a dry run on any machine")
@@ -385,7 +387,7 @@ def main(line: Sequence[str]) -> None:
     for name in given.groups.split(","):
         rows.group = name
         print(f"{name}:", flush=True)
-        measure(rows, GROUPS[name], given.model == "tiny")
+        measure(rows, GROUPS[name], given.model == "tiny", [part for part in given.settings.split(",") if part])
         free()
 
 

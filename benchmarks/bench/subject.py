@@ -81,9 +81,9 @@ class Subject:
 
     @torch.no_grad()
     def encode(self) -> torch.Tensor:
-        """The prompt's embedding, by the text encoder."""
-        pipeline = self.pipeline
-        return pipeline.encode_prompt(PROMPT, device=pipeline._execution_device, **text_arguments(self.plan))[0]
+        """The prompt's embedding, by the text encoder; fluxrun's own runs say where, diffusers looks for it."""
+        where = {} if self.session is None else {"device": torch.device(self.device)}
+        return self.pipeline.encode_prompt(PROMPT, **where, **text_arguments(self.plan))[0]
 
     @functools.cached_property
     def embeddings(self) -> torch.Tensor:

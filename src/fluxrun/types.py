@@ -55,6 +55,8 @@ class Pipeline(Protocol):
     """Prompts -> (embeddings, position ids)."""
     prepare_latents: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     """-> (noise, position ids)."""
+    _prepare_text_ids: Callable[..., torch.Tensor]
+    _prepare_latent_ids: Callable[..., torch.Tensor]
     progress_bar: Callable[..., AbstractContextManager[ProgressBar]]
 
     @property
@@ -62,9 +64,6 @@ class Pipeline(Protocol):
 
     @property
     def components(self) -> Mapping[str, Component]: ...
-
-    @property
-    def _execution_device(self) -> torch.device: ...
 
     def __call__(self, **arguments: Any) -> PipelineOutput: ...
 

@@ -107,6 +107,29 @@ def test_an_option_gets_a_chance_without_one_taken_before_that_it_does_not_go_wi
     assert (found["compile"]["name"], found["kernels"]["name"]) == ("regional", "diffusers")
 
 
+def test_what_goes_only_in_the_place_of_another_option_comes_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = tuner(tmp_path, "kernels=fused", minutes=1000.0)
+    search.trials = [Trial("kernels", "fused", "", taken=True)]
+    tried: list[str] = []
+
+    def falls_back(group: str, data: Any) -> str | None:
+        regional, fused = data["compile"]["name"] == "regional", data["kernels"]["name"] == "fused"
+        return "nothing left to fuse" if regional and fused else None
+
+    def measured(group: str, name: str, data: Any, best: Row) -> Trial:
+        tried.append(f"{group}={name} kernels={data['kernels']['name']}")
+        return Trial(group, name, "not faster", row=best)
+
+    monkeypatch.setattr(search, "falls_back", falls_back)
+    monkeypatch.setattr(search, "_try", measured)
+    search.search_all(Row(job="0", folder="0", status="completed"))
+    assert tried[-1] == "compile=regional kernels=diffusers"
+    assert {"compile=cudagraphs kernels=fused", "quantization=fp8 kernels=fused"} <= set(tried[:-1])
+    assert {trial.name for trial in search.trials} >= {"regional", "cudagraphs", "fp8", "max_autotune"}
+
+
 def test_only_an_option_that_was_replaced_is_given_up(tmp_path: Path) -> None:
     search = tuner(tmp_path, "compile=cudagraphs", "compile.targets=[transformer,text_encoder]", "kernels=fused")
     fell = [Fallback(option="some", stage="requires", reason="a conflict")]

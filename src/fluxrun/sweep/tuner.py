@@ -1,8 +1,9 @@
 """``fluxrun tune``: find the fastest options that keep the picture, by measuring, and write them as a preset.
 
 Options are tried group by group on top of the best so far: kernels first, because they need no compiling, then ways of
-compiling, then number formats and what else there is, which pay only together with compiling. What would fall back
-here is left out before anything is loaded.
+compiling, then number formats and what else there is, which pay only together with compiling. At the end come those
+that go only in the place of one that was taken: torch.compile in that of fused kernels takes half a minute to be ready,
+and what is taken in that time pays more. What would fall back here is left out before anything is loaded.
 """
 
 from __future__ import annotations
@@ -68,6 +69,8 @@ class Tuner:
     pool: SessionPool = field(default_factory=SessionPool)
     trials: list[Trial] = field(default_factory=list)
     chosen: dict[str, str] = field(default_factory=dict)
+    put_off: list[tuple[str, str, dict[str, Any]]] = field(default_factory=list)
+    """Options that go only in the place of one that was taken: group, name and data."""
     started: float = field(default_factory=time.perf_counter)
 
     def search(self) -> tuple[Row, Row]:
@@ -77,10 +80,16 @@ class Tuner:
         if baseline.status != "completed" or baseline.image_s is None:
             raise FluxrunError(f"the neutral options could not be measured: {baseline.reason} (see {self.folder})")
         log.info("    %s", _pace(baseline))
-        best = self._as_fixed(asked, baseline)
+        return baseline, self.search_all(self._as_fixed(asked, baseline))
+
+    def search_all(self, best: Row) -> Row:
+        """Go through the groups on top of the best so far; returns the best of all."""
         for group in (g for g in SEARCH_ORDER if g not in self.fixed):
-            best = self._search_group(group, best)
-        return baseline, best
+            self._note_broken(group)
+            best = self._search_group(group, self.candidates(group), best)
+        for group, name, candidate in self.put_off:
+            best = self._search_group(group, [(name, candidate)], best, in_place_of_others=True)
+        return best
 
     def _as_fixed(self, asked: JsonObject, baseline: Row) -> Row:
         """Where the search starts: the neutral options, but for the groups that the command line names."""
@@ -96,23 +105,35 @@ class Tuner:
 
     # -- one group ----------------------------------------------------------------------------------------------
 
-    def _search_group(self, group: str, best: Row) -> Row:
+    def _note_broken(self, group: str) -> None:
         broken = Catalog(self.dirs).broken(group)
-        found = [Trial(group, name, UNUSABLE + reason) for name, reason in broken.items()]
-        for name, candidate in self.candidates(group):
+        self.trials += self._said([Trial(group, name, UNUSABLE + reason) for name, reason in broken.items()])
+
+    def _search_group(
+        self, group: str, options: list[tuple[str, dict[str, Any]]], best: Row, *, in_place_of_others: bool = False
+    ) -> Row:
+        found = []
+        for name, candidate in options:
             usable, reason = self.made_usable(group, name, candidate)
             if usable is None:
                 found.append(Trial(group, name, reason))
+                continue
+            if self.given_up(group, usable) and not in_place_of_others:
+                self.put_off.append((group, name, candidate))
                 continue
             trial = self._try(group, name, usable, best)
             found.append(trial)
             if trial.taken and trial.row is not None:
                 best = trial.row
                 self.take(usable, best)
-        self.trials += found
-        for reason, names in together(t for t in found if t.row is None).items():
-            log.info("%s: %s %s", group, ", ".join(names), reason)
+        self.trials += self._said(found)
         return best
+
+    def _said(self, found: list[Trial]) -> list[Trial]:
+        """The trials; on the screen, those in which nothing was measured."""
+        for reason, names in together(t for t in found if t.row is None).items():
+            log.info("%s: %s %s", found[0].group, ", ".join(names), reason)
+        return found
 
     def candidates(self, group: str) -> list[tuple[str, dict[str, Any]]]:
         """The group's options as they lie in a config, those that are ready soonest first."""
@@ -140,6 +161,10 @@ class Tuner:
                 return without, ""
         return None, UNUSABLE + reason
 
+    def given_up(self, group: str, data: JsonObject) -> list[str]:
+        """The other groups in which a config has not what is taken so far."""
+        return [g for g in self.chosen if g != group and config_value(data, g) != self.chosen[g]]
+
     def falls_back(self, group: str, data: JsonObject) -> str | None:
         """Why a config's option would not run here, or None; nothing is loaded."""
         try:
@@ -149,8 +174,7 @@ class Tuner:
         return choice.fallbacks[0].reason if choice.fallbacks else None
 
     def _try(self, group: str, name: str, data: JsonObject, best: Row) -> Trial:
-        changed = [g for g in self.chosen if g != group and config_value(data, g) != self.chosen[g]]
-        also = "".join(f" {g}={config_value(data, g)}" for g in changed)
+        also = "".join(f" {g}={config_value(data, g)}" for g in self.given_up(group, data))
         began = time.perf_counter()
         row = self._measure(data, f"{group}={name}{also}")
         verdict, taken = self.judge(group, row, best)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+from functools import lru_cache
 from typing import Any
 
+import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.image_processor import VaeImageProcessor
 from torch import nn
@@ -36,9 +38,39 @@ def shell(base: Base, kind: PipelineKind | None = None) -> Pipeline:
     settings = {k: v for k, v in base.pipeline.config.items() if k in accepted and k not in parts}
     pipeline: Pipeline = cls(**parts, **settings)
     pipeline.set_progress_bar_config(disable=True)
+    keep_positions(pipeline)
     if kind == "klein_inpaint":
         mend_overlay(pipeline)
     return pipeline
+
+
+SIZES_KEPT = 8
+"""Of text and of latents: their position ids take 32 bytes a token."""
+
+
+def keep_positions(pipeline: Pipeline) -> None:
+    """Let a pipeline make the position ids of a size once, and keep them where the text or the latents are.
+
+    diffusers makes the same values on the CPU for every picture, and each copy to a GPU waits until the GPU has done
+    what it was given before: the text encoder, in whose time the rest of the call can be prepared.
+    """
+    of_text, of_latents = pipeline._prepare_text_ids, pipeline._prepare_latent_ids
+
+    @lru_cache(SIZES_KEPT)
+    def text_ids(batch: int, tokens: int, device: torch.device) -> torch.Tensor:
+        return of_text(torch.empty(batch, tokens, 0)).to(device)
+
+    @lru_cache(SIZES_KEPT)
+    def latent_ids(batch: int, height: int, width: int, device: torch.device) -> torch.Tensor:
+        return of_latents(torch.empty(batch, 0, height, width)).to(device)
+
+    def prepare_text_ids(x: torch.Tensor, t_coord: torch.Tensor | None = None) -> torch.Tensor:
+        return text_ids(*x.shape[:2], x.device) if t_coord is None else of_text(x, t_coord)
+
+    def prepare_latent_ids(latents: torch.Tensor) -> torch.Tensor:
+        return latent_ids(latents.shape[0], *latents.shape[2:], latents.device)
+
+    pipeline._prepare_text_ids, pipeline._prepare_latent_ids = prepare_text_ids, prepare_latent_ids
 
 
 def mend_overlay(pipeline: Pipeline) -> None:
