@@ -36,7 +36,7 @@ def test_the_bits_that_diffusers_would_draw(kind, seeds, dtype, size):
 
     expected = prepared(generator=generators[0] if len(seeds) == 1 else generators)
     wanted = Wanted.of(pipeline, seeds, size, dtype)
-    with NoiseAhead("cpu") as ahead:
+    with NoiseAhead() as ahead:
         found = prepared(generator=wanted.generators(), latents=ahead.of(wanted))
     assert found.dtype == dtype
     assert torch.equal(found, expected)
@@ -52,7 +52,7 @@ def test_it_is_drawn_on_another_thread_once_and_kept_for_repeats(monkeypatch):
 
     monkeypatch.setattr(Wanted, "draw", counted)
     first, second, third = (Wanted((seed,), (4, 2, 2), torch.float32) for seed in range(3))
-    with NoiseAhead("cpu") as ahead:
+    with NoiseAhead() as ahead:
         ahead.begin(first)
         noise_of_first = ahead.of(first)
         ahead.begin(second)
@@ -75,7 +75,7 @@ def test_what_could_not_be_drawn_is_tried_again(monkeypatch):
 
     monkeypatch.setattr(noise, "randn_tensor", failing)
     wanted = Wanted((0,), (4, 2, 2), torch.float32)
-    with NoiseAhead("cpu") as ahead:
+    with NoiseAhead() as ahead:
         with pytest.raises(MemoryError):
             ahead.of(wanted)
         assert ahead.of(wanted).shape == (1, 4, 2, 2)

@@ -44,7 +44,7 @@ def test_the_orders() -> None:
         "compile",
     )
     assert BLAME_ORDER == ("compile", "cache", "kernels", "attention", "quantization", "vae", "scheduler", "parallel")
-    assert SEARCH_ORDER == ("kernels", "attention", "compile", "quantization", "vae", "cache")
+    assert SEARCH_ORDER == ("kernels", "attention", "compile", "vae", "quantization", "cache")
 
 
 @pytest.mark.parametrize("rank", ["apply_rank", "blame_rank", "search_rank"])

@@ -78,7 +78,7 @@ class Generation:
         """Whether no option is, or may be, looked for any more when a picture is not finite."""
         self._spoiled_at = ""
         """The stage in which values that are no numbers first came, in a picture that stayed like that."""
-        self._noise = NoiseAhead(self.device)
+        self._noise = NoiseAhead()
         self._upcoming: Sequence[Job] = ()
         """The batch that comes after the one being drawn."""
 

@@ -53,8 +53,7 @@ class NoiseAhead:
     ``begin`` it beside the text encoder, or beside the denoising of the picture before; ``of`` waits for what is left.
     """
 
-    def __init__(self, device: str) -> None:
-        self._device = device
+    def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fluxrun-noise")
         self._begun: dict[Wanted, Future[torch.Tensor]] = {}
 
@@ -75,10 +74,8 @@ class NoiseAhead:
             del self._begun[next(iter(self._begun))]  # the one used longest ago
 
     def of(self, wanted: Wanted) -> torch.Tensor:
-        """The noise, begun or not, on the device. It is kept for a repeat: the caller must not write to it."""
+        """The noise, begun or not. It is kept for a repeat: the caller must not write to it."""
         drawing = self._begun.pop(wanted, None) or self._thread.submit(wanted.draw)
         noise = drawing.result()
         self._begun[wanted] = drawing  # not if it failed: a repeat draws it anew
-        # From page-locked memory a copy lines up behind the text encoder; another one waits until that is done. Locked
-        # here and not on the drawing thread, whose CUDA device is the first one, whichever this process draws with.
-        return noise.pin_memory().to(self._device, non_blocking=True) if self._device.startswith("cuda") else noise
+        return noise

@@ -52,13 +52,13 @@ TABLE = (
         marks=("diffusers/hooks/context_parallel", "diffusers/hooks/tensor_parallel", "torch/distributed/"),
     ),
     Group("kernels", KernelsOption, 6, 3, 1, marks=("fluxrun/kernels/transformer/", "fluxrun/kernels/text_encoder/")),
-    Group("vae", VaeOption, 7, 6, 5, marks=("fluxrun/kernels/vae/", "autoencoder")),
+    Group("vae", VaeOption, 7, 6, 4, marks=("fluxrun/kernels/vae/", "autoencoder")),
     Group(
         "attention", AttentionOption, 5, 4, 2,
         marks=("attention_dispatch", "xformers", "flash_attn", "sageattention", "flex_attention"),
     ),
     Group(
-        "quantization", QuantizationOption, 1, 5, 4, loads_weights=True,
+        "quantization", QuantizationOption, 1, 5, 5, loads_weights=True,
         marks=("torchao", "sdnq", "bitsandbytes", "gguf"),
     ),
     # Before memory, which then places the adapters with the weights. Never suspected: what it draws is asked for.

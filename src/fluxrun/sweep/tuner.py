@@ -1,7 +1,7 @@
 """``fluxrun tune``: find the fastest options that keep the picture, by measuring, and write them as a preset.
 
 Options are tried group by group on top of the best so far: kernels first, because they need no compiling, then ways of
-compiling, then number formats and what else there is, which pay only together with compiling. At the end come those
+compiling, decoding, number formats, which pay only together with compiling, and step caches. At the end come those
 that go only in the place of one that was taken: torch.compile in that of fused kernels takes half a minute to be ready,
 and what is taken in that time pays more. What would fall back here is left out before anything is loaded.
 """
