@@ -96,6 +96,17 @@ def _not_reached(rows: list[dict[str, Any]]) -> str:
     return "; ".join(missing) or "none"
 
 
+def text_tokens(root: Path) -> str:
+    """What fewer text tokens do to a picture, as scripts/text_tokens.py has measured it."""
+    lines = ["| `model.max_sequence_length` | PSNR, worst prompt | mean | drawn as told |", "|---|---|---|---|"]
+    own, *fewer = results(root, "text_tokens_shapes.json")["rows"]
+    lines.append(f"| {own['max_sequence_length']} (its own) | – | – | {own['drawn_as_told']} of {own['pictures']} |")
+    for row in fewer:
+        figures = f"{row['psnr_min_db']:.1f} dB | {row['psnr_mean_db']:.1f} dB"
+        lines.append(f"| {row['max_sequence_length']} | {figures} | {row['drawn_as_told']} of {row['pictures']} |")
+    return "\n".join(lines)
+
+
 def schedulers(root: Path) -> str:
     """Each scheduler's fidelity by calls of the transformer, as scripts/schedulers.py has measured it."""
     lines = ["| calls | scheduler | steps | PSNR, worst prompt | mean | SSIM, worst |", "|---|---|---|---|---|---|"]

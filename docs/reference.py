@@ -28,7 +28,8 @@ from fluxrun.trust import OpenWhere, why_closed
 
 sys.path.insert(0, str(Path(__file__).parent))
 import scaled
-from measured import guidance, measured_at_real_size, measured_quantizations, next_tenth, schedulers, throughput
+from measured import guidance, measured_at_real_size, measured_quantizations, next_tenth, schedulers,
+    text_tokens, throughput
 
 ABOUT_OPENNESS = """\
 The column "others' files" says what a config file that is not fluxrun's own, a record or a picture may set without
@@ -61,7 +62,10 @@ def documents(root: Path) -> dict[Path, str]:
             rate=scaled.rate_table(root),
         ),
         performance: with_tables(
-            performance.read_text(encoding="utf-8"), next_tenth=next_tenth(root), throughput=throughput(root)
+            performance.read_text(encoding="utf-8"),
+            next_tenth=next_tenth(root),
+            text_tokens=text_tokens(root),
+            throughput=throughput(root),
         ),
         sampling: with_tables(sampling.read_text(encoding="utf-8"), schedulers=schedulers(root)),
         editing: with_tables(editing.read_text(encoding="utf-8"), guidance=guidance(root)),
