@@ -28,8 +28,15 @@ from fluxrun.trust import OpenWhere, why_closed
 
 sys.path.insert(0, str(Path(__file__).parent))
 import scaled
-from measured import guidance, measured_at_real_size, measured_quantizations, next_tenth, schedulers,
-    text_tokens, throughput
+from measured import (
+    guidance,
+    measured_at_real_size,
+    measured_quantizations,
+    next_tenth,
+    schedulers,
+    text_tokens,
+    throughput,
+)
 
 ABOUT_OPENNESS = """\
 The column "others' files" says what a config file that is not fluxrun's own, a record or a picture may set without
