@@ -7,21 +7,19 @@ import json
 import os
 import signal
 import sys
-import time
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-from helpers import SMALL, Child, start_fluxrun
-from robustness.signals_campaign import TAG, Terminal, tagged, untrue_records
+from helpers import SMALL
+from robustness.signals_campaign import Terminal, untrue_records
+from tagged_processes import PATIENCE_S, Tagged, gone
 
 from fluxrun.record.folder import read_record
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")]
 
-PATIENCE_S = 240
 SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
 
 KNOBS = "tile_size: 512\ntile_overlap: 0.25\nchannels_last: false\nfallback: full\n"
@@ -48,49 +46,12 @@ class Swallows(VaeOption):
 """
 
 
-def until(what: Callable[[], object], child: Child) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not what():
-        assert child.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def gone(processes: list[psutil.Process]) -> bool:
-    """Whether they end; a process that was killed takes a moment."""
-    return not psutil.wait_procs(processes, timeout=20)[1]
-
-
-class Run:
-    """A fluxrun process whose own processes can be told from everybody else's."""
-
-    def __init__(self, folder: Path, *arguments: str, **environment: str) -> None:
-        self.folder, self._tag = folder, uuid.uuid4().hex
-        env = {TAG: self._tag, **environment}
-        with (folder / "screen.txt").open("w") as stream:
-            self.process = start_fluxrun(*arguments, cwd=folder, stdout=stream, stderr=stream, env=env)
-
-    def screen(self) -> str:
-        return (self.folder / "screen.txt").read_text()
-
-    def others(self) -> list[psutil.Process]:
-        return [other for other in tagged(self._tag) if other.pid != self.process.pid]
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait(PATIENCE_S)
-        for other in self.others():
-            with contextlib.suppress(psutil.Error):
-                other.kill()
-
-
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
-    started: list[Run] = []
+def start(tmp_path: Path) -> Iterator[Callable[..., Tagged]]:
+    started: list[Tagged] = []
 
-    def start(*arguments: str, **environment: str) -> Run:
-        started.append(Run(tmp_path, *arguments, **environment))
+    def start(*arguments: str, **environment: str) -> Tagged:
+        started.append(Tagged(tmp_path, *arguments, environment=environment))
         return started[-1]
 
     yield start
@@ -121,14 +82,14 @@ def test_while_a_library_is_imported(tmp_path: Path, number: signal.Signals, cod
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
 @pytest.mark.parametrize("how", ["Computes", "Swallows"])
 def test_while_nothing_listens(
-    tmp_path: Path, config_dir: Path, start: Callable[..., Run], how: str, number: signal.Signals, code: int
+    tmp_path: Path, config_dir: Path, start: Callable[..., Tagged], how: str, number: signal.Signals, code: int
 ) -> None:
     (tmp_path / "stuck_options.py").write_text(STUCK)
     (config_dir / "vae").mkdir()
     (config_dir / "vae" / "stuck.yaml").write_text(f"_target_: stuck_options.{how}\n{KNOBS}")
     options = ["--trust-config", "--config-dir", str(config_dir), "vae=stuck"]
     run = start(*options, *SMALL, "hydra.run.dir=run", PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
-    until(lambda: "nobody listens" in run.screen(), run.process)
+    run.until(lambda: "nobody listens" in run.screen())
     run.process.send_signal(number)
     assert run.process.wait(PATIENCE_S) == code, run.screen()
     record = read_record(tmp_path / "run")
@@ -136,7 +97,7 @@ def test_while_nothing_listens(
     assert "Traceback" not in run.screen()
 
 
-def test_no_compiler_outlives_it(tmp_path: Path, start: Callable[..., Run]) -> None:
+def test_no_compiler_outlives_it(tmp_path: Path, start: Callable[..., Tagged]) -> None:
     """Only fluxrun itself gets the signal, while g++ and what works for it are at it."""
     compiling = ["compile=default", "hydra.run.dir=run"]
     run = start(*SMALL, *compiling, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "inductor"))
@@ -148,7 +109,7 @@ def test_no_compiler_outlives_it(tmp_path: Path, start: Callable[..., Run]) -> N
                 found += [child] if child.name() in ("cc1plus", "g++", "c++", "clang++") else []
         return found
 
-    until(lambda: len(compilers()) > 1, run.process)
+    run.until(lambda: len(compilers()) > 1)
     run.process.send_signal(signal.SIGTERM)
     assert run.process.wait(PATIENCE_S) == 143, run.screen()
     assert gone(run.others())
@@ -166,10 +127,10 @@ LONG = ("--multirun", *SMALL[:-1], "num_images=2000", "hydra.sweep.dir=sweep", "
 JOBLIB = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
 
 
-def test_joblibs_jobs_are_interrupted_with_true_records(tmp_path: Path, start: Callable[..., Run]) -> None:
+def test_joblibs_jobs_are_interrupted_with_true_records(tmp_path: Path, start: Callable[..., Tagged]) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="the extra 'joblib'")
     run = start(*LONG, *JOBLIB)
-    until(lambda: begun(tmp_path), run.process)
+    run.until(lambda: begun(tmp_path))
     run.process.send_signal(signal.SIGTERM)
     assert run.process.wait(PATIENCE_S) == 143, run.screen()
     assert gone(run.others())
@@ -180,12 +141,12 @@ def test_joblibs_jobs_are_interrupted_with_true_records(tmp_path: Path, start: C
 
 
 @pytest.mark.parametrize("elsewhere", [JOBLIB, ("sweep.isolation=process",)], ids=["joblib", "isolated"])
-def test_jobs_end_when_the_sweep_is_killed(tmp_path: Path, start: Callable[..., Run], elsewhere: tuple[str]) -> None:
+def test_jobs_end_when_the_sweep_is_killed(tmp_path: Path, start: Callable[..., Tagged], elsewhere: tuple[str]) -> None:
     """SIGKILL: the sweep itself can do nothing any more."""
     if elsewhere is JOBLIB:
         pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="the extra 'joblib'")
     run = start(*LONG, *elsewhere)
-    until(lambda: begun(tmp_path), run.process)
+    run.until(lambda: begun(tmp_path))
     jobs = run.others()
     assert jobs
     run.process.kill()

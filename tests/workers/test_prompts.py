@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from helpers import SMALL, draw, fluxrun, hashes, small
-from ray_processes import Started, gone
+from ray_processes import Started
+from tagged_processes import gone
 
 from fluxrun.config.schema import RunConfig, WorkersConfig
 from fluxrun.errors import FluxrunError

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 from helpers import SMALL, draw, fluxrun, hashes, said
-from ray_processes import PATIENCE_S, Started, gone
+from ray_processes import Started
 from robustness.signals_campaign import untrue_records
+from tagged_processes import PATIENCE_S, gone
 
 from fluxrun.record.folder import read_record
 
