@@ -18,14 +18,26 @@ def private(name: str) -> bool:
 
 
 def defined(tree: ast.AST) -> Iterator[str]:
-    """The private functions, methods, classes and attributes that a module makes."""
+    """The private functions, methods, classes and attributes that a module makes.
+
+    What it sets on an object that it is handed, and what a Protocol says of one, is another library's.
+    """
+    protocols = {part for node in ast.walk(tree) if is_protocol(node) for part in ast.walk(node)}
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and private(node.name):
             yield node.name
-        elif isinstance(node, (ast.Attribute, ast.Name)) and isinstance(node.ctx, ast.Store):
-            name = node.attr if isinstance(node, ast.Attribute) else node.id
-            if private(name):
-                yield name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node not in protocols:
+            yield from filter(private, [node.id])
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and of_its_own(node):
+            yield from filter(private, [node.attr])
+
+
+def is_protocol(node: ast.AST) -> bool:
+    return isinstance(node, ast.ClassDef) and any(ast.unparse(base).endswith("Protocol") for base in node.bases)
+
+
+def of_its_own(node: ast.Attribute) -> bool:
+    return isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
 
 
 def used(tree: ast.AST) -> Iterator[str]:
@@ -34,7 +46,7 @@ def used(tree: ast.AST) -> Iterator[str]:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fluxrun"):
             yield from (alias.name for alias in node.names if private(alias.name))
         elif isinstance(node, ast.Attribute) and private(node.attr):
-            if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")):
+            if not of_its_own(node):
                 yield node.attr
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr.endswith("setattr"):
             texts = (a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str))

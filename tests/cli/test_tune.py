@@ -123,7 +123,7 @@ def test_what_goes_only_in_the_place_of_another_option_comes_last(
         return Trial(group, name, "not faster", row=best)
 
     monkeypatch.setattr(search, "falls_back", falls_back)
-    monkeypatch.setattr(search, "_try", measured)
+    monkeypatch.setattr(search, "attempt", measured)
     search.search_all(Row(job="0", folder="0", status="completed"))
     assert tried[-1] == "compile=regional kernels=diffusers"
     assert {"compile=cudagraphs kernels=fused", "quantization=fp8 kernels=fused"} <= set(tried[:-1])

@@ -121,7 +121,7 @@ class Tuner:
             if self.given_up(group, usable) and not in_place_of_others:
                 self.put_off.append((group, name, candidate))
                 continue
-            trial = self._try(group, name, usable, best)
+            trial = self.attempt(group, name, usable, best)
             found.append(trial)
             if trial.taken and trial.row is not None:
                 best = trial.row
@@ -173,7 +173,8 @@ class Tuner:
             return one_line(error)
         return choice.fallbacks[0].reason if choice.fallbacks else None
 
-    def _try(self, group: str, name: str, data: JsonObject, best: Row) -> Trial:
+    def attempt(self, group: str, name: str, data: JsonObject, best: Row) -> Trial:
+        """Measure an option in its config, and say what came of it."""
         also = "".join(f" {g}={config_value(data, g)}" for g in self.given_up(group, data))
         began = time.perf_counter()
         row = self._measure(data, f"{group}={name}{also}")
