@@ -7,12 +7,15 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 from helpers import Child, start_fluxrun
 from robustness.signals_campaign import TAG, tagged
 
 PATIENCE_S = 300
+
+T = TypeVar("T")
 
 
 class Tagged:
@@ -36,13 +39,14 @@ class Tagged:
         """All processes that came of it, but for the command's own."""
         return [other for other in tagged(self._tag) if other.pid != self.process.pid]
 
-    def until(self, what: Callable[[], object]) -> None:
-        """Until it is true; the command must not end before."""
+    def until(self, what: Callable[[], T]) -> T:
+        """What it returns as soon as that is something; the command must not end before."""
         deadline = time.monotonic() + PATIENCE_S
-        while not what():
+        while not (found := what()):
             assert self.process.poll() is None, self.screen()
             assert time.monotonic() < deadline, self.screen()
             time.sleep(0.01)
+        return found
 
     def close(self) -> None:
         """End all of it."""

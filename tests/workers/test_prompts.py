@@ -147,8 +147,7 @@ def test_every_picture_once_whatever_is_killed(tmp_path: Path) -> None:
     run = Started(tmp_path, *command, "hydra.run.dir=run")
     images = tmp_path / "run" / "images"
     try:
-        run.until(lambda: len(list(images.glob("*.png"))) > 4 and run.drawing())
-        run.drawing()[0].kill()
+        run.until(lambda: len(list(images.glob("*.png"))) > 4 and run.drawing())[0].kill()
         run.until(lambda: len(list(images.glob("*.png"))) > 20)
         others = run.others()
         run.process.kill()
