@@ -7,9 +7,9 @@
 
 A JSON row is appended as soon as it is measured, so that a run that is cut off keeps what it has; groups and, in them,
 settings come in the order of importance, and none is begun after ``--seconds``. Steps are timed by the program's own
-Stopwatch, prompt to PIL and to PNG by the spans in run.json (from the text encoder's begin to the picture, or to the
-last of six files), each in a run of its own; plain diffusers is called as a user does. Figures mean something with
-nothing else on the machine.
+Stopwatch, prompt to PIL by the spans in run.json (from the text encoder's begin to the picture), each in a run of its
+own, prompt to PNG by the clock over a whole run of six; plain diffusers is called as a user does. Figures mean
+something with nothing else on the machine.
 """
 
 from __future__ import annotations
@@ -291,11 +291,11 @@ def fluxrun_pictures(rows: Rows, variant: Variant, job: Job) -> None:
         pixels = [image.sha256 for image in sixes[-1][1].images]
         before = rows.pixels.setdefault(f"{rows.group} {variant.preset}", pixels)
         by = sixes[-1][1].images[-1].compressed_by
-        each = [1e3 * seconds_of(record, "save") / len(PROMPTS) for _, record in sixes]
+        each = [1e3 * s / len(PROMPTS) for s, _ in sixes]
         saving = [1e3 * s for s in sixes[-1][1].timings.save_s]
-        # With composing and planning, which a command does once for all of its prompts.
-        whole = [1e3 * s / len(PROMPTS) for s, _ in sixes]
-        facts = {"same_pixels": pixels == before, "compressed_by": by, "save_ms": saving, "whole_command_ms": whole}
+        # Without composing and planning, which a command does once for all of its prompts.
+        drawing = [1e3 * seconds_of(record, "save") / len(PROMPTS) for _, record in sixes]
+        facts = {"same_pixels": pixels == before, "compressed_by": by, "save_ms": saving, "drawing_ms": drawing}
         rows.add(variant, "prompt to PNG, one of six", "ms", each, **facts)
         for batch in variant.batches:
             if rows.left > rows.sustained_s:

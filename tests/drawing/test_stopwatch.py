@@ -14,14 +14,14 @@ from fluxrun.process.console import Steps
 class Queue(DeviceClock):
     """A clock whose marks are numbers; it notes what was waited for."""
 
+    marks = 0
+
     def __init__(self) -> None:
         super().__init__("cpu")
-        self.marks, self.waited = 0, []
+        self.waited = []
 
     def mark(self):
         """One more second."""
-        if not hasattr(self, "marks"):
-            return 0.0
         self.marks += 1
         return float(self.marks)
 

@@ -360,7 +360,7 @@ class Generation:
 
     def _summarise(self) -> None:
         """Bring the timings in the record up to date. What it costs grows with the run."""
-        self.session.prompts.tell_times()
+        self.session.prompts.tell_times()  # of a call that failed after its texts
         for name, seconds in self.session.timings.items():  # import_s, load_s, apply_s
             setattr(self.timings, name, seconds)
         if self.session.context is not None and self.session.compiles:

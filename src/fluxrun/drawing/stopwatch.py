@@ -66,8 +66,8 @@ class Stopwatch:
     ) -> dict[str, torch.Tensor]:
         """diffusers' ``callback_on_step_end``: take the time, show it, and stop here if the user asked to."""
         self._steps.append(self._clock.mark())
-        # The step has only been handed to a GPU. One in its queue keeps it busy; with a CUDA graph all of them would be
-        # there at once, and an interrupt would be seen when the last one is done.
+        # The step has only been handed to a GPU. One in its queue keeps it busy; more of them, which CUDA alone would
+        # bound, are what an interrupt has to wait for, and what the progress shows before it is done.
         self._clock.wait(self._steps[-2])
         self._display.advance()
         self._on_step()
