@@ -87,6 +87,8 @@ class ImageProcessor(Protocol):
 
     postprocess: Callable[..., list[Image] | np.ndarray | torch.Tensor]
     apply_overlay: Callable[..., Image]
+    meanwhile: Callable[[], None]
+    """Where the fast decoder finds it, called while a GPU is at the pictures."""
 
     @property
     def config(self) -> FrozenDict: ...

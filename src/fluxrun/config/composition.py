@@ -167,7 +167,8 @@ def to_data(node: DictConfig, choices: Mapping[Any, Any] | None = None) -> dict[
     if choices is None:
         choices = node.hydra.runtime.choices if "hydra" in node else {}
     try:
-        data = OmegaConf.to_container(_without(node, *BESIDE_A_RUN), resolve=True)
+        keys: list[Any] = [key for key in node if key not in BESIDE_A_RUN]
+        data = OmegaConf.to_container(OmegaConf.masked_copy(node, keys), resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(one_line(error)) from error
     assert isinstance(data, dict)
@@ -189,14 +190,6 @@ def name_options(data: dict[Any, Any], choices: dict[Any, Any]) -> dict[str, Any
         if choice and isinstance(node, dict):
             named[group] = {"name": choice, **node}
     return named
-
-
-def _without(node: DictConfig, *keys: str) -> DictConfig:
-    copy = node.copy()
-    OmegaConf.set_struct(copy, False)
-    for key in keys:
-        copy.pop(key, None)
-    return copy
 
 
 def raise_as_refusal(error: Exception, overrides: Sequence[str], dirs: tuple[Path, ...]) -> NoReturn:

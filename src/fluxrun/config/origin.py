@@ -7,6 +7,7 @@ in a composed config that was not looked at, and Hydra acts on none of it before
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -15,15 +16,17 @@ from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import CachingConfigRepository
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.default_element import ConfigDefault, GroupDefault, InputDefault, ResultDefault
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.plugins.config_source import ConfigResult
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from fluxrun.config.schema import GROUPS, knobs_at
+from fluxrun.config.unchanged import UnchangedFiles, keep_merged, merged_before
 from fluxrun.paths import conf_dir
 from fluxrun.reading import parse_yaml, read_text
 from fluxrun.trust import interpolation_beyond_config, objection, refuse, trusted
@@ -46,9 +49,9 @@ class CheckingRepository(CachingConfigRepository):
     def load_config(self, config_path: str) -> ConfigResult | None:
         """A file as Hydra reads it. Raises TrustError."""
         found = super().load_config(config_path)
-        file = foreign_file(found, config_path) if found else None
-        if found and file and not trusted():
-            for entry in found.defaults_list or ():
+        entries = (found and found.defaults_list) or ()
+        if found and entries and not trusted() and (file := foreign_file(found, config_path)):
+            for entry in entries:
                 _check_default(entry, file)
         return found
 
@@ -57,6 +60,11 @@ class CheckingLoader(ConfigLoaderImpl):
     """Hydra's loader, but for the look at what it merges. Raises TrustError."""
 
     _listed: tuple[tuple[str | None, tuple[str, ...]], CachingConfigRepository] | None = None
+
+    def __init__(self, config_search_path: ConfigSearchPath) -> None:
+        """As Hydra's; what did not change since another composition is not read again."""
+        super().__init__(config_search_path)
+        self.repository = UnchangedFiles(config_search_path)
 
     def get_group_options(
         self,
@@ -80,8 +88,18 @@ class CheckingLoader(ConfigLoaderImpl):
         self._process_config_searchpath(config_name, parsed, repository)
         return parsed, repository
 
+    def _compose_config_from_defaults_list(self, defaults: list[ResultDefault], repo: Any) -> DictConfig:
+        if (known := merged_before(defaults, repo)) is not None:
+            return known
+        merged = super()._compose_config_from_defaults_list(defaults, repo)
+        keep_merged(defaults, repo, merged)
+        return merged
+
     def _load_single_config(self, default: ResultDefault, repo: Any) -> ConfigResult:
         landed = super()._load_single_config(default, repo)
+        if landed.config is repo.load_config(str(default.config_path)).config:
+            landed = copy.copy(landed)  # Hydra takes its nodes into the config, and the next composition wants them too
+            landed.config = copy.deepcopy(landed.config)
         file = foreign_file(landed, str(default.config_path))
         if file and not trusted():
             package = landed.header["package"] if default.package is None else default.package

@@ -13,6 +13,7 @@ import torch
 from PIL.Image import Image
 
 from fluxrun.config.prompts import Job, texts_of
+from fluxrun.drawing.ahead import encoding_ahead
 from fluxrun.drawing.inspection import Finding, Inspection
 from fluxrun.drawing.noise import NoiseAhead, Wanted
 from fluxrun.drawing.saving import Saver
@@ -81,6 +82,7 @@ class Generation:
         self._noise = NoiseAhead()
         self._upcoming: Sequence[Job] = ()
         """The batch that comes after the one being drawn."""
+        self._clock: DeviceClock | None = None
 
     # -- the loop -----------------------------------------------------------------------------------------------
 
@@ -91,6 +93,8 @@ class Generation:
         self.session.prompts.begin(texts, lambda: self._note_memory("text_encode"), self.timings.text_encode_s.append)
         if self.session.ready_for(texts):
             self._fresh = False
+            if first := next(iter(self.batches.values()), None):
+                self._begin_noise(first, getattr(torch, self.plan.dtype))
         else:
             self._rebuild(None)
         self.memory.start_bytes = used_bytes(self.device)
@@ -202,6 +206,7 @@ class Generation:
         raise NotFinite(f"{spoiled} of {len(images)} picture(s) not finite (NaN or infinite): {cause}")
 
     def _rebuild(self, error: BaseException | None) -> None:
+        self.session.prompts.forget_ahead()
         failed_at, self.stage = self.stage, "load"
         if error is None:
             self.session.assemble()
@@ -221,7 +226,7 @@ class Generation:
         pipeline, compiles = self.session.pipeline, self._fresh and self.session.compiles
         inspection = Inspection()
         self.stage = "text_encode"
-        clock = DeviceClock(self.device)
+        clock = self._clock = DeviceClock(self.device, self._clock if self.session.prompts.has_begun_the_next else None)
         with self.session.interrupts.immediate():
             arguments = self._arguments(batch, clock)
         if self.session.guidance is not None:
@@ -235,14 +240,21 @@ class Generation:
                 inspection.step(values)
                 return watch.step(pipeline, step, timestep, values)
 
-            with self._interruptible(compiles), watch.timing(pipeline), inspection.of(pipeline):
+            ahead = encoding_ahead(self.session, self._texts_ahead, clock, lambda: self._note_memory("decode"))
+            with self._interruptible(compiles), watch.timing(pipeline), inspection.of(pipeline), ahead:
                 images = pipeline(**arguments, callback_on_step_end=after_step).images
+                watch.arrived()
         self.session.prompts.tell_times()
         self._note_spans(watch)
         self._note_memory("decode")
         embeddings = [value for name, value in arguments.items() if name.endswith("prompt_embeds")]
         findings = inspection.findings(images, embeddings)
         return Drawn(images, watch.step_seconds(), watch.denoise_s, watch.decode_s, findings)
+
+    @property
+    def _texts_ahead(self) -> list[str]:
+        """The next batch's; none in the first call after a build, which may end in another one."""
+        return [] if self._fresh else [job.prompt for job in self._upcoming]
 
     def _note_spans(self, watch: Stopwatch) -> None:
         """The call's parts; the first step of a fresh pipeline, which may compile, is one of its own."""

@@ -49,7 +49,8 @@ class Inspection:
         own, original = vars(processor).get("postprocess"), processor.postprocess
 
         def look(image: Any, *arguments: Any, **options: Any) -> Any:
-            self._extremes = extremes(self._latents, image)
+            # On its way before the pixels are: when these have come it has, too, and is not waited for again.
+            self._extremes = extremes(self._latents, image).to("cpu", non_blocking=True)
             return original(image, *arguments, **options)
 
         processor.postprocess = look

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -36,15 +37,21 @@ class Stopwatch:
         self._steps: list[Mark] = []
         """The denoising loop's begin, and the end of each step."""
         self._begun = self._denoised = self._ended = clock.mark()
+        self._arrived = False
 
     @contextmanager
     def timing(self, pipeline: Pipeline) -> Iterator[Stopwatch]:
-        """Around the call; at its end the device is waited for."""
+        """Around the call; at its end the device is waited for, unless its pictures have ``arrived`` before."""
         pipeline.progress_bar = self.progress_bar
         self._begun = self._clock.mark()
         yield self
-        self._ended = self._clock.mark()
-        self._clock.wait(self._ended)
+        if not self._arrived:
+            self._ended = self._clock.mark()
+            self._clock.wait(self._ended)
+
+    def arrived(self) -> None:
+        """The pictures are on the CPU, so the call is over, whatever the device has been given since."""
+        self._arrived, self._ended = True, time.perf_counter()
 
     @contextmanager
     def progress_bar(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import platform
@@ -12,6 +13,7 @@ import sys
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from fluxrun.hardware.machine import Gpu, Machine, Place
 from fluxrun.hardware.proofs import remembered
@@ -28,10 +30,23 @@ CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 """Where a container's memory limit stands, in versions 2 and 1."""
 
 
-def installed(names: tuple[str, ...] = LIBRARIES) -> dict[str, str]:
-    """Versions of the installed ones among ``names``, without importing any."""
+def installed() -> dict[str, str]:
+    """Versions of the installed ones among LIBRARIES, without importing any; read again when a folder has changed."""
+    return dict(_installed(tuple(map(_changed, sys.path))))
+
+
+def _changed(folder: str) -> tuple[str, int]:
+    """A folder of modules and when something was last put into it or taken out."""
+    try:
+        return folder, os.stat(folder or os.curdir).st_mtime_ns
+    except OSError:
+        return folder, 0
+
+
+@functools.lru_cache(maxsize=1)
+def _installed(folders: tuple[tuple[str, int], ...]) -> dict[str, str]:
     found = {}
-    for name in names:
+    for name in LIBRARIES:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -51,14 +66,9 @@ def _torch_cuda() -> str | None:
 
 def _nvml() -> tuple[tuple[Gpu, ...], str | None]:
     """GPUs and driver version as NVML tells them; honours CUDA_VISIBLE_DEVICES given as numbers."""
-    try:
-        import pynvml
-    except ImportError:
+    pynvml = _started_nvml()
+    if pynvml is None:
         return (), None
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return (), None  # no driver: a machine without NVIDIA GPUs
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     numbers = list(range(pynvml.nvmlDeviceGetCount()))
     if visible is not None:
@@ -73,9 +83,21 @@ def _nvml() -> tuple[tuple[Gpu, ...], str | None]:
         capability = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
         free = min(int(memory.total), int(memory.free) + own_bytes(len(gpus)))
         gpus.append(Gpu(str(name), int(memory.total), free, (int(capability[0]), int(capability[1]))))
-    driver = str(pynvml.nvmlSystemGetDriverVersion())
-    pynvml.nvmlShutdown()
-    return tuple(gpus), driver
+    return tuple(gpus), str(pynvml.nvmlSystemGetDriverVersion())
+
+
+@functools.cache
+def _started_nvml() -> Any | None:
+    """NVML, started once in a process: each run asks for the memory that is free by then. None without a driver."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None  # a machine without NVIDIA GPUs
+    return pynvml
 
 
 def own_bytes(index: int) -> int:

@@ -271,6 +271,12 @@ class Context:
         return time.perf_counter() - started
 
 
+def own_class(pipeline: Pipeline, namespace: Mapping[str, Any]) -> None:
+    """Give a pipeline a subclass of its own with these attributes, of the same name: cache-dit goes by that."""
+    cls = type(pipeline)
+    pipeline.__class__ = type(cls.__name__, (cls,), {"__module__": cls.__module__, **namespace})
+
+
 def is_own(cls: type[Option]) -> bool:
     """Whether a class is fluxrun's own."""
     return cls.__module__.startswith(OWN_TARGETS)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from fluxrun.hardware.machine import Machine
-from fluxrun.options.base import COMPILER, NOTHING_MORE, Context, Facts, Option, Workload, steps_after
+from fluxrun.options.base import COMPILER, NOTHING_MORE, Context, Facts, Option, Workload, own_class, steps_after
 from fluxrun.trust import Open
 from fluxrun.types import Pipeline
 
@@ -118,9 +118,9 @@ class StepCache(CacheOption):
         skippable = {name: max(0, count - always) for name, count in blocks.items()}
         if not sum(skippable.values()):
             raise RuntimeError(f"first_blocks and last_blocks leave none of the {sum(blocks.values())} blocks to skip")
-        _own_class(pipeline, {})
+        own_class(pipeline, {})
         adapter.apply(pipeline, **self._configs())
-        _own_class(pipeline, {"__call__": _counted_call(self, type(pipeline), context)})
+        own_class(pipeline, {"__call__": _counted_call(self, type(pipeline), context)})
         pipeline.cached_calls = []
         return {"blocks": blocks, "skippable_blocks": skippable}
 
@@ -308,12 +308,6 @@ def _counted_call(option: StepCache, cls: Any, context: Context) -> Any:
         return drawn
 
     return __call__
-
-
-def _own_class(pipeline: Pipeline, namespace: dict[str, Any]) -> None:
-    """Give ``pipeline`` a subclass of its own, of the same name (cache-dit finds its adapter by that)."""
-    cls = type(pipeline)
-    pipeline.__class__ = type(cls.__name__, (cls,), {"__module__": cls.__module__, **namespace})
 
 
 def _block_lists(pipeline: Pipeline) -> dict[str, Any]:

@@ -37,6 +37,10 @@ class PromptEncoder:
         self._on_timed: Callable[[float], None] = lambda seconds: None
         self._untold: list[tuple[DeviceClock, Mark, Mark]] = []
         """When texts were begun and encoded: the device may still be at it."""
+        self._ahead: list[tuple[DeviceClock, Mark, Mark]] = []
+        """The same of the next batch's texts."""
+        self._known_ahead: list[str] = []
+        """Which these are, if they were not known."""
         self.upcoming: Sequence[str] = ()
         """Prompts of later runs over the same weights: staged memory encodes them while its text encoder is there."""
         self.counts: Counter[str] = Counter()
@@ -56,6 +60,8 @@ class PromptEncoder:
         self._texts, self._on_encoded, self._on_timed = list(texts), on_encoded, on_timed
         self._known.clear()
         self._untold.clear()
+        self._ahead.clear()
+        self._known_ahead.clear()
 
     def knows(self, texts: Iterable[str]) -> bool:
         """Whether staged memory's embeddings of all of them are in the store."""
@@ -66,10 +72,24 @@ class PromptEncoder:
 
         The device may still be at it: what it is given next lines up behind.
         """
-        for text in texts:
-            if not self._has(text):
-                self._known[text] = self._encode(pipeline, text, clock)
+        self._encode_missing(texts, pipeline, clock)
+        self._untold, self._ahead, self._known_ahead = self._ahead + self._untold, [], []
         return torch.cat([self._known[text].to(self._device) for text in texts])
+
+    def encode_ahead(self, texts: Sequence[str], pipeline: Pipeline, clock: DeviceClock) -> None:
+        """Give the device a later batch's texts. What they took is told after the next call."""
+        of_this_call, self._untold = self._untold, []
+        self._known_ahead += [text for text in texts if not self._has(text)]
+        try:
+            self._encode_missing(texts, pipeline, clock)
+        finally:
+            self._ahead += self._untold
+            self._untold = of_this_call
+
+    @property
+    def has_begun_the_next(self) -> bool:
+        """Whether the device may still be encoding what ``encode_ahead`` gave it."""
+        return bool(self._ahead)
 
     def encode_first(self, reporter: Reporter, interrupts: Interrupts) -> None:
         """Staged memory: every text that is not known yet, with the text encoder alone, which is then freed."""
@@ -91,18 +111,26 @@ class PromptEncoder:
         self._loader.store.keep_only([])
 
     def tell_times(self) -> None:
-        """Tell what each text took. Waits for the device to have encoded them."""
-        if self._untold and not is_lost(self._device):
-            for clock, begun, ended in self._untold:
+        """Tell what each text took. Waits for the device to have encoded them, and for nothing after that."""
+        told, self._untold = self._untold, []
+        try:
+            for clock, begun, ended in told:
                 spans.add("encode", clock.at(begun), clock.at(ended))
                 self._on_timed(clock.at(ended) - clock.at(begun))
-        self._untold.clear()
+        except RuntimeError:
+            if not is_lost(self._device):  # one that is lost has no times any more
+                raise
 
     def forget(self, texts: Iterable[str]) -> None:
         """Drop what no later image needs, so that ten thousand prompts do not fill the memory."""
         if not self.staged:
             for text in texts:
                 self._known.pop(text, None)
+
+    def forget_ahead(self) -> None:
+        """Drop what was encoded ahead: under the options that follow, the text encoder may be another one."""
+        self.forget(self._known_ahead)
+        self._ahead, self._known_ahead = [], []
 
     def forget_not_finite(self) -> None:
         """Drop embeddings with values that are no numbers: under other options the text encoder may do better."""
@@ -111,6 +139,11 @@ class PromptEncoder:
                 del known[key]
 
     # -- one text -----------------------------------------------------------------------------------------------------
+
+    def _encode_missing(self, texts: Sequence[str], pipeline: Pipeline, clock: DeviceClock) -> None:
+        for text in texts:
+            if not self._has(text):
+                self._known[text] = self._encode(pipeline, text, clock)
 
     @property
     def _device(self) -> str:

@@ -26,6 +26,11 @@ def synchronize(device: str) -> None:
         torch.mps.synchronize()
 
 
+def takes_work_ahead(device: str) -> bool:
+    """Whether a device takes work while it is still at something else, and the process goes on."""
+    return device.startswith("cuda")
+
+
 def used_bytes(device: str) -> int:
     """Memory in use now, in bytes: allocated on a GPU, resident set size of the process on a CPU."""
     import psutil

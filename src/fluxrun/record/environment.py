@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 from typing import Any
 
@@ -31,8 +32,9 @@ def environment(machine: Machine) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def git_commit() -> str | None:
-    """The commit of the source checkout fluxrun runs from, or None for an installed package."""
+    """The commit of the source checkout fluxrun runs from, or None for an installed package; looked up once."""
     root = PACKAGE.parents[1]
     if not (root / ".git").exists():
         return None

@@ -12,7 +12,7 @@ Three things differ from diffusers' decoder, all of them exact in real numbers:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -283,11 +283,14 @@ def upsampling_weight(weight: torch.Tensor) -> torch.Tensor:
     return summed.to(weight.dtype).contiguous(memory_format=torch.channels_last)
 
 
-def pictures(image: torch.Tensor, *, denormalize: bool = True) -> list[Image.Image]:
+def pictures(
+    image: torch.Tensor, *, denormalize: bool = True, meanwhile: Callable[[], None] | None = None
+) -> list[Image.Image]:
     """What ``VaeImageProcessor.postprocess`` makes of a decoded batch, rounded on its device: one byte a value moves.
 
     ``image``: [samples, 3, height, width] in [-1, 1], or in [0, 1] with ``denormalize=False``. The bytes are exactly
-    the same: scaling and clamping in the tensor's own dtype, then float32.
+    the same: scaling and clamping in the tensor's own dtype, then float32. ``meanwhile`` is called when the device has
+    been given all of that, and has not done it: what is given to it then does not delay these pictures.
     """
     image = (image * 0.5 + 0.5).clamp(0, 1) if denormalize else image
     samples, _, height, width = image.shape
@@ -296,17 +299,19 @@ def pictures(image: torch.Tensor, *, denormalize: bool = True) -> list[Image.Ima
     rounded[..., :3] = (image.permute(0, 2, 3, 1).float() * 255).round()
     # Made while a GPU still decodes: their memory is new, and the system takes a millisecond to give it out.
     made = [Image.new("RGB", (width, height)) for _ in range(samples)]
-    for picture, rows in zip(made, on_cpu(rounded), strict=True):
+    for picture, rows in zip(made, on_cpu(rounded, meanwhile), strict=True):
         picture.frombytes(rows.numpy(), "raw", "RGBX")
     return made
 
 
-def on_cpu(values: torch.Tensor) -> Iterator[torch.Tensor]:
+def on_cpu(values: torch.Tensor, meanwhile: Callable[[], None] | None = None) -> Iterator[torch.Tensor]:
     """Each sample on the CPU, the first while the others are still being copied; from a GPU into page-locked memory.
 
     torch keeps such memory and gives it out again, so that no page of it is new.
     """
     if not values.is_cuda:
+        if meanwhile is not None:
+            meanwhile()
         yield from values
         return
     copies = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -315,13 +320,18 @@ def on_cpu(values: torch.Tensor) -> Iterator[torch.Tensor]:
         here.copy_(there, non_blocking=True)
         arrived.append(torch.cuda.Event())
         arrived[-1].record()
+    if meanwhile is not None:
+        meanwhile()
     for here, event in zip(copies, arrived, strict=True):
         event.synchronize()
         yield here
 
 
 def round_on_device(processor: ImageProcessor) -> None:
-    """Let a pipeline's image processor make PIL pictures with ``pictures``; anything else it makes as before."""
+    """Let a pipeline's image processor make PIL pictures with ``pictures``; anything else it makes as before.
+
+    A ``meanwhile`` that is set on the processor is called while these are waited for.
+    """
     original = processor.postprocess
 
     def postprocess(
@@ -330,7 +340,8 @@ def round_on_device(processor: ImageProcessor) -> None:
         colour = isinstance(image, torch.Tensor) and image.ndim == 4 and image.shape[1] == 3
         if output_type != "pil" or do_denormalize is not None or not colour:
             return original(image, output_type=output_type, do_denormalize=do_denormalize)
-        return pictures(image, denormalize=processor.config["do_normalize"])
+        meanwhile = getattr(processor, "meanwhile", None)
+        return pictures(image, denormalize=processor.config["do_normalize"], meanwhile=meanwhile)
 
     processor.postprocess = postprocess
 

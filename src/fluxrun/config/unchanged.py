@@ -1,0 +1,107 @@
+"""fluxrun's own config files and Hydra's, read and merged once in a process: a sweep composes a config for each job."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hydra._internal.config_repository import ConfigRepository, IConfigRepository
+from hydra.core.default_element import ResultDefault
+from hydra.plugins.config_source import ConfigResult, ConfigSource
+from omegaconf import DictConfig
+
+from fluxrun.paths import conf_dir
+from fluxrun.trust import trusted
+
+Stamp = tuple[int, int]
+"""A file's time and size: what it held is still true while these are the same."""
+
+MOST_MERGED = 64
+"""Combinations of options that are kept merged; the one merged longest ago goes first."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """A config as Hydra has read it; nobody writes to it."""
+
+    stamp: Stamp
+    result: ConfigResult
+
+
+_read: dict[tuple[str, str], Read] = {}
+"""By source and the config's path in it. Other people's files are not in here: they are read, and looked at, anew."""
+
+_merged: dict[tuple[Any, ...], tuple[list[ConfigResult], DictConfig]] = {}
+"""What a defaults list came to, with the configs it was merged from: they live as long, so that ids stay theirs."""
+
+
+class UnchangedFiles(ConfigRepository):
+    """Hydra's sources, but for what was read before and is the same file still."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> UnchangedFiles:
+        """Hydra copies it for each composition, and gives the copy new sources instead of changing these."""
+        return copy.copy(self)
+
+    def load_config(self, config_path: str) -> ConfigResult | None:
+        """A config as Hydra reads it; its ``config`` may be another composition's, too, and is only read."""
+        source = next((source for source in self.sources if source.is_config(config_path)), None)
+        stamp = _stamp(source, config_path) if source else None
+        if source is None or stamp is None:
+            return super().load_config(config_path)
+        known = _read.get((source.path, config_path))
+        if known is None or known.stamp != stamp:
+            found = super().load_config(config_path)
+            if found is None or not _is_ours(found):
+                return found
+            known = _read[source.path, config_path] = Read(stamp, found)
+        return copy.copy(known.result)
+
+
+def _stamp(source: ConfigSource, config_path: str) -> Stamp | None:
+    """Of a file in a folder; what is installed, or registered by Hydra, stays as it is while a process lives."""
+    if source.scheme() in ("pkg", "structured"):
+        return (0, 0)
+    if source.scheme() != "file":
+        return None
+    try:
+        status = os.stat(os.path.join(source.path, f"{config_path.removesuffix('.yaml')}.yaml"))
+    except OSError:
+        return None
+    return (status.st_mtime_ns, status.st_size)
+
+
+def _is_ours(found: ConfigResult) -> bool:
+    return found.provider == "hydra" or found.path == f"file://{conf_dir()}"
+
+
+def merged_before(defaults: Sequence[ResultDefault], repository: IConfigRepository) -> DictConfig | None:
+    """A copy of what these files came to when they were merged before; None where they were not, or one has changed."""
+    found = _key(defaults, repository)
+    known = _merged.get(found[0]) if found else None
+    return copy.deepcopy(known[1]) if known else None
+
+
+def keep_merged(defaults: Sequence[ResultDefault], repository: IConfigRepository, config: DictConfig) -> None:
+    """Keep a copy of what these files came to, if all of them are fluxrun's own or Hydra's."""
+    if found := _key(defaults, repository):
+        _merged[found[0]] = (found[1], copy.deepcopy(config))
+        while len(_merged) > MOST_MERGED:
+            del _merged[next(iter(_merged))]
+
+
+def _key(
+    defaults: Sequence[ResultDefault], repository: IConfigRepository
+) -> tuple[tuple[Any, ...], list[ConfigResult]] | None:
+    kept = {id(read.result.config) for read in _read.values()}
+    results: list[ConfigResult] = []
+    key: list[Any] = [trusted()]  # what the rule lets through while it is lifted is looked at when it is not
+    for default in defaults:
+        result = repository.load_config(str(default.config_path))
+        if result is None or id(result.config) not in kept:
+            return None
+        results.append(result)
+        key.append((id(result.config), default.config_path, default.package, default.is_self, default.primary))
+    return tuple(key), results
