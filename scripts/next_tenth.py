@@ -112,7 +112,7 @@ GROUPS = {
     "klein9": Group("klein_9b", (PLAIN_VARIANT, BOTH[1], BOTH[3])),
     "edit": Group("klein_4b", (PLAIN_VARIANT, BOTH[3], BOTH[1]), edits=True),
     "large": Group("klein_4b", (PLAIN_VARIANT, BOTH[3], BOTH[1]), size=LARGE),
-    "sustained": Group("klein_4b", (replace(PLAIN_VARIANT, batches=(1,)), replace(BOTH[3], batches=(1, 4)))),
+    "sustained": Group("klein_4b", (replace(PLAIN_VARIANT, batches=(1,)), replace(BOTH[3], batches=(4, 1)))),
     "large_dev": Group("dev", (PLAIN_VARIANT, BOTH[3]), size=LARGE, whole=False),
 }  # fmt: skip
 

@@ -194,9 +194,29 @@ def test_targets_of_the_next_tenth_are_judged_by_their_unit(tmp_path: Path) -> N
     judged = {(row["model"], row["metric"]): (row["value"], row["met"]) for row in next_tenth.entries(tmp_path)
               if row["setting"] == "h100_fast"}  # fmt: skip
     assert judged["klein-4B", "denoising step"] == (33.0, True)
-    assert judged["klein-4B, for 60 s", "pictures a second, batch 4"] == (5.5, False)
+    assert judged["klein-4B, for 50 s", "pictures a second, batch 4"] == (5.5, False)
     assert judged["klein-9B", "prompt to PIL, times plain diffusers"] == (800 / 300, True)
     assert judged["dev", "denoising step"] == (None, None)
+
+
+def test_a_missed_target_says_what_held_the_card_or_what_the_time_is(tmp_path: Path) -> None:
+    capped = {"clocks_event_reasons.active": "0x0000000000000004", "power.limit": "700.00", "clocks.max.sm": "1980"}
+    busy = {**capped, "power.draw": "651.6", "clocks.sm": "1560"}
+    idle = {**capped, "power.draw": "430.0", "clocks.sm": "1965"}
+    free = {**busy, "clocks_event_reasons.active": "0x0000000000000000"}
+    figures = [
+        ("klein", "h100_fast", "denoising step", 35.0, busy), ("klein", "h100_fast", "step in a picture", 34.8, busy),
+        ("klein", "h100_fast", "prompt to PIL", 184.0, idle), ("klein", "h100_lossless", "denoising step", 50.0, busy),
+        ("dev", "h100_fast", "denoising step", 260.0, free),
+    ]  # fmt: skip
+    rows = [{"group": g, "setting": s, "what": w, "median": m, "gpu": gpu} for g, s, w, m, gpu in figures]
+    (tmp_path / next_tenth.FILE).write_text(json.dumps({"command": "it", "rows": rows}), encoding="utf-8")
+    why = {(row["model"], row["setting"], row["metric"]): row["why"] for row in next_tenth.entries(tmp_path)}
+    assert why["klein-4B", "h100_fast", "denoising step"] == "the card's power: 652 of 700 W, 1560 of 1980 MHz"
+    assert why["klein-4B", "h100_fast", "prompt to PIL"] == "139 ms of it are steps"
+    assert why["klein-4B", "h100_lossless", "denoising step"] is None, "the target was met"
+    assert why["dev", "h100_fast", "denoising step"] is None
+    assert why["klein-9B", "h100_fast", "denoising step, times plain diffusers"] is None
 
 
 def test_plots_are_of_what_was_measured() -> None:

@@ -171,6 +171,7 @@ class Generation:
         log.warning("%s: the picture is not finite (NaN or infinite), first in %s", text, drawn.spoiled_at)
         if self._nobody_to_blame or not has_suspects(self.session):
             return drawn
+        self.session.prompts.forget_ahead()
         found = find_culprit(
             self.session,
             lambda how: self._draw_once(batch, f"{text}, {how}"),

@@ -133,23 +133,22 @@ class Resident(MemoryOption):
     """All components on the device."""
 
     def apply(self, pipeline: Pipeline, context: Context) -> Facts:
-        own_class(pipeline, {"_execution_device": property(_execution_device(type(pipeline)))})
+        own_class(pipeline, {"_execution_device": property(_device_of(type(pipeline)))})
         return {"resident_bytes": context.weight_facts.get("bytes"), **self.limited(context.device)}
 
 
-def _execution_device(cls: Any) -> Callable[[Any], torch.device]:
+def _device_of(cls: Any) -> Callable[[Any], torch.device]:
     """Where a pipeline computes, without diffusers' look for hooks in every module: 3 ms of each picture.
 
     A pipeline that is handed out may be given such hooks later: one on the transformer, and diffusers looks itself.
     """
 
     def execution_device(pipeline: Any) -> torch.device:
-        import torch
-
         if hasattr(pipeline.transformer, "_hf_hook") or hasattr(pipeline.transformer, "_diffusers_hook"):
-            device: torch.device = super(cls, pipeline)._execution_device
-            return device
-        return torch.device(pipeline.transformer.device)
+            looked_up: torch.device = super(cls, pipeline)._execution_device
+            return looked_up
+        device: torch.device = next(pipeline.transformer.parameters()).device
+        return device
 
     return execution_device
 
