@@ -35,18 +35,42 @@ def nodes(overrides):
 def test_a_second_composition_is_the_first_one_and_reads_nothing(own, monkeypatch):
     first = [OmegaConf.to_yaml(nodes(overrides)) for overrides in COMBINATIONS]
     monkeypatch.setattr(OmegaConf, "load", lambda file: pytest.fail(f"{file} was read again"))
-    assert [OmegaConf.to_yaml(nodes(overrides)) for overrides in reversed(COMBINATIONS)] == first[::-1]
+    for _ in range(3):  # what was merged twice is kept
+        assert [OmegaConf.to_yaml(nodes(overrides)) for overrides in reversed(COMBINATIONS)] == first[::-1]
 
 
 def test_what_is_done_to_a_config_is_not_in_the_next_one(own):
     for overrides in COMBINATIONS:
         before = OmegaConf.to_yaml(nodes(overrides))
-        for _ in range(2):
+        for _ in range(4):
             spoiled = nodes(overrides)
             OmegaConf.set_struct(spoiled, False)
             spoiled.steps, spoiled.vae.name, spoiled.hydra.run.dir = 99, "spoiled", "nowhere"
             spoiled.pop("attention")
         assert OmegaConf.to_yaml(nodes(overrides)) == before
+
+
+def test_files_that_two_configs_share_are_not_changed_by_one(request):
+    def data(overrides):
+        return to_data(nodes(overrides))
+
+    expected = [data(overrides) for overrides in COMBINATIONS]
+    request.getfixturevalue("own")  # from here on nothing has been read
+    for overrides, right in [*zip(COMBINATIONS, expected, strict=True)] * 3:
+        config = nodes(overrides)
+        assert to_data(config) == right
+        spoil(config)
+
+
+def spoil(node):
+    """Another value in every place but Hydra's own, which are typed."""
+    OmegaConf.set_struct(node, False)
+    for key in [key for key in node if key != "hydra"]:
+        plain = OmegaConf.is_interpolation(node, key) or OmegaConf.is_missing(node, key)
+        if not plain and OmegaConf.is_dict(node[key]):
+            spoil(node[key])
+        else:
+            node[key] = "spoiled"
 
 
 def test_an_edited_file_is_read_again(own):
@@ -82,7 +106,8 @@ def test_what_was_let_through_while_all_was_trusted_is_refused_later(own, tmp_pa
     strangers.write_text("# @package _global_\nprompt: ${oc.env:HOME}\n", encoding="utf-8")
     (own / "preset" / "linked.yaml").symlink_to(strangers)
     monkeypatch.setenv("FLUXRUN_TRUST_CONFIG", "1")
-    assert compose(["model=tiny", "+preset=linked"]).prompt == os.environ["HOME"]
+    for _ in range(3):
+        assert compose(["model=tiny", "+preset=linked"]).prompt == os.environ["HOME"]
     monkeypatch.delenv("FLUXRUN_TRUST_CONFIG")
     with pytest.raises(TrustError, match=r"oc\.env"):
         compose(["model=tiny", "+preset=linked"])

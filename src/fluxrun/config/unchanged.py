@@ -34,8 +34,18 @@ class Read:
 _read: dict[tuple[str, str], Read] = {}
 """By source and the config's path in it. Other people's files are not in here: they are read, and looked at, anew."""
 
-_merged: dict[tuple[Any, ...], tuple[list[ConfigResult], DictConfig]] = {}
-"""What a defaults list came to, with the configs it was merged from: they live as long, so that ids stay theirs."""
+
+@dataclass
+class Merged:
+    """What a defaults list came to."""
+
+    made_of: list[ConfigResult]
+    """They live as long as this, so that their ids stay theirs."""
+    config: DictConfig | None = None
+    """None after the first time: a command that composes once makes no copy for nobody."""
+
+
+_merged: dict[tuple[Any, ...], Merged] = {}
 
 
 class UnchangedFiles(ConfigRepository):
@@ -81,13 +91,17 @@ def merged_before(defaults: Sequence[ResultDefault], repository: IConfigReposito
     """A copy of what these files came to when they were merged before; None where they were not, or one has changed."""
     found = _key(defaults, repository)
     known = _merged.get(found[0]) if found else None
-    return copy.deepcopy(known[1]) if known else None
+    return copy.deepcopy(known.config) if known else None
 
 
 def keep_merged(defaults: Sequence[ResultDefault], repository: IConfigRepository, config: DictConfig) -> None:
-    """Keep a copy of what these files came to, if all of them are fluxrun's own or Hydra's."""
+    """Keep a copy of what these files came to the second time, if all of them are fluxrun's own or Hydra's."""
     if found := _key(defaults, repository):
-        _merged[found[0]] = (found[1], copy.deepcopy(config))
+        key, made_of = found
+        if key in _merged:
+            _merged[key].config = copy.deepcopy(config)
+        else:
+            _merged[key] = Merged(made_of)
         while len(_merged) > MOST_MERGED:
             del _merged[next(iter(_merged))]
 
