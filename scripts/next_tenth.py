@@ -164,8 +164,8 @@ def switched(variant: Variant) -> ExitStack:
     return stack
 
 
-def pictures_before(image: Any, *, denormalize: bool = True) -> list[Any]:
-    """Pixels rounded on the device, copied when asked for, three bytes each."""
+def pictures_before(image: Any, *, denormalize: bool = True, meanwhile: Any = None) -> list[Any]:
+    """Pixels rounded on the device, copied when asked for, three bytes each; nothing is done meanwhile."""
     import torch
     from PIL import Image
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 from helpers import draw, hashes, small
 
 from fluxrun.drawing import ahead
+from fluxrun.errors import Interrupted
 from fluxrun.pipeline.prompt_encoder import PromptEncoder
 from fluxrun.pipeline.session_pool import SessionPool
 from fluxrun.process.clock import DeviceClock
+from fluxrun.record.folder import read_record
 from fluxrun.runner import build
 
 TEXTS = ["a red circle", "a blue square", "a green star", "a triangle", "a red circle"]
@@ -77,6 +81,23 @@ def test_a_text_that_cannot_go_ahead_is_encoded_in_its_turn(tmp_path, prompts, b
     record = draw(tmp_path / "run", *prompts, pool=bench)
     assert record.status == "completed"
     assert hashes(record) == hashes(plain)
+
+
+def test_an_interrupt_beside_a_text_leaves_the_picture_that_was_drawn(tmp_path, prompts, bench, begun, monkeypatch):
+    draw(tmp_path / "warm", *prompts, pool=bench)
+    encode = PromptEncoder.encode_ahead
+
+    def interrupted(self, texts, *more):
+        signal.raise_signal(signal.SIGINT)
+        encode(self, texts, *more)
+
+    monkeypatch.setattr(PromptEncoder, "encode_ahead", interrupted)
+    with pytest.raises(Interrupted):
+        draw(tmp_path / "run", *prompts, pool=bench)
+    record = read_record(tmp_path / "run")
+    assert (record.status, len(record.images)) == ("interrupted", 1)
+    monkeypatch.setattr(PromptEncoder, "encode_ahead", encode)
+    assert hashes(draw(tmp_path / "next", *prompts, pool=bench)) == hashes(read_record(tmp_path / "warm"))
 
 
 def test_what_went_ahead_is_dropped_when_the_pipeline_is_built_anew():
