@@ -44,6 +44,7 @@ PIECES = {
     "png": "rows as differences, compressed by isal or zlib's run lengths, instead of Pillow",
     "matmuls": "kernels.matmuls=fastest",
     "text": "kernels.text_encoder=fused",
+    "ahead": "the next text behind the pictures that are being decoded",
 }
 OPTIONS = {"matmuls": "kernels.matmuls=fastest", "text": "kernels.text_encoder=fused"}
 ALL = frozenset(PIECES)
@@ -157,6 +158,7 @@ def switched(variant: Variant) -> ExitStack:
         "noise": lambda: patch("fluxrun.drawing.noise.NoiseAhead.begin", lambda self, wanted: None),
         "pil": lambda: patch("fluxrun.kernels.vae.decoder.pictures", pictures_before),
         "png": lambda: patch("fluxrun.record.png.encode", encode_before),
+        "ahead": lambda: patch("fluxrun.drawing.ahead.goes_ahead", lambda session: False),
     }
     for piece, off in patches.items():
         if variant.preset is not None and piece not in variant.on:
@@ -165,12 +167,14 @@ def switched(variant: Variant) -> ExitStack:
 
 
 def pictures_before(image: Any, *, denormalize: bool = True, meanwhile: Any = None) -> list[Any]:
-    """Pixels rounded on the device, copied when asked for, three bytes each; nothing is done meanwhile."""
+    """Pixels rounded on the device, copied when asked for, three bytes each."""
     import torch
     from PIL import Image
 
     image = (image * 0.5 + 0.5).clamp(0, 1) if denormalize else image
     rounded = (image.permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8).contiguous()
+    if meanwhile is not None:
+        meanwhile()
     return [Image.fromarray(picture) for picture in rounded.cpu().numpy()]
 
 

@@ -79,10 +79,13 @@ def test_an_edited_file_is_read_again(own):
     file.write_text(file.read_text(encoding="utf-8").replace("seed: 0", "seed: 41"), encoding="utf-8")
     assert compose(["model=tiny"]).seed == 41
     option = own / "vae" / "tiled.yaml"
+    for _ in range(3):
+        assert compose(["model=tiny", "vae=tiled"]).vae.tile_size == 512
     before = option.stat()
-    option.write_text(option.read_text(encoding="utf-8") + "\n# the same size would do, with another time\n")
+    option.write_text(option.read_text(encoding="utf-8").replace("tile_size: 512", "tile_size: 256"), encoding="utf-8")
     os.utime(option, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
-    assert compose(["model=tiny", "vae=tiled"]).vae.name == "tiled"
+    assert option.stat().st_size == before.st_size
+    assert compose(["model=tiny", "vae=tiled"]).vae.tile_size == 256
     option.unlink()
     with pytest.raises(ConfigError, match="tiled"):
         compose(["model=tiny", "vae=tiled"])

@@ -100,6 +100,19 @@ def test_an_interrupt_beside_a_text_leaves_the_picture_that_was_drawn(tmp_path, 
     assert hashes(draw(tmp_path / "next", *prompts, pool=bench)) == hashes(read_record(tmp_path / "warm"))
 
 
+def test_the_times_of_two_batches_of_texts_in_one_call_are_told():
+    session = build(small("vae=fast", "memory=resident", "model.distilled=false", "guidance=4", "negative_prompt=fog"))
+    pipeline, clock, encoder = session.pipeline, DeviceClock("cpu"), session.prompts
+    told: list[float] = []
+    encoder.begin([*TEXTS, "fog"], lambda: None, told.append)
+    encoder.encode_ahead(TEXTS[:1], pipeline, clock)
+    encoder.of(TEXTS[:1], pipeline, clock)
+    encoder.of(["fog"], pipeline, clock)
+    encoder.tell_times()
+    assert len(told) == 2
+    session.close()
+
+
 def test_what_went_ahead_is_dropped_when_the_pipeline_is_built_anew():
     session = build(small("vae=fast", "memory=resident"))
     pipeline, clock, encoder = session.pipeline, DeviceClock("cpu"), session.prompts

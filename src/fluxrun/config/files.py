@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fluxrun.config.origin import CheckingLoader, CheckingRepository
 from fluxrun.config.sources import source_of
+from fluxrun.config.unchanged import Stamp, stamp
 from fluxrun.errors import ConfigError, one_line
 from fluxrun.formatting import shorten
 from fluxrun.trust import trusted
@@ -51,10 +52,6 @@ def find_file(config_path: str, dirs: tuple[Path, ...]) -> Path | None:
     return next((path for path in candidates if os.path.isfile(path)), None)
 
 
-Stamp = tuple[Path, int, int]
-"""A file with its time and size: what it held is still true while these are the same."""
-
-
 @dataclass(frozen=True)
 class OptionFile:
     """What an option file came to, and the files it was made of, as they were then."""
@@ -64,7 +61,7 @@ class OptionFile:
 
     def is_current(self, dirs: tuple[Path, ...]) -> bool:
         """Whether the same files would be read now, and none of them changed."""
-        return all(_stamp(config_path, dirs) == stamp for config_path, stamp in self.stamps.items())
+        return all(_stamp(config_path, dirs) == then for config_path, then in self.stamps.items())
 
 
 _remembered: dict[tuple[tuple[Path, ...], str, str, bool], OptionFile] = {}
@@ -138,7 +135,4 @@ def _loader(dirs: tuple[Path, ...]) -> tuple[ConfigLoaderImpl, CachingConfigRepo
 
 def _stamp(config_path: str, dirs: tuple[Path, ...]) -> Stamp | None:
     path = find_file(config_path, dirs)
-    if path is None:
-        return None
-    status = path.stat()
-    return path, status.st_mtime_ns, status.st_size
+    return None if path is None else stamp(path)

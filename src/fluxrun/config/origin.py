@@ -49,9 +49,8 @@ class CheckingRepository(CachingConfigRepository):
     def load_config(self, config_path: str) -> ConfigResult | None:
         """A file as Hydra reads it. Raises TrustError."""
         found = super().load_config(config_path)
-        entries = (found and found.defaults_list) or ()
-        if found and entries and not trusted() and (file := foreign_file(found, config_path)):
-            for entry in entries:
+        if found and found.defaults_list and not trusted() and (file := foreign_file(found, config_path)):
+            for entry in found.defaults_list:
                 _check_default(entry, file)
         return found
 

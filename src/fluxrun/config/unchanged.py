@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra._internal.config_repository import ConfigRepository, IConfigRepository
@@ -16,8 +17,8 @@ from omegaconf import DictConfig
 from fluxrun.paths import conf_dir
 from fluxrun.trust import trusted
 
-Stamp = tuple[int, int]
-"""A file's time and size: what it held is still true while these are the same."""
+Stamp = tuple[str, int, int]
+"""A file with its time and size: what it held is still true while these are the same."""
 
 MOST_MERGED = 64
 """Combinations of options that are kept merged; the one merged longest ago goes first."""
@@ -42,7 +43,7 @@ class Merged:
     made_of: list[ConfigResult]
     """They live as long as this, so that their ids stay theirs."""
     config: DictConfig | None = None
-    """None after the first time: a command that composes once makes no copy for nobody."""
+    """None after the first time: a command that composes once does not pay for a copy."""
 
 
 _merged: dict[tuple[Any, ...], Merged] = {}
@@ -58,29 +59,34 @@ class UnchangedFiles(ConfigRepository):
     def load_config(self, config_path: str) -> ConfigResult | None:
         """A config as Hydra reads it; its ``config`` may be another composition's, too, and is only read."""
         source = next((source for source in self.sources if source.is_config(config_path)), None)
-        stamp = _stamp(source, config_path) if source else None
-        if source is None or stamp is None:
+        now = _stamp_in(source, config_path) if source else None
+        if source is None or now is None:
             return super().load_config(config_path)
         known = _read.get((source.path, config_path))
-        if known is None or known.stamp != stamp:
+        if known is None or known.stamp != now:
             found = super().load_config(config_path)
             if found is None or not _is_ours(found):
                 return found
-            known = _read[source.path, config_path] = Read(stamp, found)
+            known = _read[source.path, config_path] = Read(now, found)
         return copy.copy(known.result)
 
 
-def _stamp(source: ConfigSource, config_path: str) -> Stamp | None:
-    """Of a file in a folder; what is installed, or registered by Hydra, stays as it is while a process lives."""
-    if source.scheme() in ("pkg", "structured"):
-        return (0, 0)
-    if source.scheme() != "file":
-        return None
+def stamp(path: Path | str) -> Stamp | None:
+    """A file's stamp now; None where there is none."""
     try:
-        status = os.stat(os.path.join(source.path, f"{config_path.removesuffix('.yaml')}.yaml"))
+        status = os.stat(path)
     except OSError:
         return None
-    return (status.st_mtime_ns, status.st_size)
+    return str(path), status.st_mtime_ns, status.st_size
+
+
+def _stamp_in(source: ConfigSource, config_path: str) -> Stamp | None:
+    """Of a file in a folder; what is installed, or registered by Hydra, stays as it is while a process lives."""
+    if source.scheme() in ("pkg", "structured"):
+        return source.path, 0, 0
+    if source.scheme() != "file":
+        return None
+    return stamp(os.path.join(source.path, f"{config_path.removesuffix('.yaml')}.yaml"))
 
 
 def _is_ours(found: ConfigResult) -> bool:

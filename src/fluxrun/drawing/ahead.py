@@ -17,13 +17,9 @@ log = logging.getLogger("fluxrun.generate")
 def goes_ahead(session: Session) -> bool:
     """Whether texts may be encoded beside a picture: the models stay where they are, and nobody times it or waits."""
     plan = session.plan
-    resident = plan.choices["memory"].effective == "resident"
-    return (
-        resident
-        and plan.config.measure.repeats == 1
-        and session.ranks.size == 1
-        and takes_work_ahead(plan.machine.device)
-    )
+    stay = not (plan.memory.staged or plan.memory.offloads)
+    alone = plan.config.measure.repeats == 1 and session.ranks.size == 1
+    return stay and alone and takes_work_ahead(plan.machine.device)
 
 
 @contextmanager

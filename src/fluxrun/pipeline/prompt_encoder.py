@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,6 +22,15 @@ from fluxrun.weights.shells import shell
 log = logging.getLogger("fluxrun.build")
 
 
+class Encoded(NamedTuple):
+    """A text that the device was given to encode, when it was begun and when it is there."""
+
+    text: str
+    clock: DeviceClock
+    begun: Mark
+    ended: Mark
+
+
 class PromptEncoder:
     """The embeddings of one run's prompts, over one session's weights.
 
@@ -35,12 +44,10 @@ class PromptEncoder:
         self._texts: Sequence[str] = ()
         self._on_encoded: Callable[[], None] = lambda: None
         self._on_timed: Callable[[float], None] = lambda seconds: None
-        self._untold: list[tuple[DeviceClock, Mark, Mark]] = []
-        """When texts were begun and encoded: the device may still be at it."""
-        self._ahead: list[tuple[DeviceClock, Mark, Mark]] = []
-        """The same of the next batch's texts."""
-        self._known_ahead: list[str] = []
-        """Which these are, if they were not known."""
+        self._untold: list[Encoded] = []
+        """This call's texts: the device may still be at them."""
+        self._ahead: list[Encoded] = []
+        """The next call's."""
         self.upcoming: Sequence[str] = ()
         """Prompts of later runs over the same weights: staged memory encodes them while its text encoder is there."""
         self.counts: Counter[str] = Counter()
@@ -61,7 +68,6 @@ class PromptEncoder:
         self._known.clear()
         self._untold.clear()
         self._ahead.clear()
-        self._known_ahead.clear()
 
     def knows(self, texts: Iterable[str]) -> bool:
         """Whether staged memory's embeddings of all of them are in the store."""
@@ -72,19 +78,14 @@ class PromptEncoder:
 
         The device may still be at it: what it is given next lines up behind.
         """
-        self._encode_missing(texts, pipeline, clock)
-        self._untold, self._ahead, self._known_ahead = self._ahead + self._untold, [], []
+        self._untold += self._ahead
+        self._ahead.clear()
+        self._encode_missing(texts, pipeline, clock, self._untold)
         return torch.cat([self._known[text].to(self._device) for text in texts])
 
     def encode_ahead(self, texts: Sequence[str], pipeline: Pipeline, clock: DeviceClock) -> None:
         """Give the device a later batch's texts. What they took is told after the next call."""
-        of_this_call, self._untold = self._untold, []
-        self._known_ahead += [text for text in texts if not self._has(text)]
-        try:
-            self._encode_missing(texts, pipeline, clock)
-        finally:
-            self._ahead += self._untold
-            self._untold = of_this_call
+        self._encode_missing(texts, pipeline, clock, self._ahead)
 
     @property
     def has_begun_the_next(self) -> bool:
@@ -103,7 +104,7 @@ class PromptEncoder:
         clock = DeviceClock(self._device)
         for text in (*missing, *later):
             with interrupts.immediate():
-                self._known[text] = self._encode(pipeline, text, clock)
+                self._known[text] = self._encode(pipeline, text, clock, self._untold)
             self._loader.store.embeddings[self._key(text)] = self._known[text].cpu()
         self.tell_times()
         self.counts |= Counter(prompts_encoded_first=len(missing) + len(later), freed_bytes=base.bytes)
@@ -114,7 +115,7 @@ class PromptEncoder:
         """Tell what each text took. Waits for the device to have encoded them, and for nothing after that."""
         told, self._untold = self._untold, []
         try:
-            for clock, begun, ended in told:
+            for _, clock, begun, ended in told:
                 spans.add("encode", clock.at(begun), clock.at(ended))
                 self._on_timed(clock.at(ended) - clock.at(begun))
         except RuntimeError:
@@ -129,8 +130,8 @@ class PromptEncoder:
 
     def forget_ahead(self) -> None:
         """Drop what was encoded ahead: under the options that follow, the text encoder may be another one."""
-        self.forget(self._known_ahead)
-        self._ahead, self._known_ahead = [], []
+        self.forget(encoded.text for encoded in self._ahead)
+        self._ahead.clear()
 
     def forget_not_finite(self) -> None:
         """Drop embeddings with values that are no numbers: under other options the text encoder may do better."""
@@ -140,10 +141,12 @@ class PromptEncoder:
 
     # -- one text -----------------------------------------------------------------------------------------------------
 
-    def _encode_missing(self, texts: Sequence[str], pipeline: Pipeline, clock: DeviceClock) -> None:
+    def _encode_missing(
+        self, texts: Sequence[str], pipeline: Pipeline, clock: DeviceClock, encoded: list[Encoded]
+    ) -> None:
         for text in texts:
             if not self._has(text):
-                self._known[text] = self._encode(pipeline, text, clock)
+                self._known[text] = self._encode(pipeline, text, clock, encoded)
 
     @property
     def _device(self) -> str:
@@ -168,7 +171,7 @@ class PromptEncoder:
         )
         return f"{weights} {model.max_sequence_length} {model.text_encoder_out_layers} {text}"
 
-    def _encode(self, pipeline: Pipeline, text: str, clock: DeviceClock) -> torch.Tensor:
+    def _encode(self, pipeline: Pipeline, text: str, clock: DeviceClock, encoded: list[Encoded]) -> torch.Tensor:
         model = self._loader.plan.model
         arguments: dict[str, Any] = {"max_sequence_length": model.max_sequence_length}
         if model.text_encoder_out_layers:
@@ -177,6 +180,6 @@ class PromptEncoder:
         with torch.no_grad():
             # The device as the plan has it: diffusers looks for it in all modules of all models, 2 ms of a picture.
             embeds, _ = pipeline.encode_prompt(text, device=torch.device(self._device), **arguments)
-        self._untold.append((clock, begun, clock.mark()))
+        encoded.append(Encoded(text, clock, begun, clock.mark()))
         self._on_encoded()
         return embeds

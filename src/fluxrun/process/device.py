@@ -57,7 +57,7 @@ def peak_bytes(device: str) -> int:
     import torch
 
     if device.startswith("cuda"):
-        # Of torch's statistics one is wanted; max_memory_allocated lays out all of them, three times for each picture.
+        # Of torch's statistics one is wanted; max_memory_allocated lays out all of them, at each of a picture's stages.
         peak = int(torch.cuda.memory_stats_as_nested_dict(device)["allocated_bytes"]["all"]["peak"])
         torch.cuda.reset_peak_memory_stats(device)
         return peak

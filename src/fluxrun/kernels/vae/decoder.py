@@ -12,7 +12,7 @@ Three things differ from diffusers' decoder, all of them exact in real numbers:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -299,29 +299,31 @@ def pictures(
     rounded[..., :3] = (image.permute(0, 2, 3, 1).float() * 255).round()
     # Made while a GPU still decodes: their memory is new, and the system takes a millisecond to give it out.
     made = [Image.new("RGB", (width, height)) for _ in range(samples)]
-    for picture, rows in zip(made, on_cpu(rounded, meanwhile), strict=True):
+    arriving = on_cpu(rounded)
+    if meanwhile is not None:
+        meanwhile()
+    for picture, rows in zip(made, arriving, strict=True):
         picture.frombytes(rows.numpy(), "raw", "RGBX")
     return made
 
 
-def on_cpu(values: torch.Tensor, meanwhile: Callable[[], None] | None = None) -> Iterator[torch.Tensor]:
-    """Each sample on the CPU, the first while the others are still being copied; from a GPU into page-locked memory.
+def on_cpu(values: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Begin to copy the samples to the CPU; each one is waited for when it is asked for.
 
-    torch keeps such memory and gives it out again, so that no page of it is new.
+    From a GPU they go into page-locked memory: torch keeps it and gives it out again, so that no page of it is new.
     """
     if not values.is_cuda:
-        if meanwhile is not None:
-            meanwhile()
-        yield from values
-        return
+        return iter(values)
     copies = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     arrived = []
     for there, here in zip(values, copies, strict=True):
         here.copy_(there, non_blocking=True)
         arrived.append(torch.cuda.Event())
         arrived[-1].record()
-    if meanwhile is not None:
-        meanwhile()
+    return _as_they_arrive(copies, arrived)
+
+
+def _as_they_arrive(copies: torch.Tensor, arrived: Sequence[torch.cuda.Event]) -> Iterator[torch.Tensor]:
     for here, event in zip(copies, arrived, strict=True):
         event.synchronize()
         yield here
