@@ -17,11 +17,13 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "src"), str(ROOT / "benchmarks"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("src", "benchmarks", "tests", "docs")]
+
+from matrix_table import Outcome, Pair, section  # noqa: E402
 
 from fluxrun.config.catalog import Catalog  # noqa: E402
 from fluxrun.config.composition import compose  # noqa: E402
@@ -68,26 +70,6 @@ NOT_DRAWN = {"name", "fallback", "file", "files"}
 
 FILES = {"gguf": "transformer.gguf", "bfl_fp8": "transformer.safetensors"}
 """What stands for the file that an option reads, while it is only planned."""
-
-
-class Pair(NamedTuple):
-    """Two options of two groups."""
-
-    group: str
-    name: str
-    other: str
-    other_name: str
-
-    def __str__(self) -> str:
-        return f"{self.group}={self.name} {self.other}={self.other_name}"
-
-
-class Outcome(NamedTuple):
-    """What runs of a pair, and why where that is something else."""
-
-    effective: str
-    other: str
-    reasons: tuple[str, ...]
 
 
 @functools.cache
@@ -311,12 +293,12 @@ def page(known: Mapping[str, Any]) -> str:
         "what gives way, and to what; the numbers are the reasons below. An option that a machine cannot use even by "
         "itself has no row.\n",
         "## Planned for an H100 with every library\n",
-        *_section(with_gpu),
+        *section(with_gpu),
         "\n## Drawn on a CPU\n\nThe tiny model, 64×64, 8 steps, a batch of two, as a checkpoint folder; "
         "`quantization=checkpoint` over one that `fluxrun quantize` made, offloading from the CPU to itself. "
         f"{len(on_cpu)} pairs come down to {len(plans())} plans. {len(known)} of them are drawn: no crash, every "
         f"picture made of numbers. Planned, not drawn yet: {', '.join(f'`{name}`' for name in missing) or 'none'}.\n",
-        *_section(on_cpu),
+        *section(on_cpu),
     ]
     return "\n".join(parts) + "\n"
 
@@ -330,54 +312,6 @@ def outcome(pair: Pair, known: Mapping[str, Any]) -> Outcome:
     ways = [later.get(pair.group, [found.effective]), later.get(pair.other, [found.other])]
     reasons = (*found.reasons, *(reason for _, *reasons in ways for reason in reasons))
     return Outcome(ways[0][0], ways[1][0], reasons)
-
-
-def _section(outcomes: Mapping[Pair, Outcome]) -> list[str]:
-    unusable = _unusable(outcomes)
-    names = ", ".join(f"`{option}`" for option in sorted(unusable)) or "none"
-    lines, reasons = [f"Not usable here at all: {names}.\n"], dict[str, int]()
-    groups = [group for group in GROUPS if group != "model"]
-    for a, b in itertools.combinations(groups, 2):
-        pairs = [p for p in outcomes if (p.group, p.other) == (a, b)]
-        pairs = [p for p in pairs if f"{a}={p.name}" not in unusable and f"{b}={p.other_name}" not in unusable]
-        if all(_cell(pair, outcomes[pair], {}) == "✓" for pair in pairs):
-            lines.append(f"`{a}` × `{b}`: all {len(pairs)} pairs run.\n")
-            continue
-        columns = list(dict.fromkeys(pair.other_name for pair in pairs))
-        lines += [f"\n| `{a}` × `{b}` | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-        for name in dict.fromkeys(pair.name for pair in pairs):
-            row = [_cell(pair, outcomes[pair], reasons) for pair in pairs if pair.name == name]
-            lines.append(f"| {name} | {' | '.join(row)} |")
-        lines.append("")
-    return [*lines, *(f"{number}. {reason}" for reason, number in reasons.items())]
-
-
-def _unusable(outcomes: Mapping[Pair, Outcome]) -> set[str]:
-    """Options that give way in every pair, whatever they stand beside."""
-    runs: dict[str, bool] = {}
-    for pair, found in outcomes.items():
-        for option, name, effective in (
-            (f"{pair.group}={pair.name}", pair.name, found.effective),
-            (f"{pair.other}={pair.other_name}", pair.other_name, found.other),
-        ):
-            runs[option] = runs.get(option, False) or name in (effective, "auto")
-    return {option for option, ran in runs.items() if not ran}
-
-
-def _cell(pair: Pair, found: Outcome, reasons: dict[str, int]) -> str:
-    ways = [
-        f"{group} → {effective}"
-        for group, name, effective in (
-            (pair.group, pair.name, found.effective), (pair.other, pair.other_name, found.other),
-        )
-        if name not in (effective, "auto")
-    ]  # fmt: skip
-    marks = [str(reasons.setdefault(_general(reason), len(reasons) + 1)) for reason in found.reasons]
-    return "; ".join(ways) + f" ({', '.join(dict.fromkeys(marks))})" if ways else "✓"
-
-
-def _general(reason: str) -> str:
-    return " ".join(reason.split())
 
 
 def _write(known: Mapping[str, Any]) -> None:

@@ -12,7 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from fluxrun.errors import ConfigError
+from fluxrun.hardware.machine import Machine
+from fluxrun.options.model import Flux2Model
 from fluxrun.quantization.libraries import import_library
+from fluxrun.weights.find import find_weights
 
 HOLLOW_WEIGHTS = {
     "transformer": "diffusion_pytorch_model",
@@ -118,3 +122,12 @@ def import_sdnq() -> None:
     if find_spec("sdnq") is None:
         pytest.skip("sdnq is not installed")
     import_library("sdnq", "cpu")
+
+
+def refusal(model: Flux2Model, machine: Machine | None = None) -> str:
+    """What is said of a model whose weights cannot be used: one line."""
+    with pytest.raises(ConfigError) as caught:
+        find_weights(model, machine)
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+    return str(caught.value)

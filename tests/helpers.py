@@ -25,6 +25,9 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 SMALL = ("model=tiny", "height=64", "width=64", "steps=2", "model.max_sequence_length=32")
 """The cheapest picture that still has two denoising steps, of random weights: for everything but what is drawn."""
 
+GLOBAL = "# @package _global_\n# fluxrun +preset=mine\n"
+"""How a preset's file begins."""
+
 SERVER = ForkServer(os.environ)
 """Starts fluxrun processes; its environment is the one that conftest has set, before any test changes it."""
 
@@ -138,3 +141,14 @@ def said(error: Sequence[str] | str) -> list[str]:
     """The lines on a stream that are not empty."""
     text = error if isinstance(error, str) else "\n".join(error)
     return [line for line in text.splitlines() if line.strip()]
+
+
+def reasons(plan: Plan, group: str) -> list[tuple[str, str, str]]:
+    """What a group fell back from: option, stage, reason."""
+    return [(f.option, f.stage, f.reason) for f in plan.choices[group].fallbacks]
+
+
+def preset(folder: Path, text: str, name: str = "mine") -> None:
+    """Write a preset into a config folder."""
+    (folder / "preset").mkdir(exist_ok=True)
+    (folder / "preset" / f"{name}.yaml").write_text(text)
